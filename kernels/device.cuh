@@ -1,0 +1,73 @@
+// Every PTX instruction and CUDA builtin the kernels use, one function each. The host twin, which runs the
+// kernels on the CPU, is emulation/cuda_host.h; the rules that make this possible are in emulation/README.md.
+#pragma once
+#ifdef EMULATE_CUDA
+#include "emulation/cuda_host.h"
+#else
+#include <stdint.h>
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__
+#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define UNROLL _Pragma("unroll")
+
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+
+namespace dev {
+// 2^x and its inverse: at most 2 units in the last place, subnormal results are 0.
+DEVICE float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Correctly rounded to a few units in the last place; for once-a-row use.
+DEVICE float log(float x) { return logf(x); }
+DEVICE float log1p(float x) { return log1pf(x); }
+DEVICE float expm1(float x) { return expm1f(x); }
+DEVICE float tanh(float x) { return tanhf(x); }
+DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// The larger; NaN only where both are.
+DEVICE float max(float a, float b) { return fmaxf(a, b); }
+
+// Two elements in one 32-bit word, the first in the low half, to f32 and back (round to nearest even).
+template <class T> DEVICE void unpack(unsigned word, float& low, float& high);
+template <> DEVICE void unpack<bf16>(unsigned word, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+template <> DEVICE void unpack<f16>(unsigned word, float& low, float& high) {
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(word));
+}
+template <class T> DEVICE unsigned pack(float low, float high);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+DEVICE unsigned bf16_bits(float x) {
+  unsigned u = __float_as_uint(x);
+  return x != x ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+}
+template <> DEVICE unsigned pack<bf16>(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+template <> DEVICE unsigned pack<f16>(float low, float high) {
+  unsigned word;
+  asm("{.reg .f16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}" : "=r"(word) : "f"(low), "f"(high));
+  return word;
+}
+#else
+template <> DEVICE unsigned pack<bf16>(float low, float high) {
+  unsigned word; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;
+}
+template <> DEVICE unsigned pack<f16>(float low, float high) {
+  unsigned word; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;
+}
+#endif
+DEVICE float float_from_bits(unsigned bits) { return __uint_as_float(bits); }
+DEVICE unsigned bits_from_float(float x) { return __float_as_uint(x); }
+// The high word's and low word's 64 bits shifted right by `bits` (0 to 31), low half.
+DEVICE unsigned funnel_right(unsigned low, unsigned high, unsigned bits) { return __funnelshift_r(low, high, bits); }
+
+// 16 bytes at a 16-byte boundary. The streaming forms ask the caches to evict first what will not be used again.
+DEVICE uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
+DEVICE uint4 load16_streaming(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+DEVICE void store16_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+
+template <class T> DEVICE T shuffle_xor(T value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
+template <class T> DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { atomicMin(p, v); }
+}  // namespace dev
+#endif

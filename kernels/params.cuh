@@ -1,0 +1,59 @@
+// What every kernel is given: the C++ twin of src/kernel_abi.rs, field for field. Shapes and meaning are described there.
+#pragma once
+#include <stdint.h>
+
+constexpr int kMaxRowDims = 4;
+
+// Element offset of row i of a view (…, V): mixed-radix digits of i times strides, innermost first.
+struct RowOffsets {
+  uint64_t dims;
+  uint64_t sizes[kMaxRowDims];
+  uint64_t strides[kMaxRowDims];
+};
+
+// lse = (shift + log2_sum)·ln 2, in two parts so that a large offset of the row costs no precision.
+struct alignas(16) RowState {
+  float shift;
+  float log2_sum;
+  uint32_t classes;
+  uint32_t reserved;
+};
+
+struct Params {
+  const void* logits;
+  void* grad;
+  const void* targets;
+  const float* smoothing;
+  const float* weights;
+  const float* upstream;
+  const float* divisor;
+  float* loss;
+  RowState* state;
+  float* nll;
+  float* lse;
+  float* entropy;
+  float* max_prob;
+  float* grad_norm_sq;
+  uint32_t* predicted;
+  float* reduced;
+  float* total_weight;
+  unsigned long long* first_error;
+
+  RowOffsets logits_rows;
+  RowOffsets grad_rows;
+  uint64_t rows;
+  int64_t ignore_index;
+  uint32_t vocab;
+  uint32_t width;
+  uint32_t targets_are_i64;
+  uint32_t upstream_per_row;
+  uint32_t mean;
+  float uniform_smoothing;
+  float z_loss;
+  float logit_scale;
+  float softcap;
+  float result_scale;
+};
+static_assert(sizeof(Params) == 18 * 8 + 2 * 72 + 16 + 40, "src/kernel_abi.rs has the same fields");
+
+enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

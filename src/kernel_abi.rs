@@ -1,0 +1,195 @@
+//! What the kernels in `kernels/` are given: the Rust twin of `kernels/params.cuh`, field for field.
+//!
+//! Also compiled into the emulation tests, so nothing here may depend on CUDA.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Leading dimensions a view may keep, after merging, before its rows are copied to be contiguous.
+pub const MAX_ROW_DIMS: usize = 4;
+
+/// Element offset of row i of a view (…, V): mixed-radix digits of i times strides, innermost first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct RowOffsets {
+    /// Dimensions in use, at least 1; `sizes[dims − 1]` is not read.
+    pub dims: u64,
+    pub sizes: [u64; MAX_ROW_DIMS],
+    /// In elements.
+    pub strides: [u64; MAX_ROW_DIMS],
+}
+
+/// The row's normaliser, written by the forward kernel and read by the backward kernel.
+///
+/// `lse = (shift + log2_sum)·ln 2`, kept in two parts so that a large offset of the row costs no precision.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct RowState {
+    /// log2 e times the row's largest logit (0 where all are masked).
+    pub shift: f32,
+    /// log2 Σ exp2(z·log2 e − shift).
+    pub log2_sum: f32,
+    /// K: classes that are not masked.
+    pub classes: u32,
+    pub reserved: u32,
+}
+
+/// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
+///
+/// All pointers come first: the emulation relocates the leading [`Params::POINTERS`] words.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct Params {
+    /// (…, width) of the kernel's element type.
+    pub logits: u64,
+    /// (…, width) of the same type; may be `logits`.
+    pub grad: u64,
+    /// (rows) u32 or i64.
+    pub targets: u64,
+    /// (rows) f32, or null: `uniform_smoothing`.
+    pub smoothing: u64,
+    /// (rows) f32, or null: 1.
+    pub weights: u64,
+    /// Backward: f32 gradient of the result, (rows) or a scalar, or null: 1.
+    pub upstream: u64,
+    /// Scalar f32 that gradients are divided by (0 counts as 1), or null: 1.
+    pub divisor: u64,
+    /// (rows) f32: the weighted loss of each row.
+    pub loss: u64,
+    /// (rows) of [`RowState`], or null when the forward need not keep it.
+    pub state: u64,
+    /// Statistics, (rows) each; used by kernels compiled with statistics.
+    pub nll: u64,
+    pub lse: u64,
+    pub entropy: u64,
+    pub max_prob: u64,
+    pub grad_norm_sq: u64,
+    /// u32.
+    pub predicted: u64,
+    /// Reduction: scalar f32 result, or null when only the weights are to be summed.
+    pub reduced: u64,
+    /// Reduction: scalar f32 Σ w over rows that are not ignored.
+    pub total_weight: u64,
+    /// u64, preset to all ones: the smallest `row·4 + kind` of a bad row ([`BadValue`]), or null.
+    pub first_error: u64,
+
+    pub logits_rows: RowOffsets,
+    pub grad_rows: RowOffsets,
+    pub rows: u64,
+    pub ignore_index: i64,
+    /// Classes; columns from here to `width` are padding.
+    pub vocab: u32,
+    /// Length of a row.
+    pub width: u32,
+    /// 1 for i64 targets, 0 for u32.
+    pub targets_are_i64: u32,
+    /// 1 when `upstream` has one value a row.
+    pub upstream_per_row: u32,
+    /// Reduction: 1 divides the sum by the total weight.
+    pub mean: u32,
+    pub uniform_smoothing: f32,
+    pub z_loss: f32,
+    pub logit_scale: f32,
+    /// Read by kernels compiled with a softcap only.
+    pub softcap: f32,
+    /// Constant factor of all gradients; of the reduced loss too.
+    pub result_scale: f32,
+}
+
+impl Params {
+    /// Number of leading 64-bit words that are addresses.
+    pub const POINTERS: usize = 18;
+}
+
+/// What is wrong with a row, as the kernels report it in `first_error`.
+#[repr(u64)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadValue {
+    Target = 0,
+    Smoothing = 1,
+    Weight = 2,
+}
+
+/// Threads a block for a row of `width` elements of `element_size` bytes: enough for about four
+/// 16-byte vectors a thread, a whole number of warps. Depends on nothing else, so that a row's
+/// bits do not depend on its neighbours.
+pub fn threads_per_row(width: usize, element_size: usize) -> u32 {
+    let vectors = (width * element_size).div_ceil(16);
+    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 1024)
+}
+
+/// Threads of the single block that reduces row losses.
+pub const REDUCE_THREADS: u32 = 1024;
+
+/// Element type of the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    F32,
+    F16,
+    BF16,
+}
+
+impl Element {
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        }
+    }
+
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// One compiled kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// Loss of every row; one block a row.
+    Forward { element: Element, stats: bool, softcap: bool },
+    /// Gradient of every row from its [`RowState`]; one block a row.
+    Backward { element: Element, softcap: bool },
+    /// Loss and gradient of every row; one block a row.
+    Fused { element: Element, stats: bool, softcap: bool },
+    /// Row losses to a scalar, or total weight; one block.
+    Reduce,
+}
+
+impl Kernel {
+    /// Symbol in the compiled module.
+    pub fn symbol(self) -> String {
+        let flag = |on: bool, name: &'static str| if on { name } else { "" };
+        match self {
+            Self::Forward { element, stats, softcap } => {
+                format!("ce_forward_{}{}{}", element.name(), flag(stats, "_stats"), flag(softcap, "_softcap"))
+            }
+            Self::Backward { element, softcap } => {
+                format!("ce_backward_{}{}", element.name(), flag(softcap, "_softcap"))
+            }
+            Self::Fused { element, stats, softcap } => {
+                format!("ce_fused_{}{}{}", element.name(), flag(stats, "_stats"), flag(softcap, "_softcap"))
+            }
+            Self::Reduce => "ce_reduce".into(),
+        }
+    }
+
+    /// Every kernel there is.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::Reduce];
+        for element in Element::ALL {
+            for softcap in [false, true] {
+                all.push(Self::Backward { element, softcap });
+                for stats in [false, true] {
+                    all.push(Self::Forward { element, stats, softcap });
+                    all.push(Self::Fused { element, stats, softcap });
+                }
+            }
+        }
+        all
+    }
+}
