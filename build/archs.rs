@@ -1,0 +1,107 @@
+//! Which GPU architectures to compile for. Pure, so that `tests/build_archs.rs` can test it.
+
+/// One architecture, such as sm_80 or sm_90a.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Arch {
+    pub number: u32,
+    /// "", "a" (features of exactly this chip) or "f" (of its family).
+    pub suffix: &'static str,
+}
+
+/// Compiled where no list is given and no GPU is seen: code for one chip also runs on later ones of its major version.
+pub const DEFAULT: [u32; 5] = [75, 80, 90, 100, 120];
+
+/// Reads a list such as `80;90a`, in which `8.0` and `sm_80` are accepted for `80`. The result is sorted.
+pub fn parse_list(list: &str) -> Result<Vec<Arch>, String> {
+    let items = list
+        .split([';', ',', ' ', '\n'])
+        .map(str::trim)
+        .filter(|item| !item.is_empty());
+    let mut archs = items.map(parse).collect::<Result<Vec<_>, _>>()?;
+    archs.sort();
+    archs.dedup();
+    if archs.is_empty() {
+        Err("an empty list".into())
+    } else {
+        Ok(archs)
+    }
+}
+
+fn parse(item: &str) -> Result<Arch, String> {
+    let body = item.strip_prefix("sm_").unwrap_or(item);
+    let digits = body.trim_end_matches(['a', 'f']);
+    let suffix = match &body[digits.len()..] {
+        "" => "",
+        "a" => "a",
+        "f" => "f",
+        _ => return Err(format!("`{item}` is no architecture")),
+    };
+    // Major and minor version, the minor one digit: two or three digits in all.
+    let number = digits.replacen('.', "", 1);
+    match number.parse() {
+        Ok(number) if (50..1000).contains(&number) => Ok(Arch { number, suffix }),
+        _ => Err(format!("`{item}` is no architecture")),
+    }
+}
+
+/// Says so if nvcc does not know one of them. `known` is what `nvcc --list-gpu-code` prints.
+pub fn check(archs: &[Arch], known: &str) -> Result<(), String> {
+    let known = numbers(known);
+    match archs.iter().find(|arch| !known.contains(&arch.number)) {
+        None => Ok(()),
+        Some(arch) => {
+            let known: Vec<_> = known.iter().map(u32::to_string).collect();
+            Err(format!(
+                "sm_{}{} is unknown to this nvcc, which knows {}",
+                arch.number,
+                arch.suffix,
+                known.join(", ")
+            ))
+        }
+    }
+}
+
+/// [`DEFAULT`], as far as nvcc knows it.
+pub fn default_list(known: &str) -> Vec<Arch> {
+    let known = numbers(known);
+    DEFAULT
+        .into_iter()
+        .filter(|n| known.contains(n))
+        .map(|number| Arch { number, suffix: "" })
+        .collect()
+}
+
+fn numbers(known: &str) -> Vec<u32> {
+    let mut numbers: Vec<u32> = known
+        .split_whitespace()
+        .filter_map(|code| code.strip_prefix("sm_")?.parse().ok())
+        .collect();
+    numbers.sort();
+    numbers
+}
+
+/// nvcc's arguments: machine code for each, and PTX of the lowest, which newer GPUs compile when they load it.
+/// That PTX has no suffix, since code with one runs on no other chip.
+pub fn gencode(archs: &[Arch]) -> Vec<String> {
+    let code = |a: &Arch| {
+        format!(
+            "-gencode=arch=compute_{0}{1},code=sm_{0}{1}",
+            a.number, a.suffix
+        )
+    };
+    let ptx = archs
+        .iter()
+        .map(|a| a.number)
+        .min()
+        .map(|n| format!("-gencode=arch=compute_{n},code=compute_{n}"));
+    archs.iter().map(code).chain(ptx).collect()
+}
+
+/// `80;90a`, as it would be given.
+pub fn display(archs: &[Arch]) -> String {
+    archs
+        .iter()
+        .map(|a| format!("{}{}", a.number, a.suffix))
+        .collect::<Vec<_>>()
+        .join(";")
+}
