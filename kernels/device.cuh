@@ -15,13 +15,14 @@ struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
 namespace dev {
-// 2^x and its inverse: at most 2 units in the last place, subnormal results are 0.
+// 2^x, at most 2 units in the last place; subnormal results are 0.
 DEVICE float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// Correctly rounded to a few units in the last place; for once-a-row use.
+// 1/x, at most 1 unit in the last place.
+DEVICE float reciprocal_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Correct to a few units in the last place; for once-a-row use.
 DEVICE float log(float x) { return logf(x); }
 DEVICE float log1p(float x) { return log1pf(x); }
 DEVICE float expm1(float x) { return expm1f(x); }
-DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // The larger; NaN only where both are.
 DEVICE float max(float a, float b) { return fmaxf(a, b); }

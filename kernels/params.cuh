@@ -15,8 +15,8 @@ struct RowOffsets {
 struct alignas(16) RowState {
   float shift;
   float log2_sum;
+  float inverse_sum;
   uint32_t classes;
-  uint32_t reserved;
 };
 
 struct Params {

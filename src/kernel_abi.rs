@@ -24,13 +24,14 @@ pub struct RowOffsets {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 pub struct RowState {
-    /// log2 e times the row's largest logit (0 where all are masked).
+    /// log2 e times the row's largest z (0 where all are masked, NaN in a row that is NaN).
     pub shift: f32,
     /// log2 Σ exp2(z·log2 e − shift).
     pub log2_sum: f32,
+    /// 1 / Σ exp2(z·log2 e − shift).
+    pub inverse_sum: f32,
     /// K: classes that are not masked.
     pub classes: u32,
-    pub reserved: u32,
 }
 
 /// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
@@ -114,7 +115,7 @@ pub enum BadValue {
 /// bits do not depend on its neighbours.
 pub fn threads_per_row(width: usize, element_size: usize) -> u32 {
     let vectors = (width * element_size).div_ceil(16);
-    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 1024)
+    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 256)
 }
 
 /// Threads of the single block that reduces row losses.

@@ -1,1 +1,60 @@
-pub fn a() {}
+//! Cross-entropy over large vocabularies for [candle](https://docs.rs/candle-core), with a label-smoothing
+//! coefficient of its own for every row, fused into one pass over the logits.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use candle_cross_entropy::CrossEntropy;
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let device = Device::Cpu;
+//! let logits = Var::randn(0f32, 1f32, (4, 8, 1000), &device)?; // (batch, sequence, vocabulary)
+//! let targets = Tensor::zeros((4, 8), candle_core::DType::U32, &device)?;
+//! let smoothing = Tensor::new(&[[0.0f32], [0.1], [0.05], [0.2]], &device)?; // a coefficient a sample
+//! let loss = CrossEntropy::new().smoothing(&smoothing).forward(&logits, &targets)?;
+//! let gradients = loss.backward()?;
+//! # assert!(gradients.get(&logits).is_some());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Mathematics
+//!
+//! Row i has logits x_k for k in \[0, V), a target y, a smoothing ε_i in \[0, 1\] and a weight w_i ≥ 0. With a logit
+//! scale s and a softcap c,
+//!
+//! ```text
+//! z_k    = s·x_k,  or  c·tanh(s·x_k / c) with a softcap
+//! lse    = log Σ_k exp(z_k)           p_k = exp(z_k − lse)
+//! nll    = lse − z_y                  smooth = lse − (1/K) Σ_k z_k
+//! loss_i = w_i · [ (1−ε_i)·nll + ε_i·smooth + λ·lse² ]
+//! ```
+//!
+//! * ε is spread over all K classes, the target among them (PyTorch's convention).
+//! * A logit of −inf is a masked class: probability and gradient 0, no smoothing mass; K counts the others. A masked
+//!   target has loss +inf, a row with every class masked has loss +inf and gradient 0.
+//! * NaN or +inf in a row makes that row NaN, and no other.
+//! * An ignored row has loss, gradient and statistics 0 and does not count. A row of weight 0 has loss and gradient 0.
+//! * The same input gives the same bits, and a row's results do not depend on the rows beside it.
+//!
+//! [`CrossEntropy::reference`] computes all of this in f64 with plain loops; the fast paths are tested against it.
+//!
+//! # Where to look
+//!
+//! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside: `call` validates
+//! arguments, `op` ties the loss into candle's graph, `reference` is the oracle, `cpu` the vectorised CPU path, `cuda`
+//! launches the kernels in `kernels/`, and `kernel_abi` is what they are given.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![warn(missing_docs)]
+
+mod call;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod kernel_abi;
+mod loss;
+mod op;
+mod reference;
+pub mod ual;
+
+pub use loss::{CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing, cross_entropy};

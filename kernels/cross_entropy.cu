@@ -1,0 +1,92 @@
+// Cross-entropy with a label-smoothing coefficient a row: the kernels. One block computes one row; which threads do
+// what depends on the row's length and type only, so a row's bits do not depend on its neighbours.
+//
+//   ce_forward_*   row losses (and statistics) from one read of the logits
+//   ce_backward_*  gradient from the forward's normalisers: one read, one write
+//   ce_fused_*     both in one launch: the second read of a row finds it in the cache
+//   ce_reduce      row losses to the result, in a fixed order
+//
+// Line by line the mathematics is that of src/reference.rs.
+#include "row.cuh"
+
+template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(const Params& p) {
+  const uint64_t row = blockIdx.x;
+  const RowInputs in = read_inputs(p, row);
+  if (in.kind != RowKind::kCounted) {  // the whole block
+    const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
+    finish_unused_row<STATS>(p, row, value);
+    if constexpr (GRAD) fill_gradient<T>(p, row, value);
+    return;
+  }
+  const Transform<SOFTCAP> transform(p);
+  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const float x_y = widen_one(x[in.target]);
+  const Partial others = sum_row<T, STATS, SOFTCAP, !GRAD>(x, static_cast<int>(p.vocab), in.target, transform);
+  const RowState state = finish_row<T, STATS, SOFTCAP>(p, row, in, others, x, x_y, transform);
+  if constexpr (GRAD) {
+    dev::sync_block();  // in place, nothing may be overwritten before it is read
+    write_gradient<T, SOFTCAP>(p, row, x, in, state, gradient_scale(p, row), transform);
+  }
+}
+
+template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
+  const uint64_t row = blockIdx.x;
+  const RowInputs in = read_inputs(p, row);
+  if (in.kind != RowKind::kCounted) {
+    fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN);
+    return;
+  }
+  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  write_gradient<T, SOFTCAP>(p, row, x, in, p.state[row], gradient_scale(p, row), Transform<SOFTCAP>(p));
+}
+
+// Threads a row at the most (src/kernel_abi.rs chooses), and how many such blocks an SM must hold.
+#define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
+
+#define INSTANTIATE_SOFTCAP(TYPE, SUFFIX, SOFTCAP)                                                                 \
+  ROW_KERNEL ce_forward_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, false>(p); }                    \
+  ROW_KERNEL ce_forward_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, false>(p); }             \
+  ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, true>(p); }                       \
+  ROW_KERNEL ce_fused_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                \
+  ROW_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
+#define INSTANTIATE(TYPE)              \
+  INSTANTIATE_SOFTCAP(TYPE, , false)   \
+  INSTANTIATE_SOFTCAP(TYPE, _softcap, true)
+
+using f32 = float;
+INSTANTIATE(f32)
+INSTANTIATE(f16)
+INSTANTIATE(bf16)
+
+// Σ loss and Σ w over rows in f64, every thread's rows and all merges in a fixed order. One block.
+KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
+  SHARED_ARRAY(double, losses, 32);
+  SHARED_ARRAY(double, weights, 32);
+  double loss = 0.0, weight = 0.0;
+  for (uint64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
+    if (read_target(p, row) == p.ignore_index) continue;
+    const float w = p.weights ? p.weights[row] : 1.f;
+    if (w >= 0.f && w < INFINITY) weight += w;
+    if (p.reduced) loss += p.loss[row];
+  }
+  UNROLL for (int lane = 16; lane > 0; lane >>= 1) {
+    loss += dev::shuffle_xor(loss, lane);
+    weight += dev::shuffle_xor(weight, lane);
+  }
+  if (threadIdx.x % 32 == 0) {
+    losses[threadIdx.x / 32] = loss;
+    weights[threadIdx.x / 32] = weight;
+  }
+  dev::sync_block();
+  if (threadIdx.x != 0) return;
+  loss = weight = 0.0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; warp++) {
+    loss += losses[warp];
+    weight += weights[warp];
+  }
+  p.total_weight[0] = static_cast<float>(weight);
+  if (p.reduced) {
+    const double mean = p.mean && weight != 0.0 ? loss / weight : loss;
+    p.reduced[0] = static_cast<float>(mean * p.result_scale);
+  }
+}

@@ -1,0 +1,212 @@
+// One row: its inputs, its loss and statistics from the merged partial result, its gradient.
+#pragma once
+#include "partial.cuh"
+#include "vector.cuh"
+
+DEVICE uint64_t row_offset(const RowOffsets& rows, uint64_t row) {
+  uint64_t offset = 0;
+  for (uint64_t d = 0; d + 1 < rows.dims; d++) {
+    offset += row % rows.sizes[d] * rows.strides[d];
+    row /= rows.sizes[d];
+  }
+  return offset + row * rows.strides[rows.dims - 1];
+}
+
+enum class RowKind { kCounted, kIgnored, kBad };
+
+struct RowInputs {
+  RowKind kind;
+  int target;
+  float smoothing;
+  float weight;
+};
+
+DEVICE long long read_target(const Params& p, uint64_t row) {
+  if (p.targets_are_i64) return static_cast<const int64_t*>(p.targets)[row];
+  return static_cast<const uint32_t*>(p.targets)[row];
+}
+
+DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
+  const long long target = read_target(p, row);
+  RowInputs in = {RowKind::kCounted, 0, 0.f, 0.f};
+  if (target == p.ignore_index) {
+    in.kind = RowKind::kIgnored;
+    return in;
+  }
+  in.smoothing = p.smoothing ? p.smoothing[row] : p.uniform_smoothing;
+  in.weight = p.weights ? p.weights[row] : 1.f;
+  // Comparisons that NaN fails.
+  const bool target_good = target >= 0 && target < static_cast<long long>(p.vocab);
+  const bool smoothing_good = in.smoothing >= 0.f && in.smoothing <= 1.f;
+  const bool weight_good = in.weight >= 0.f && in.weight < INFINITY;
+  if (target_good && smoothing_good && weight_good) {
+    in.target = static_cast<int>(target);
+    return in;
+  }
+  in.kind = RowKind::kBad;
+  if (p.first_error && threadIdx.x == 0) {
+    const BadValue kind = !target_good ? kBadTarget : !smoothing_good ? kBadSmoothing : kBadWeight;
+    dev::atomic_min(p.first_error, row * 4 + kind);
+  }
+  return in;
+}
+
+// Loss, statistics and normaliser of a row whose classes but the target merge to `others`. One thread writes them.
+template <class T, bool STATS, bool SOFTCAP>
+DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, Partial others, const T* x, float x_y,
+                           const Transform<SOFTCAP>& transform) {
+  const bool target_masked = x_y == -INFINITY;
+  const bool target_largest = x_y >= others.largest;
+  if (target_largest && !target_masked) reshift<STATS>(others, transform.shift(x_y));
+  const float d_y = transform(x_y, others.shift), e_y = dev::exp2_approx(d_y);
+  const float sum = others.exp + e_y, inverse = 1.f / sum;
+  const unsigned classes = others.classes + (target_masked ? 0u : 1u);
+  const float count = static_cast<float>(classes);
+  const bool nan = sum != sum;
+
+  // Where the target is the largest, the sum is its own term and a little: log1p keeps the little.
+  const float odds = others.exp / e_y;
+  const float log2_sum = target_largest ? dev::fma(kLog2E, dev::log1p(odds), d_y) : kLog2E * dev::log(sum);
+  const float nll = target_largest ? dev::log1p(odds) : kLn2 * (log2_sum - d_y);
+  const float lse = kLn2 * (others.shift + log2_sum);
+  RowState state = {nan ? NAN : others.shift, log2_sum, inverse, classes};
+  if (classes == 0) state = {0.f, 0.f, 0.f, 0u};
+  if (threadIdx.x != 0) return state;
+
+  const float linear = others.linear + (target_masked ? 0.f : d_y);
+  float loss = (1.f - in.smoothing) * nll;
+  if (in.smoothing != 0.f) loss = dev::fma(in.smoothing, kLn2 * (log2_sum - linear / count), loss);
+  loss = dev::fma(p.z_loss, lse * lse, loss);
+  if (nan) loss = NAN;
+  else if (target_masked) loss = INFINITY;
+  p.loss[row] = in.weight == 0.f ? 0.f : in.weight * loss;
+  if (p.state) p.state[row] = state;
+  if constexpr (STATS) {
+    const bool empty = classes == 0;
+    p.nll[row] = nan ? NAN : target_masked ? INFINITY : nll;
+    p.lse[row] = nan ? NAN : empty ? -INFINITY : lse;
+    const float weighted = others.weighted + (e_y > 0.f ? d_y * e_y : 0.f);
+    p.entropy[row] = nan ? NAN : empty ? 0.f : dev::max(kLn2 * (log2_sum - weighted * inverse), 0.f);
+    p.max_prob[row] = nan ? NAN : empty ? 0.f : target_largest ? e_y * inverse : inverse;
+    // Σ (p − ε/K)² over the others, expanded, and the target's own term.
+    const float share = in.smoothing / count, other_mass = others.exp * inverse;
+    const float others_norm = others.squares * inverse * inverse - 2.f * share * other_mass +
+                              static_cast<float>(others.classes) * share * share;
+    const float target_part = target_masked ? 0.f : in.smoothing - share - other_mass;
+    p.grad_norm_sq[row] = nan ? NAN : empty ? 0.f : dev::fma(target_part, target_part, dev::max(others_norm, 0.f));
+    // The group keeps no index: look for the logit in it again, lowest index first.
+    int predicted = in.target;
+    if (others.largest >= x_y) {
+      const int start = static_cast<int>(others.group) * kGroup<T>;
+      for (int k = kGroup<T> - 1; k >= 0; k--) {
+        if (start + k < static_cast<int>(p.vocab) && widen_one(x[start + k]) == others.largest) predicted = start + k;
+      }
+      if (x_y == others.largest && in.target < predicted) predicted = in.target;
+    }
+    p.predicted[row] = nan || empty ? 0u : static_cast<uint32_t>(predicted);
+  }
+  return state;
+}
+
+// What a row that takes no part leaves: zeros if ignored, NaN if one of its inputs is bad.
+template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t row, float value) {
+  if (threadIdx.x != 0) return;
+  p.loss[row] = value;
+  if (p.state) p.state[row] = {value, value, value, 0u};
+  if constexpr (STATS) {
+    p.nll[row] = p.lse[row] = p.entropy[row] = p.max_prob[row] = p.grad_norm_sq[row] = value;
+    p.predicted[row] = 0u;
+  }
+}
+
+// Sums over the row's classes, merged over the block.
+template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
+DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
+  SHARED_ARRAY(Partial, scratch, 32);
+  Partial a = empty_partial();
+  const RowReader<T> reader(x, vocab, 0);
+  const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
+  for_each_group<T, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
+    if (group == target / kGroup<T>) {
+      UNROLL for (int k = 0; k < kGroup<T>; k++) {
+        if (group * kGroup<T> + k == target) x[k] = -INFINITY;
+      }
+    }
+    add_group<STATS, SOFTCAP>(a, x, group, transform);
+  });
+  return merge_block<STATS>(a, scratch);
+}
+
+// Fills the row's gradient: `value` for classes, 0 for padding.
+template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, float value) {
+  T* grad = static_cast<T*>(p.grad) + row_offset(p.grad_rows, row);
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(p.width); i += static_cast<int>(blockDim.x)) {
+    grad[i] = narrow_one<T>(i < static_cast<int>(p.vocab) ? value : 0.f);
+  }
+}
+
+// Writes the row's gradient; `scale` is everything that multiplies dz. The logits may be the gradient's own memory:
+// a thread reads the elements it writes and no others.
+template <class T, bool SOFTCAP>
+DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowInputs& in, const RowState& state,
+                           float scale, const Transform<SOFTCAP>& transform) {
+  if (in.weight == 0.f || state.classes == 0u) {
+    fill_gradient<T>(p, row, 0.f);
+    return;
+  }
+  const int vocab = static_cast<int>(p.vocab), width = static_cast<int>(p.width);
+  T* grad = static_cast<T*>(p.grad) + row_offset(p.grad_rows, row);
+  scale *= in.weight;
+  if constexpr (!SOFTCAP) scale *= p.logit_scale;
+  const float outer = SOFTCAP ? p.logit_scale : 1.f;
+  const float lse_slope = 2.f * p.z_loss * kLn2 * (state.shift + state.log2_sum);
+  const float share = in.smoothing / static_cast<float>(state.classes);
+  const float factor = scale * (1.f + lse_slope) * state.inverse_sum, offset = scale * share;
+  // 0 but in a row that is NaN: there shift is.
+  const float masked_value = state.shift == state.shift ? 0.f : NAN;
+  const bool any_masked = state.classes != p.vocab;
+
+  // Groups by the gradient's address: its 16-byte stores must be aligned, and no sum depends on them.
+  const int lead = static_cast<int>((reinterpret_cast<uintptr_t>(grad) & 15u) / sizeof(T));
+  const RowReader<T> reader(x, vocab, lead);
+  const int groups = (width + lead + kGroup<T> - 1) / kGroup<T>;
+  // Descending: what the sums read last is still in the cache.
+  for_each_group<T, true, true>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
+    const int start = reader.start(group);
+    float g[kGroup<T>];
+    UNROLL for (int k = 0; k < kGroup<T>; k++) {
+      float slope;
+      const float e = dev::exp2_approx(transform(x[k], state.shift, slope));
+      g[k] = dev::fma(e, factor, -offset);
+      if constexpr (SOFTCAP) g[k] *= slope * outer;
+      if (any_masked && x[k] == -INFINITY) g[k] = masked_value;
+    }
+    if (in.target >= start && in.target < start + kGroup<T>) {
+      UNROLL for (int k = 0; k < kGroup<T>; k++) {
+        if (start + k == in.target && x[k] != -INFINITY) {
+          float slope;
+          const float log2_p = transform(x[k], state.shift, slope) - state.log2_sum;
+          const float p_minus_1 = dev::expm1(kLn2 * log2_p);
+          g[k] = scale * (p_minus_1 + in.smoothing - share + lse_slope * (1.f + p_minus_1));
+          if constexpr (SOFTCAP) g[k] *= slope * outer;
+        }
+      }
+    }
+    if (!at_edge) {  // whole and inside the vocabulary
+      dev::store16_streaming(grad + start, narrow<T>(g));
+      return;
+    }
+    UNROLL for (int k = 0; k < kGroup<T>; k++) {
+      const int i = start + k;
+      if (i >= 0 && i < width) grad[i] = narrow_one<T>(i < vocab ? g[k] : 0.f);
+    }
+  });
+}
+
+// What gradients are multiplied by, but for the row's weight.
+DEVICE float gradient_scale(const Params& p, uint64_t row) {
+  float scale = p.result_scale;
+  if (p.upstream) scale *= p.upstream[p.upstream_per_row ? row : 0];
+  if (p.divisor && *p.divisor != 0.f) scale /= *p.divisor;
+  return scale;
+}

@@ -1,0 +1,242 @@
+//! One call of the loss, its arguments checked and brought to the form the backends read.
+
+use candle_core::{DType, Device, Layout, Result, Tensor, bail};
+
+use crate::{
+    CrossEntropy, Reduction, Smoothing,
+    kernel_abi::{BadValue, MAX_ROW_DIMS, RowOffsets},
+};
+
+/// Checked arguments, apart from the logits themselves.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    /// The targets' shape, which is that of row losses and statistics.
+    pub shape: Vec<usize>,
+    /// Number of rows: the product of `shape`.
+    pub rows: usize,
+    /// Length of a row, padding included.
+    pub width: usize,
+    /// Classes: `width` less the padding.
+    pub vocab: usize,
+    /// (rows), contiguous, u32 or i64.
+    pub targets: Tensor,
+    /// (rows), contiguous, f32 on CUDA and f64 on the CPU; `None` for the uniform value.
+    pub smoothing: Option<Tensor>,
+    pub uniform_smoothing: f32,
+    /// (rows), contiguous, f32 on CUDA and f64 on the CPU; `None` for 1.
+    pub weights: Option<Tensor>,
+    pub ignore_index: i64,
+    pub z_loss: f32,
+    pub softcap: Option<f32>,
+    pub logit_scale: f32,
+    pub reduction: Reduction,
+    pub inplace_backward: bool,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // the CPU always checks
+    pub check_inputs: bool,
+}
+
+/// Target, smoothing and weight of a row that is not ignored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row {
+    pub target: usize,
+    pub smoothing: f64,
+    pub weight: f64,
+}
+
+impl Call {
+    pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Self> {
+        let (shape, width) = match logits.dims() {
+            [] => bail!("logits: a scalar, must have shape (…, V)"),
+            [shape @ .., width] => (shape.to_vec(), *width),
+        };
+        let rows: usize = shape.iter().product();
+        if width == 0 || width > i32::MAX as usize {
+            bail!("logits: rows of length {width}, must be 1 to {}", i32::MAX);
+        }
+        if rows > i32::MAX as usize {
+            bail!("logits: {rows} rows, must be at most {}", i32::MAX);
+        }
+        let on_cpu = logits.device().is_cpu();
+        match logits.dtype() {
+            DType::F32 | DType::F16 | DType::BF16 => {}
+            DType::F64 if on_cpu => {}
+            DType::F64 => bail!("logits: f64 on {:?}, must be f32, f16 or bf16 there", logits.device().location()),
+            other => bail!("logits: {}, must be f32, f16, bf16 or (on the CPU) f64", other.as_str()),
+        }
+        if targets.dims() != shape {
+            bail!("targets: shape {:?}, must be {shape:?} for logits of shape {:?}", targets.dims(), logits.dims());
+        }
+        if !matches!(targets.dtype(), DType::U32 | DType::I64) {
+            bail!("targets: {}, must be u32 or i64", targets.dtype().as_str());
+        }
+        same_device("targets", targets, logits.device())?;
+        let vocab = options.vocab_size.unwrap_or(width);
+        if vocab == 0 || vocab > width {
+            bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
+        }
+        if !(options.z_loss.is_finite() && options.z_loss >= 0.0) {
+            bail!("z_loss: {}, must be finite and not negative", options.z_loss);
+        }
+        if let Some(c) = options.softcap
+            && !(c.is_finite() && c > 0.0)
+        {
+            bail!("softcap: {c}, must be finite and greater than 0");
+        }
+        if !(options.logit_scale.is_finite() && options.logit_scale > 0.0) {
+            bail!("logit_scale: {}, must be finite and greater than 0", options.logit_scale);
+        }
+        if let Reduction::SumOver(n) = options.reduction
+            && !(n.is_finite() && n > 0.0)
+        {
+            bail!("reduction: SumOver({n}), n must be finite and greater than 0");
+        }
+        let row_type = if on_cpu { DType::F64 } else { DType::F32 };
+        let (smoothing, uniform_smoothing) = match &options.smoothing {
+            Smoothing::PerRow(values) => {
+                (Some(row_values("smoothing", values, &shape, row_type, logits.device())?), 0.0)
+            }
+            &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
+            Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
+        };
+        let weights = match &options.row_weights {
+            Some(values) => Some(row_values("row_weights", values, &shape, row_type, logits.device())?),
+            None => None,
+        };
+        Ok(Self {
+            targets: targets.detach().contiguous()?.reshape(rows)?,
+            shape,
+            rows,
+            width,
+            vocab,
+            smoothing,
+            uniform_smoothing,
+            weights,
+            ignore_index: options.ignore_index,
+            z_loss: options.z_loss,
+            softcap: options.softcap,
+            logit_scale: options.logit_scale,
+            reduction: options.reduction,
+            inplace_backward: options.inplace_backward,
+            check_inputs: options.check_inputs,
+        })
+    }
+
+    /// The shape of the result.
+    pub fn loss_shape(&self) -> &[usize] {
+        match self.reduction {
+            Reduction::None => &self.shape,
+            _ => &[],
+        }
+    }
+
+    /// Reads the rows' values on the CPU: `None` for ignored rows, an error for the first bad value.
+    pub fn read_rows(&self) -> Result<Vec<Option<Row>>> {
+        let targets = self.targets.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let per_row = |values: &Option<Tensor>| values.as_ref().map(Tensor::to_vec1::<f64>).transpose();
+        let (smoothing, weights) = (per_row(&self.smoothing)?, per_row(&self.weights)?);
+        let read = |(i, target): (usize, i64)| {
+            if target == self.ignore_index {
+                return Ok(None);
+            }
+            let smoothing = smoothing.as_ref().map_or(f64::from(self.uniform_smoothing), |s| s[i]);
+            let weight = weights.as_ref().map_or(1.0, |w| w[i]);
+            if !(0..self.vocab as i64).contains(&target) {
+                return Err(self.bad_value(BadValue::Target, i, target));
+            }
+            if !(0.0..=1.0).contains(&smoothing) {
+                return Err(self.bad_value(BadValue::Smoothing, i, smoothing));
+            }
+            if !(weight.is_finite() && weight >= 0.0) {
+                return Err(self.bad_value(BadValue::Weight, i, weight));
+            }
+            Ok(Some(Row { target: target as usize, smoothing, weight }))
+        };
+        targets.into_iter().enumerate().map(read).collect()
+    }
+
+    /// The error for a value inside a tensor, the same on every device.
+    pub fn bad_value(&self, kind: BadValue, row: usize, value: impl std::fmt::Display) -> candle_core::Error {
+        let (argument, rule) = match kind {
+            BadValue::Target => (
+                "targets",
+                format!("must be 0 to {} or the ignore_index {}", self.vocab - 1, self.ignore_index),
+            ),
+            BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
+            BadValue::Weight => ("row_weights", "must be finite and not negative".into()),
+        };
+        candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
+    }
+}
+
+fn same_device(argument: &str, tensor: &Tensor, device: &Device) -> Result<()> {
+    if !tensor.device().same_device(device) {
+        bail!("{argument}: on {:?}, must be on {:?} with the logits", tensor.device().location(), device.location());
+    }
+    Ok(())
+}
+
+/// A value a row, broadcast to the targets' shape and flattened.
+fn row_values(argument: &str, values: &Tensor, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    if !values.dtype().is_float() {
+        bail!("{argument}: {}, must be a float type", values.dtype().as_str());
+    }
+    same_device(argument, values, device)?;
+    let Ok(values) = values.detach().broadcast_as(shape) else {
+        bail!("{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}", values.dims());
+    };
+    // After the broadcast: candle's conversions give a contiguous result.
+    values.to_dtype(dtype)?.contiguous()?.flatten_all()
+}
+
+/// Rows of a view (…, width) where they can be read in place: elements adjacent and few enough strides.
+pub(crate) fn row_offsets(layout: &Layout) -> Option<RowOffsets> {
+    let (&width, dims) = layout.dims().split_last()?;
+    let (&step, strides) = layout.stride().split_last()?;
+    if width > 1 && step != 1 {
+        return None;
+    }
+    // Innermost first; a dimension that continues the one inside it is merged with it.
+    let mut merged: Vec<(usize, usize)> = Vec::new();
+    for (&size, &stride) in dims.iter().zip(strides).rev() {
+        match merged.last_mut() {
+            _ if size == 1 => {}
+            Some((inner, inner_stride)) if stride == *inner * *inner_stride => *inner *= size,
+            _ => merged.push((size, stride)),
+        }
+    }
+    if merged.len() > MAX_ROW_DIMS {
+        return None;
+    }
+    let mut rows = RowOffsets { dims: merged.len().max(1) as u64, sizes: [1; MAX_ROW_DIMS], strides: [0; MAX_ROW_DIMS] };
+    for (d, (size, stride)) in merged.into_iter().enumerate() {
+        rows.sizes[d] = size as u64;
+        rows.strides[d] = stride as u64;
+    }
+    Some(rows)
+}
+
+impl RowOffsets {
+    /// First element of row i, counted from the view's start.
+    pub fn offset(&self, mut row: usize) -> usize {
+        let mut offset = 0;
+        let last = self.dims as usize - 1;
+        for d in 0..last {
+            offset += row % self.sizes[d] as usize * self.strides[d] as usize;
+            row /= self.sizes[d] as usize;
+        }
+        offset + row * self.strides[last] as usize
+    }
+
+    /// Whether rows of `width` elements share none: what writing them needs.
+    pub fn disjoint(&self, width: usize) -> bool {
+        let mut dims: Vec<_> = (0..self.dims as usize).map(|d| (self.strides[d] as usize, self.sizes[d] as usize)).collect();
+        dims.retain(|&(_, size)| size > 1);
+        dims.sort_unstable();
+        let mut extent = width;
+        dims.into_iter().all(|(stride, size)| {
+            let fits = stride >= extent;
+            extent = stride * (size - 1) + extent;
+            fits
+        })
+    }
+}

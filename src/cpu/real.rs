@@ -1,0 +1,205 @@
+//! Arithmetic of the CPU path: elementary functions written without branches, so that loops over them vectorise
+//! under whatever instruction set the caller was compiled for.
+
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+/// f32 or f64: the type a row is computed in. `FUSED` says whether the instruction set has a fused multiply-add;
+/// without one, `mul_add` would be a library call.
+pub(super) trait Real:
+    Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + 'static
+{
+    const NEG_INFINITY: Self;
+    const ZERO: Self;
+    const ONE: Self;
+    /// Below this |y|, tanh is a series; above, 1 − e^(−2|y|) has lost few enough digits.
+    const SERIES: Self;
+
+    fn of(x: f64) -> Self;
+    fn f64(self) -> f64;
+    fn abs(self) -> Self;
+    fn copysign(self, sign: Self) -> Self;
+    fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
+    /// e^self for self ≤ 0 (a little above is fine): 0 where it would be subnormal, NaN for NaN.
+    fn exp<const FUSED: bool>(self) -> Self;
+    /// tanh(self)/self for |self| < [`Self::SERIES`], given self².
+    fn tanh_series<const FUSED: bool>(square: Self) -> Self;
+
+    /// The larger; `self` where the other is NaN. One instruction, unlike `f32::max`.
+    #[inline(always)]
+    fn largest(self, other: Self) -> Self {
+        if other > self { other } else { self }
+    }
+
+    /// (tanh self, 1 − tanh² self); the second without the cancellation that computing it from the first has.
+    #[inline(always)]
+    fn tanh_and_slope<const FUSED: bool>(self) -> (Self, Self) {
+        let (y, one) = (self.abs(), Self::ONE);
+        let e = (-(y + y)).exp::<FUSED>(); // tanh y = (1 − e)/(1 + e), slope 4e/(1 + e)²
+        let inverse = one / (one + e);
+        let by_exp = (one - e) * inverse;
+        let by_series = y * Self::tanh_series::<FUSED>(y * y);
+        let tanh = if y < Self::SERIES { by_series } else { by_exp };
+        ((tanh).copysign(self), Self::of(4.0) * e * inverse * inverse)
+    }
+}
+
+/// Horner's rule, highest coefficient first.
+#[inline(always)]
+fn horner<R: Real, const FUSED: bool>(x: R, coefficients: &[f64]) -> R {
+    let mut sum = R::of(coefficients[0]);
+    for &c in &coefficients[1..] {
+        sum = sum.fma::<FUSED>(x, R::of(c));
+    }
+    sum
+}
+
+/// 1/k! from the highest k down: Taylor's series of e^r, |r| ≤ ln 2 / 2.
+const EXP_F32: [f64; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+const EXP_F64: [f64; 14] = [
+    1.0 / 6227020800.0,
+    1.0 / 479001600.0,
+    1.0 / 39916800.0,
+    1.0 / 3628800.0,
+    1.0 / 362880.0,
+    1.0 / 40320.0,
+    1.0 / 5040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
+];
+/// Taylor's series of tanh(y)/y in y² (coefficients 2^2n (2^2n − 1) B_2n / (2n)!), highest first.
+const TANH: [f64; 10] = [
+    -443861162.0 / 1856156927625.0,
+    6404582.0 / 10854718875.0,
+    -929569.0 / 638512875.0,
+    21844.0 / 6081075.0,
+    -1382.0 / 155925.0,
+    62.0 / 2835.0,
+    -17.0 / 315.0,
+    2.0 / 15.0,
+    -1.0 / 3.0,
+    1.0,
+];
+
+// e^x = 2^n·e^r with n = round(x·log2 e), r = x − n·ln 2, ln 2 in two parts (Cody and Waite, "Software Manual for the
+// Elementary Functions", 1980, chapter 6). Adding `ROUND` puts n, biased as an exponent is, into the low bits.
+macro_rules! real {
+    ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $series:literal, $tanh:expr) => {
+        impl Real for $float {
+            const NEG_INFINITY: Self = $float::NEG_INFINITY;
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            const SERIES: Self = $series;
+
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $float
+            }
+            #[inline(always)]
+            fn f64(self) -> f64 {
+                self.into()
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                self.abs()
+            }
+            #[inline(always)]
+            fn copysign(self, sign: Self) -> Self {
+                self.copysign(sign)
+            }
+            #[inline(always)]
+            fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self {
+                if FUSED { self.mul_add(a, b) } else { self * a + b }
+            }
+            #[inline(always)]
+            fn exp<const FUSED: bool>(self) -> Self {
+                const ROUND: $float = $round + $bias;
+                let biased = self.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
+                let n = biased - ROUND;
+                let r = n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, self));
+                let power = $float::from_bits(biased.to_bits() << $mantissa);
+                let result = horner::<Self, FUSED>(r, &$exp) * power;
+                if self < $least { 0.0 } else { result }
+            }
+            #[inline(always)]
+            fn tanh_series<const FUSED: bool>(square: Self) -> Self {
+                horner::<Self, FUSED>(square, $tanh)
+            }
+        }
+    };
+}
+real!(f32, 23, 12582912.0, 127.0, 0.693_359_4, -2.121_944_4e-4, -87.0, EXP_F32, 0.25, TANH.split_at(4).1);
+real!(
+    f64,
+    52,
+    6755399441055744.0,
+    1023.0,
+    0.693_147_180_369_123_8,
+    1.908_214_929_270_587_7e-10,
+    -708.0,
+    EXP_F64,
+    0.1,
+    &TANH
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Worst error against f64 (the library's own for f64) in units of `epsilon`.
+    fn worst<R: Real>(epsilon: f64, ours: impl Fn(R) -> R, theirs: impl Fn(f64) -> f64, points: &[f64]) -> f64 {
+        let error = |&x: &f64| {
+            let x = R::of(x);
+            let exact = theirs(x.f64());
+            (ours(x).f64() - exact).abs() / (exact.abs() * epsilon)
+        };
+        points.iter().map(error).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let points: Vec<f64> = (0..200_000).map(|i| -86.9 * f64::from(i) / 200_000.0).collect();
+        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<true>(), f64::exp, &points) < 1.0);
+        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<false>(), f64::exp, &points) < 2.0);
+        assert!(worst::<f64>(f64::EPSILON, |x| x.exp::<true>(), f64::exp, &points) < 2.0);
+        assert!(worst::<f64>(f64::EPSILON, |x| x.exp::<false>(), f64::exp, &points) < 2.0);
+    }
+
+    #[test]
+    fn exp_of_special_values() {
+        fn check<R: Real>() {
+            let exp = |x: f64| R::of(x).exp::<true>().f64();
+            assert_eq!(exp(0.0), 1.0);
+            assert_eq!(exp(f64::NEG_INFINITY), 0.0);
+            assert_eq!(exp(-1e30), 0.0);
+            assert!(exp(f64::NAN).is_nan());
+        }
+        check::<f32>();
+        check::<f64>();
+    }
+
+    #[test]
+    fn tanh_and_its_slope_keep_their_digits() {
+        let points: Vec<f64> = (1..100_000).map(|i| 9.0 * f64::from(i) / 100_000.0).collect();
+        let slope = |x: f64| x.cosh().powi(-2);
+        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.tanh_and_slope::<true>().0, f64::tanh, &points) < 4.0);
+        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.tanh_and_slope::<true>().1, slope, &points) < 8.0);
+        assert!(worst::<f64>(f64::EPSILON, |x| x.tanh_and_slope::<true>().0, f64::tanh, &points) < 16.0);
+        assert!(worst::<f64>(f64::EPSILON, |x| x.tanh_and_slope::<true>().1, slope, &points) < 32.0);
+        assert_eq!((-0.3f32).tanh_and_slope::<true>().0, -(0.3f32.tanh_and_slope::<true>().0));
+    }
+}

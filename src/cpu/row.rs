@@ -1,0 +1,390 @@
+//! One row: partial results of its pieces, their merge, and the gradient of a piece.
+//!
+//! A row is cut into pieces of [`PIECE`] logits, which fit in the first-level cache, whatever its length, its address
+//! and the number of threads. Pieces are merged in order, in f64. So a row's bits depend on nothing but the row.
+
+use super::{element::Element, real::Real};
+use crate::call::{Call, Row};
+
+/// Logits a piece.
+pub(super) const PIECE: usize = 2048;
+/// Independent sums, one a SIMD lane: a fixed number, so that results do not depend on the instruction set's width.
+const LANES: usize = 16;
+/// Lanes of the maximum, which no rounding depends on: enough to hide its latency.
+const MAX_LANES: usize = 64;
+
+/// Scale and softcap of the logits.
+#[derive(Clone, Copy)]
+pub(super) struct Transform<R> {
+    scale: R,
+    cap: R,
+    /// scale / cap.
+    inner: R,
+}
+
+impl<R: Real> Transform<R> {
+    pub fn new(call: &Call) -> Self {
+        let scale = f64::from(call.logit_scale);
+        let cap = call.softcap.map_or(1.0, f64::from);
+        Self { scale: R::of(scale), cap: R::of(cap), inner: R::of(scale / cap) }
+    }
+
+    /// z − shift, and dz/dx up to the scale. NaN for x = ±inf with a softcap.
+    #[inline(always)]
+    fn apply<const CAP: bool, const FUSED: bool>(&self, x: R, shift: R) -> (R, R) {
+        if CAP {
+            let (tanh, slope) = (x * self.inner).tanh_and_slope::<FUSED>();
+            // x − x makes NaN of an infinity, which tanh would hide.
+            (self.cap.fma::<FUSED>(tanh, (x - x) - shift), slope)
+        } else {
+            (x.fma::<FUSED>(self.scale, -shift), R::ONE)
+        }
+    }
+
+    /// z of the largest logit: what a row's exponentials are taken relative to. 0 where all are masked.
+    #[inline(always)]
+    fn shift<const CAP: bool, const FUSED: bool>(&self, largest: R) -> R {
+        if largest == R::NEG_INFINITY { R::ZERO } else { self.apply::<CAP, FUSED>(largest, R::ZERO).0 }
+    }
+}
+
+/// Sums over the classes of a stretch of a row, without masked ones and without the target, relative to `shift`.
+///
+/// The target is left out so that probabilities near 1 keep their digits: 1 − p_y is then a sum, not a difference.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Partial {
+    /// Largest logit (before scale and softcap), the target among them.
+    largest: f64,
+    /// The piece that has it first.
+    piece: usize,
+    /// z of `largest`.
+    shift: f64,
+    /// Σ exp(z − shift).
+    exp: f64,
+    /// Σ (z − shift).
+    linear: f64,
+    /// Σ (z − shift)·exp(z − shift).
+    weighted: f64,
+    /// Σ exp(z − shift)².
+    squares: f64,
+    classes: usize,
+}
+
+impl Partial {
+    pub const EMPTY: Self = Self {
+        largest: f64::NEG_INFINITY,
+        piece: 0,
+        shift: 0.0,
+        exp: 0.0,
+        linear: 0.0,
+        weighted: 0.0,
+        squares: 0.0,
+        classes: 0,
+    };
+
+    /// The same sums relative to another shift.
+    fn shifted(self, shift: f64) -> Self {
+        let by = self.shift - shift;
+        let factor = by.exp();
+        // Of no classes, every sum is 0 whatever the factor.
+        if self.classes == 0 {
+            return Self { shift, ..self };
+        }
+        Self {
+            shift,
+            exp: self.exp * factor,
+            linear: self.linear + self.classes as f64 * by,
+            weighted: (self.weighted + by * self.exp) * factor,
+            squares: self.squares * factor * factor,
+            ..self
+        }
+    }
+
+    /// This stretch followed by `other`.
+    pub fn merge(self, other: Self) -> Self {
+        let first = self.largest >= other.largest;
+        let (largest, piece, shift) =
+            if first { (self.largest, self.piece, self.shift) } else { (other.largest, other.piece, other.shift) };
+        let (a, b) = (self.shifted(shift), other.shifted(shift));
+        Self {
+            largest,
+            piece,
+            shift,
+            exp: a.exp + b.exp,
+            linear: a.linear + b.linear,
+            weighted: a.weighted + b.weighted,
+            squares: a.squares + b.squares,
+            classes: a.classes + b.classes,
+        }
+    }
+}
+
+/// What the gradient of a row needs besides its logits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Normaliser {
+    shift: f64,
+    /// log Σ exp(z − shift), over all classes.
+    log_sum: f64,
+    /// p_y − 1.
+    target_p_minus_1: f64,
+    classes: usize,
+}
+
+/// Loss and statistics of a row; all zero for an ignored one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RowResult {
+    pub loss: f64,
+    pub nll: f64,
+    pub lse: f64,
+    pub entropy: f64,
+    pub max_prob: f64,
+    pub grad_norm_sq: f64,
+    pub predicted: u32,
+}
+
+/// The logits of piece `index` as reals, with the target's, if it is there, replaced by a masked class.
+#[inline(always)]
+fn without_target<'a, T: Element>(
+    x: &'a [T],
+    index: usize,
+    target: usize,
+    buffer: &'a mut [T::Real; PIECE],
+) -> &'a [T::Real] {
+    let start = index * PIECE;
+    let x = &x[start..(start + PIECE).min(x.len())];
+    if !(start..start + x.len()).contains(&target) {
+        return T::widen(x, buffer);
+    }
+    let mut converted = [T::Real::ZERO; PIECE];
+    let reals = T::widen(x, &mut converted);
+    let buffer = &mut buffer[..x.len()];
+    buffer.copy_from_slice(reals);
+    buffer[target - start] = T::Real::NEG_INFINITY;
+    buffer
+}
+
+#[inline(always)]
+fn one<T: Element>(x: T) -> T::Real {
+    T::widen(&[x], &mut [T::Real::ZERO])[0]
+}
+
+#[inline(always)]
+fn largest_of<R: Real>(x: &[R]) -> R {
+    let mut lanes = [R::NEG_INFINITY; MAX_LANES];
+    let (chunks, rest) = x.as_chunks::<MAX_LANES>();
+    for chunk in chunks {
+        for l in 0..MAX_LANES {
+            lanes[l] = lanes[l].largest(chunk[l]);
+        }
+    }
+    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, &b| a.largest(b))
+}
+
+/// Partial result of piece `index` of the row `x`.
+#[inline(always)]
+pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const FUSED: bool>(
+    x: &[T],
+    index: usize,
+    target: usize,
+    transform: &Transform<T::Real>,
+) -> Partial {
+    let mut buffer = [T::Real::ZERO; PIECE];
+    let reals = without_target(x, index, target, &mut buffer);
+    let mut largest = largest_of(reals);
+    if target / PIECE == index {
+        largest = largest.largest(one(x[target]));
+    }
+    let shift = transform.shift::<CAP, FUSED>(largest);
+
+    let mut sums = Sums::default();
+    let (chunks, rest) = reals.as_chunks::<LANES>();
+    for chunk in chunks {
+        sums.add::<CAP, STATS, FUSED>(chunk, transform, shift);
+    }
+    if !rest.is_empty() {
+        let mut chunk = [T::Real::NEG_INFINITY; LANES];
+        chunk[..rest.len()].copy_from_slice(rest);
+        sums.add::<CAP, STATS, FUSED>(&chunk, transform, shift);
+    }
+    let total = |lanes: [T::Real; LANES]| lanes.iter().map(|v| v.f64()).sum::<f64>();
+    Partial {
+        largest: largest.f64(),
+        piece: index,
+        shift: shift.f64(),
+        exp: total(sums.exp),
+        linear: total(sums.linear),
+        weighted: total(sums.weighted),
+        squares: total(sums.squares),
+        classes: total(sums.classes) as usize,
+    }
+}
+
+#[derive(Default)]
+struct Sums<R> {
+    exp: [R; LANES],
+    linear: [R; LANES],
+    weighted: [R; LANES],
+    squares: [R; LANES],
+    classes: [R; LANES],
+}
+
+impl<R: Real> Sums<R> {
+    #[inline(always)]
+    fn add<const CAP: bool, const STATS: bool, const FUSED: bool>(
+        &mut self,
+        x: &[R; LANES],
+        transform: &Transform<R>,
+        shift: R,
+    ) {
+        for l in 0..LANES {
+            let masked = x[l] == R::NEG_INFINITY;
+            let d = transform.apply::<CAP, FUSED>(x[l], shift).0;
+            let d = if masked { R::ZERO } else { d };
+            let e = if masked { R::ZERO } else { d.exp::<FUSED>() };
+            self.exp[l] = self.exp[l] + e;
+            self.linear[l] = self.linear[l] + d;
+            self.classes[l] = self.classes[l] + if masked { R::ZERO } else { R::ONE };
+            if STATS {
+                self.weighted[l] = d.fma::<FUSED>(e, self.weighted[l]);
+                self.squares[l] = e.fma::<FUSED>(e, self.squares[l]);
+            }
+        }
+    }
+}
+
+/// Loss, statistics and normaliser of the row `x` whose pieces merge to `others`.
+pub(super) fn finish<T: Element, const CAP: bool>(
+    call: &Call,
+    row: &Row,
+    x: &[T],
+    others: &Partial,
+    transform: &Transform<T::Real>,
+) -> (RowResult, Normaliser) {
+    let &Row { target, smoothing: eps, weight } = row;
+    let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
+    let x_y = one(x[target]);
+    let target_masked = x_y == T::Real::NEG_INFINITY;
+    let classes = others.classes + usize::from(!target_masked);
+    let d_y = if target_masked {
+        f64::NEG_INFINITY
+    } else {
+        transform.apply::<CAP, true>(x_y, T::Real::of(others.shift)).0.f64()
+    };
+    let e_y = d_y.exp();
+    let sum = others.exp + e_y;
+    if sum.is_nan() {
+        let nan = f64::NAN;
+        let normaliser = Normaliser { shift: nan, log_sum: nan, target_p_minus_1: nan, classes };
+        let result = RowResult {
+            loss: weighted(nan),
+            nll: nan,
+            lse: nan,
+            entropy: nan,
+            max_prob: nan,
+            grad_norm_sq: nan,
+            predicted: 0,
+        };
+        return (result, normaliser);
+    }
+    if classes == 0 {
+        let inf = f64::INFINITY;
+        return (RowResult { loss: weighted(inf), nll: inf, lse: -inf, ..Default::default() }, Normaliser::default());
+    }
+
+    // log1p where the target is the largest, as there the sum is 1 and a little.
+    let target_is_largest = x_y.f64() == others.largest;
+    let log_sum = if target_is_largest { d_y + (others.exp / e_y).ln_1p() } else { sum.ln() };
+    let lse = others.shift + log_sum;
+    let nll = if target_is_largest { (others.exp / e_y).ln_1p() } else { log_sum - d_y };
+    let p_y = e_y / sum;
+    let target_p_minus_1 = -others.exp / sum;
+    let k = classes as f64;
+    let linear = others.linear + if target_masked { 0.0 } else { d_y };
+    let weighted_sum = others.weighted + if target_masked { 0.0 } else { d_y * e_y };
+    let lambda = f64::from(call.z_loss);
+    let loss = if target_masked {
+        f64::INFINITY
+    } else {
+        let smooth = if eps == 0.0 { 0.0 } else { eps * (log_sum - linear / k) };
+        (1.0 - eps) * nll + smooth + lambda * lse * lse
+    };
+    // Σ (p − ε/K)² over the others, expanded, and the target's own term.
+    let share = eps / k;
+    let others_norm =
+        others.squares / (sum * sum) - 2.0 * share * (others.exp / sum) + others.classes as f64 * share * share;
+    let target_norm = if target_masked { 0.0 } else { (target_p_minus_1 + eps - share).powi(2) };
+    let piece = others.piece * PIECE;
+    let largest = T::Real::of(others.largest);
+    let predicted = x[piece..(piece + PIECE).min(x.len())].iter().position(|&v| one(v) == largest);
+    let result = RowResult {
+        loss: weighted(loss),
+        nll,
+        lse,
+        entropy: (log_sum - weighted_sum / sum).max(0.0),
+        max_prob: if target_is_largest { p_y } else { 1.0 / sum },
+        grad_norm_sq: others_norm.max(0.0) + target_norm,
+        predicted: (piece + predicted.unwrap_or(0)) as u32,
+    };
+    (result, Normaliser { shift: others.shift, log_sum, target_p_minus_1, classes })
+}
+
+/// Factors of a row's gradient: dx_k = (exponential·e_k − share)·slope_k, and the target's own.
+pub(super) struct GradFactors<R> {
+    shift: R,
+    exponential: R,
+    share: R,
+    /// Gradient of a masked class: 0, but NaN in a row that is NaN.
+    masked: R,
+    /// Gradient of the target, but for the slope of the softcap.
+    target: f64,
+}
+
+impl<R: Real> GradFactors<R> {
+    /// `scale` is everything that multiplies dz but the row's weight; `None` where the whole row's gradient is 0.
+    pub fn new(call: &Call, row: &Row, n: &Normaliser, scale: f64) -> Option<Self> {
+        let scale = scale * row.weight;
+        if row.weight == 0.0 || n.classes == 0 {
+            return None;
+        }
+        let lse_slope = 2.0 * f64::from(call.z_loss) * (n.shift + n.log_sum);
+        let share = row.smoothing / n.classes as f64;
+        let p_y = 1.0 + n.target_p_minus_1;
+        let scale = scale * f64::from(call.logit_scale);
+        Some(Self {
+            shift: R::of(n.shift),
+            exponential: R::of(scale * (1.0 + lse_slope) * (-n.log_sum).exp()),
+            share: R::of(scale * share),
+            masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
+            target: scale * (n.target_p_minus_1 + row.smoothing - share + lse_slope * p_y),
+        })
+    }
+}
+
+/// Gradient of the logits `x` of a piece, wrong for the target's.
+#[inline(always)]
+pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
+    x: &[T],
+    result: &mut [T::Real; PIECE],
+    transform: &Transform<T::Real>,
+    factors: &GradFactors<T::Real>,
+) {
+    let mut buffer = [T::Real::ZERO; PIECE];
+    let reals = T::widen(x, &mut buffer);
+    for (g, &x) in result.iter_mut().zip(reals) {
+        let (d, slope) = transform.apply::<CAP, FUSED>(x, factors.shift);
+        let dz = d.exp::<FUSED>().fma::<FUSED>(factors.exponential, -factors.share);
+        let dx = if CAP { dz * slope } else { dz };
+        *g = if x == T::Real::NEG_INFINITY { factors.masked } else { dx };
+    }
+}
+
+/// Gradient of the target's logit `x`.
+pub(super) fn target_gradient<T: Element, const CAP: bool>(
+    x: T,
+    transform: &Transform<T::Real>,
+    factors: &GradFactors<T::Real>,
+) -> T::Real {
+    let x = one(x);
+    let slope = if CAP { transform.apply::<CAP, true>(x, T::Real::ZERO).1.f64() } else { 1.0 };
+    if x == T::Real::NEG_INFINITY { factors.masked } else { T::Real::of(factors.target * slope) }
+}

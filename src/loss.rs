@@ -1,0 +1,235 @@
+//! The public surface: options of the loss, its entry points and what they return.
+
+use candle_core::{Result, Tensor};
+
+use crate::{call::Call, op, reference};
+
+/// Label smoothing: the share of the target distribution that is spread evenly over all classes.
+///
+/// Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567, section 7.
+#[derive(Clone, Debug)]
+pub enum Smoothing {
+    /// One coefficient in \[0, 1\] for all rows.
+    Uniform(f32),
+    /// A coefficient in \[0, 1\] for each row: a float tensor broadcastable to the targets' shape, for instance
+    /// (B, 1) for targets (B, T). It is a constant of the loss: no gradient flows into it.
+    PerRow(Tensor),
+}
+
+impl From<f32> for Smoothing {
+    fn from(value: f32) -> Self {
+        Self::Uniform(value)
+    }
+}
+
+impl From<Tensor> for Smoothing {
+    fn from(values: Tensor) -> Self {
+        Self::PerRow(values)
+    }
+}
+
+impl From<&Tensor> for Smoothing {
+    fn from(values: &Tensor) -> Self {
+        Self::PerRow(values.clone())
+    }
+}
+
+/// How row losses become the result.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reduction {
+    /// No reduction: the result has the targets' shape.
+    None,
+    /// Σ loss_i.
+    Sum,
+    /// Σ loss_i / Σ w_i over the rows that are not ignored; 0 where there are none.
+    Mean,
+    /// Σ loss_i / n, n > 0: for gradient accumulation and data parallelism, where n counts the rows of all parts.
+    SumOver(f64),
+}
+
+/// Statistics of every row, from the same pass as the loss. Each has the targets' shape, is f32 (f64 for f64 logits)
+/// unless stated, 0 for ignored rows, and never takes part in a gradient.
+#[derive(Clone, Debug)]
+pub struct RowStats {
+    /// Negative log-likelihood of the target, −log p_y, in nats: without smoothing, weight and z-loss.
+    pub nll: Tensor,
+    /// Log-sum-exp of the (scaled, capped) logits, in nats.
+    pub lse: Tensor,
+    /// Entropy of the predicted distribution, −Σ p log p, in nats.
+    pub entropy: Tensor,
+    /// Probability of the predicted class.
+    pub max_prob: Tensor,
+    /// ‖p − q‖², q the smoothed target: the squared norm of the gradient by z with w = 1 and no z-loss.
+    pub grad_norm_sq: Tensor,
+    /// Class of the largest logit, the lowest index among equals; u32.
+    pub predicted: Tensor,
+}
+
+/// Loss, its gradient by the logits, and the rows' statistics.
+#[derive(Clone, Debug)]
+pub struct LossAndGrad {
+    /// A scalar, or the targets' shape for [`Reduction::None`]; f32 (f64 for f64 logits).
+    pub loss: Tensor,
+    /// Gradient of the reduced loss by the logits, their shape and type. With [`Reduction::None`], row i is the
+    /// gradient of loss_i.
+    pub grad: Tensor,
+    /// Statistics of every row.
+    pub stats: RowStats,
+}
+
+/// Cross-entropy loss, configured by builder methods whose defaults are PyTorch's: no smoothing, `ignore_index` −100,
+/// mean over the rows that are not ignored. Cheap to clone.
+///
+/// Logits are (…, V) of type f32, f16 or bf16 (f64 on the CPU), rows with stride 1 inside (other views are copied);
+/// targets are (…) of type u32 or i64. Everything must be on one device.
+///
+/// Every entry point fails, naming the argument, what it was and what it must be, when shapes, types, devices or
+/// scalars do not fit. Bad values inside tensors (a target outside the vocabulary that is not ignored, ε outside
+/// \[0, 1\], a negative weight) fail on the CPU, naming the first such row; on CUDA they make their row NaN, and fail
+/// under [`check_inputs`](Self::check_inputs).
+#[derive(Clone, Debug)]
+pub struct CrossEntropy {
+    pub(crate) smoothing: Smoothing,
+    pub(crate) row_weights: Option<Tensor>,
+    pub(crate) ignore_index: i64,
+    pub(crate) z_loss: f32,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) logit_scale: f32,
+    pub(crate) vocab_size: Option<usize>,
+    pub(crate) reduction: Reduction,
+    pub(crate) inplace_backward: bool,
+    pub(crate) check_inputs: bool,
+}
+
+impl Default for CrossEntropy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CrossEntropy {
+    /// No smoothing, `ignore_index` −100, [`Reduction::Mean`].
+    pub fn new() -> Self {
+        Self {
+            smoothing: Smoothing::Uniform(0.0),
+            row_weights: None,
+            ignore_index: -100,
+            z_loss: 0.0,
+            softcap: None,
+            logit_scale: 1.0,
+            vocab_size: None,
+            reduction: Reduction::Mean,
+            inplace_backward: false,
+            check_inputs: false,
+        }
+    }
+
+    /// Label smoothing ε in \[0, 1\]: one f32 for all rows, or a tensor with a value a row (see [`Smoothing`]).
+    ///
+    /// ε is spread over all K classes, the target among them. For the convention that spreads it over the K − 1
+    /// others, pass ε·K/(K − 1).
+    pub fn smoothing(mut self, smoothing: impl Into<Smoothing>) -> Self {
+        self.smoothing = smoothing.into();
+        self
+    }
+
+    /// Weight w_i ≥ 0 of every row's loss: a float tensor broadcastable to the targets' shape. A constant of the loss:
+    /// no gradient flows into it (multiply the losses of [`Reduction::None`] where one should).
+    pub fn row_weights(mut self, weights: &Tensor) -> Self {
+        self.row_weights = Some(weights.clone());
+        self
+    }
+
+    /// Target value of rows that take no part: loss, gradient and statistics 0, not counted. Default −100.
+    pub fn ignore_index(mut self, index: i64) -> Self {
+        self.ignore_index = index;
+        self
+    }
+
+    /// Adds λ·lse² to every row's loss (λ ≥ 0, finite), which keeps the normaliser near 1: the z-loss of PaLM,
+    /// arXiv 2204.02311, section 5.
+    pub fn z_loss(mut self, lambda: f32) -> Self {
+        self.z_loss = lambda;
+        self
+    }
+
+    /// Bounds logits by c·tanh(z / c), c > 0 and finite: the soft-capping of Gemma 2, arXiv 2408.00118, section 2.
+    pub fn softcap(mut self, c: f32) -> Self {
+        self.softcap = Some(c);
+        self
+    }
+
+    /// Multiplies logits by s > 0 (finite), before the softcap: an inverse temperature.
+    pub fn logit_scale(mut self, s: f32) -> Self {
+        self.logit_scale = s;
+        self
+    }
+
+    /// Number of classes where it is below the rows' length: the columns past it are padding, never read, and their
+    /// gradient is 0.
+    pub fn vocab_size(mut self, v: usize) -> Self {
+        self.vocab_size = Some(v);
+        self
+    }
+
+    /// How row losses become the result. Default [`Reduction::Mean`].
+    pub fn reduction(mut self, reduction: Reduction) -> Self {
+        self.reduction = reduction;
+        self
+    }
+
+    /// Lets `backward()` write the gradient over the logits: one tensor of the logits' size less at the peak. Only
+    /// for logits that nothing else reads after the loss, neither the caller nor another operation's backward.
+    /// Off by default; without effect where no gradient is asked for.
+    pub fn inplace_backward(mut self, on: bool) -> Self {
+        self.inplace_backward = on;
+        self
+    }
+
+    /// On CUDA, reads the device's error flag after the launch and fails on bad values inside tensors as the CPU
+    /// does. Costs a synchronisation. Off by default.
+    pub fn check_inputs(mut self, on: bool) -> Self {
+        self.check_inputs = on;
+        self
+    }
+
+    /// The loss, differentiable in the logits: a scalar, or the targets' shape for [`Reduction::None`]. f32, f64 for
+    /// f64 logits.
+    ///
+    /// The forward reads the logits once; `backward()` reads them once more and writes their gradient. Without a
+    /// tracked input no gradient is computed and the logits are never written.
+    pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        Ok(op::forward(Call::new(self, logits, targets)?, logits, false)?.0)
+    }
+
+    /// [`forward`](Self::forward) with the statistics of every row from the same pass.
+    pub fn forward_with_stats(&self, logits: &Tensor, targets: &Tensor) -> Result<(Tensor, RowStats)> {
+        let (loss, stats) = op::forward(Call::new(self, logits, targets)?, logits, true)?;
+        Ok((loss, stats.expect("asked for")))
+    }
+
+    /// Loss, gradient and statistics in one pass, outside candle's graph.
+    pub fn loss_and_grad(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
+        op::loss_and_grad(Call::new(self, logits, targets)?, logits)
+    }
+
+    /// [`loss_and_grad`](Self::loss_and_grad) that writes the gradient over the logits and returns their memory as
+    /// `grad`. Every tensor that shares it sees the change. Rows that overlap, or whose elements are not adjacent,
+    /// are an error.
+    pub fn loss_and_grad_inplace(&self, logits: Tensor, targets: &Tensor) -> Result<LossAndGrad> {
+        op::loss_and_grad_inplace(Call::new(self, &logits, targets)?, logits)
+    }
+
+    /// The oracle: the same results in f64 on the CPU, by plain loops written to be read beside the formulas. Accepts
+    /// tensors on any device; everything it returns is f64 (`predicted` u32) on the CPU.
+    pub fn reference(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
+        reference::loss_and_grad(self, logits, targets)
+    }
+}
+
+/// Mean cross-entropy of logits (…, V) and targets (…): takes the place of `candle_nn::loss::cross_entropy`.
+///
+/// Rows whose target is −100 are ignored, which candle-nn has no notion of.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    CrossEntropy::new().forward(logits, targets)
+}
