@@ -1,0 +1,601 @@
+//! What the tests share: random problems, and comparisons with the f64 reference under the crate's stated tolerances.
+#![allow(dead_code)] // every test binary uses a part
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
+use half::{bf16, f16};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand_distr::{Distribution, StandardNormal};
+
+pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
+pub const CPU: &Device = &Device::Cpu;
+
+pub fn rng(seed: u64) -> StdRng {
+    StdRng::seed_from_u64(seed)
+}
+
+pub fn normal(rng: &mut StdRng, count: usize, deviation: f64) -> Vec<f64> {
+    (0..count)
+        .map(|_| deviation * <StandardNormal as Distribution<f64>>::sample(&StandardNormal, rng))
+        .collect()
+}
+
+pub fn tensor(values: Vec<f64>, shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::from_vec(values, shape, CPU)
+        .unwrap()
+        .to_dtype(dtype)
+        .unwrap()
+}
+
+pub fn targets(values: Vec<i64>, shape: &[usize], dtype: DType) -> Tensor {
+    match dtype {
+        DType::U32 => Tensor::from_vec(
+            values.into_iter().map(|v| v as u32).collect::<Vec<_>>(),
+            shape,
+            CPU,
+        ),
+        _ => Tensor::from_vec(values, shape, CPU),
+    }
+    .unwrap()
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    tensor
+        .to_dtype(DType::F64)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
+}
+
+pub fn scalar(tensor: &Tensor) -> f64 {
+    assert_eq!(tensor.rank(), 0, "a scalar");
+    values(tensor)[0]
+}
+
+/// The exact representation, in which 0 and −0 differ.
+pub fn bits(tensor: &Tensor) -> Vec<u64> {
+    let tensor = tensor.flatten_all().unwrap();
+    match tensor.dtype() {
+        DType::F32 => tensor
+            .to_vec1::<f32>()
+            .unwrap()
+            .into_iter()
+            .map(|v| v.to_bits().into())
+            .collect(),
+        DType::F64 => tensor
+            .to_vec1::<f64>()
+            .unwrap()
+            .into_iter()
+            .map(f64::to_bits)
+            .collect(),
+        DType::F16 => tensor
+            .to_vec1::<f16>()
+            .unwrap()
+            .into_iter()
+            .map(|v| v.to_bits().into())
+            .collect(),
+        DType::BF16 => tensor
+            .to_vec1::<bf16>()
+            .unwrap()
+            .into_iter()
+            .map(|v| v.to_bits().into())
+            .collect(),
+        DType::U32 => tensor
+            .to_vec1::<u32>()
+            .unwrap()
+            .into_iter()
+            .map(u64::from)
+            .collect(),
+        other => panic!("no bits of {other:?}"),
+    }
+}
+
+pub fn stats_bits(stats: &RowStats) -> Vec<Vec<u64>> {
+    let RowStats {
+        nll,
+        lse,
+        entropy,
+        max_prob,
+        grad_norm_sq,
+        predicted,
+    } = stats;
+    [nll, lse, entropy, max_prob, grad_norm_sq, predicted]
+        .map(bits)
+        .to_vec()
+}
+
+/// Address of a tensor's first element.
+pub fn address(tensor: &Tensor) -> usize {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        panic!("on the CPU")
+    };
+    let (start, size) = match storage {
+        CpuStorage::F32(v) => (v.as_ptr() as usize, 4),
+        CpuStorage::F64(v) => (v.as_ptr() as usize, 8),
+        CpuStorage::F16(v) => (v.as_ptr() as usize, 2),
+        CpuStorage::BF16(v) => (v.as_ptr() as usize, 2),
+        _ => panic!("a float type"),
+    };
+    start + layout.start_offset() * size
+}
+
+/// The result's type for logits of `dtype`.
+pub fn loss_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}
+
+#[derive(Clone, Debug)]
+pub enum Eps {
+    Uniform(f32),
+    PerRow(Vec<f32>),
+}
+
+/// Options of the loss whose values a test can read back.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub eps: Eps,
+    pub weights: Option<Vec<f32>>,
+    pub ignore: i64,
+    pub z_loss: f32,
+    pub softcap: Option<f32>,
+    pub scale: f32,
+    pub vocab: Option<usize>,
+    pub reduction: Reduction,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            eps: Eps::Uniform(0.0),
+            weights: None,
+            ignore: -100,
+            z_loss: 0.0,
+            softcap: None,
+            scale: 1.0,
+            vocab: None,
+            reduction: Reduction::Mean,
+        }
+    }
+}
+
+impl Setup {
+    pub fn build(&self, shape: &[usize]) -> CrossEntropy {
+        let per_row = |values: &Vec<f32>| Tensor::from_vec(values.clone(), shape, CPU).unwrap();
+        let mut loss = CrossEntropy::new()
+            .ignore_index(self.ignore)
+            .z_loss(self.z_loss)
+            .reduction(self.reduction);
+        loss = match &self.eps {
+            Eps::Uniform(value) => loss.smoothing(*value),
+            Eps::PerRow(values) => loss.smoothing(per_row(values)),
+        };
+        if self.scale != 1.0 {
+            loss = loss.logit_scale(self.scale);
+        }
+        if let Some(weights) = &self.weights {
+            loss = loss.row_weights(&per_row(weights));
+        }
+        if let Some(c) = self.softcap {
+            loss = loss.softcap(c);
+        }
+        if let Some(vocab) = self.vocab {
+            loss = loss.vocab_size(vocab);
+        }
+        loss
+    }
+
+    /// The factor of each row in the gradient: what its absolute tolerance grows with.
+    pub fn row_factors(&self, targets: &[f64]) -> Vec<f64> {
+        let counted = |i: usize| targets[i] != self.ignore as f64;
+        let weight = |i: usize| self.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
+        let total: f64 = (0..targets.len()).filter(|&i| counted(i)).map(weight).sum();
+        let divisor = match self.reduction {
+            Reduction::None | Reduction::Sum => 1.0,
+            Reduction::Mean if total == 0.0 => 1.0,
+            Reduction::Mean => total,
+            Reduction::SumOver(n) => n,
+        };
+        (0..targets.len()).map(|i| weight(i) / divisor).collect()
+    }
+}
+
+/// A setup, logits and targets.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    pub setup: Setup,
+    pub logits: Tensor,
+    pub targets: Tensor,
+}
+
+impl Problem {
+    /// Logits like a language model's, targets half the time the largest logit.
+    pub fn random(seed: u64, shape: &[usize], dtype: DType, setup: Setup) -> Self {
+        let mut rng = rng(seed);
+        let (&width, rows) = shape.split_last().unwrap();
+        let count: usize = rows.iter().product();
+        let vocab = setup.vocab.unwrap_or(width);
+        let mut x = normal(&mut rng, count * width, 4.0);
+        let mut y = Vec::with_capacity(count);
+        for row in x.chunks_mut(width) {
+            row[vocab..].fill(f64::NAN); // padding is never read
+            let largest = (0..vocab)
+                .max_by(|&a, &b| row[a].total_cmp(&row[b]))
+                .unwrap();
+            y.push(if rng.random() {
+                largest
+            } else {
+                rng.random_range(0..vocab)
+            } as i64);
+        }
+        Self {
+            setup,
+            logits: tensor(x, shape, dtype),
+            targets: targets(y, rows, DType::I64),
+        }
+    }
+
+    /// Every option at once, with rows of ε 0 and 1, rows of weight 0, ignored first and last rows.
+    pub fn everything(seed: u64, shape: &[usize], dtype: DType, reduction: Reduction) -> Self {
+        let mut rng = rng(seed ^ 0x5eed);
+        let (&width, dims) = shape.split_last().unwrap();
+        let rows: usize = dims.iter().product();
+        let eps = (0..rows)
+            .map(|i| [rng.random::<f32>(), 0.1, 0.0, 0.3, 1.0][i % 5])
+            .collect();
+        let weights = (0..rows)
+            .map(|i| [1.5, 0.25 + rng.random::<f32>(), 1.0, 0.0][i % 4])
+            .collect();
+        let setup = Setup {
+            eps: Eps::PerRow(eps),
+            weights: Some(weights),
+            ignore: -7,
+            z_loss: 1e-3,
+            softcap: Some(30.0),
+            scale: 0.75,
+            vocab: Some(width - width / 8),
+            reduction,
+        };
+        let mut problem = Self::random(seed, shape, dtype, setup);
+        if rows >= 3 {
+            problem.ignore(|i| i == 0 || i == rows - 1);
+        }
+        problem
+    }
+
+    /// Makes rows ignored and their logits NaN.
+    pub fn ignore(&mut self, which: impl Fn(usize) -> bool) {
+        let mut y: Vec<i64> = self.targets.flatten_all().unwrap().to_vec1().unwrap();
+        let width = self.logits.dims().last().copied().unwrap();
+        let mut x = values(&self.logits);
+        for i in (0..y.len()).filter(|&i| which(i)) {
+            y[i] = self.setup.ignore;
+            x[i * width..(i + 1) * width].fill(f64::NAN);
+        }
+        self.targets = targets(y, self.targets.dims(), DType::I64);
+        self.logits = tensor(x, self.logits.dims(), self.logits.dtype());
+    }
+
+    pub fn loss(&self) -> CrossEntropy {
+        self.setup.build(self.targets.dims())
+    }
+
+    pub fn reference(&self) -> LossAndGrad {
+        self.loss().reference(&self.logits, &self.targets).unwrap()
+    }
+
+    /// Compares every entry point with the reference.
+    pub fn check(&self) -> Accuracy {
+        let Self {
+            logits, targets, ..
+        } = self;
+        let loss = self.loss();
+        let expected = self.reference();
+        let untouched = bits(logits);
+        let mut accuracy = Accuracy::new(logits.dtype());
+        let context = || {
+            format!(
+                "{} {:?} {:?}",
+                logits.dtype().as_str(),
+                logits.dims(),
+                self.setup
+            )
+        };
+
+        let actual = loss.forward(logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("forward, {}", context())
+        });
+
+        let (actual, stats) = loss.forward_with_stats(logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("forward_with_stats, {}", context())
+        });
+        accuracy.stats(&stats, &expected.stats, || {
+            format!("forward_with_stats, {}", context())
+        });
+
+        let actual = loss.loss_and_grad(logits, targets).unwrap();
+        accuracy.all(self, &actual, &expected, || {
+            format!("loss_and_grad, {}", context())
+        });
+        assert_eq!(bits(logits), untouched, "logits written: {}", context());
+
+        let memory = logits.copy().unwrap();
+        let actual = loss.loss_and_grad_inplace(memory.clone(), targets).unwrap();
+        accuracy.all(self, &actual, &expected, || {
+            format!("loss_and_grad_inplace, {}", context())
+        });
+        if logits.elem_count() > 0 {
+            assert_eq!(
+                address(&actual.grad),
+                address(&memory),
+                "the logits' memory: {}",
+                context()
+            );
+        }
+
+        let logits = Var::from_tensor(logits).unwrap();
+        let actual = loss.forward(&logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("tracked forward, {}", context())
+        });
+        let gradients = actual.sum_all().unwrap().backward().unwrap();
+        let grad = gradients.get(&logits).expect("a gradient");
+        accuracy.grad(self, grad, &expected.grad, || {
+            format!("backward, {}", context())
+        });
+        accuracy
+    }
+}
+
+/// Distance from |x| to the next value of a narrow type.
+pub fn ulp(x: f64, dtype: DType) -> f64 {
+    let (digits, lowest) = match dtype {
+        DType::F16 => (10, -14),
+        DType::BF16 => (7, -126),
+        DType::F32 => (23, -126),
+        _ => (52, -1022),
+    };
+    let exponent = if x == 0.0 {
+        lowest
+    } else {
+        (x.abs().log2().floor() as i32).max(lowest)
+    };
+    2f64.powi(exponent - digits)
+}
+
+/// The largest errors seen, and the comparisons that record them.
+#[derive(Clone, Debug)]
+pub struct Accuracy {
+    pub dtype: DType,
+    /// Relative.
+    pub loss: f64,
+    /// Units in the last place for narrow types, else relative; where the absolute tolerance was exceeded.
+    pub grad: f64,
+    /// As a part of the tolerance.
+    pub grad_part: f64,
+    /// nll and max_prob relative; lse, entropy and grad_norm_sq by `stat_error`.
+    pub stats: [f64; 5],
+}
+
+impl Accuracy {
+    pub fn new(dtype: DType) -> Self {
+        Self {
+            dtype,
+            loss: 0.0,
+            grad: 0.0,
+            grad_part: 0.0,
+            stats: [0.0; 5],
+        }
+    }
+
+    pub fn merge(&mut self, other: &Self) {
+        self.loss = self.loss.max(other.loss);
+        self.grad = self.grad.max(other.grad);
+        self.grad_part = self.grad_part.max(other.grad_part);
+        for (mine, theirs) in self.stats.iter_mut().zip(other.stats) {
+            *mine = mine.max(theirs);
+        }
+    }
+
+    pub fn all(
+        &mut self,
+        problem: &Problem,
+        actual: &LossAndGrad,
+        expected: &LossAndGrad,
+        context: impl Fn() -> String,
+    ) {
+        self.loss(&actual.loss, &expected.loss, &context);
+        self.grad(problem, &actual.grad, &expected.grad, &context);
+        self.stats(&actual.stats, &expected.stats, &context);
+    }
+
+    pub fn loss(&mut self, actual: &Tensor, expected: &Tensor, context: impl Fn() -> String) {
+        assert_eq!(
+            actual.dtype(),
+            loss_dtype(self.dtype),
+            "type of the loss, {}",
+            context()
+        );
+        assert_eq!(
+            actual.dims(),
+            expected.dims(),
+            "shape of the loss, {}",
+            context()
+        );
+        let tolerance = if self.dtype == DType::F64 {
+            1e-12
+        } else {
+            1e-5
+        };
+        for (i, (a, e)) in values(actual).into_iter().zip(values(expected)).enumerate() {
+            let error = relative_error(a, e);
+            self.loss = self.loss.max(error);
+            assert!(
+                error <= tolerance,
+                "loss {i} is {a:e}, must be {e:e}, {}",
+                context()
+            );
+        }
+    }
+
+    pub fn grad(
+        &mut self,
+        problem: &Problem,
+        actual: &Tensor,
+        expected: &Tensor,
+        context: impl Fn() -> String,
+    ) {
+        assert_eq!(
+            actual.dtype(),
+            self.dtype,
+            "type of the gradient, {}",
+            context()
+        );
+        assert_eq!(
+            actual.dims(),
+            expected.dims(),
+            "shape of the gradient, {}",
+            context()
+        );
+        let factors = problem.setup.row_factors(&values(&problem.targets));
+        let width = expected.dims().last().copied().unwrap();
+        let rows = values(actual).into_iter().zip(values(expected)).enumerate();
+        for (i, (a, e)) in rows {
+            let factor = factors[i / width];
+            // What arithmetic in the type of the loss loses where p and q nearly cancel. A softcap bounds z by c, and
+            // half a unit in the last place of an f32 z near 30 is 1e-6 of p already.
+            let absolute = factor
+                * match (self.dtype, problem.setup.softcap) {
+                    (DType::F64, _) => 1e-14,
+                    (_, None) => 1e-7,
+                    (_, Some(_)) => 3e-7,
+                };
+            let (unit, tolerance) = match self.dtype {
+                // Rounded once: half a unit, and what the f32 value was off by before.
+                DType::F16 | DType::BF16 => (ulp(e, self.dtype), 0.6),
+                DType::F32 => (e.abs(), 4e-6),
+                _ => (e.abs(), 1e-12),
+            };
+            let error = (a - e).abs();
+            if a == e || (a.is_nan() && e.is_nan()) {
+                continue;
+            }
+            self.grad_part = self.grad_part.max(error / absolute.max(tolerance * unit));
+            if error <= absolute {
+                continue;
+            }
+            self.grad = self.grad.max(error / unit);
+            let (row, k) = (i / width, i % width);
+            assert!(
+                error <= tolerance * unit,
+                "gradient of row {row}, class {k} is {a:e}, must be {e:e} (error {:e} units, target {}), {}",
+                error / unit,
+                values(&problem.targets)[row],
+                context()
+            );
+        }
+    }
+
+    /// Tolerances of the statistics: 1e-5 relative like the loss, with an absolute part where a statistic comes out of
+    /// a difference: 1e-6 for the entropy and the gradient norm, 1e-6 for a log-sum-exp near 0. In f64, 1e-12 and 1e-13.
+    pub fn stats(&mut self, actual: &RowStats, expected: &RowStats, context: impl Fn() -> String) {
+        let wide = self.dtype == DType::F64;
+        let (relative, absolute) = if wide { (1e-12, 1e-13) } else { (1e-5, 1e-6) };
+        let pairs = [
+            ("nll", &actual.nll, &expected.nll, 0.0),
+            ("lse", &actual.lse, &expected.lse, absolute),
+            ("entropy", &actual.entropy, &expected.entropy, absolute),
+            ("max_prob", &actual.max_prob, &expected.max_prob, 0.0),
+            (
+                "grad_norm_sq",
+                &actual.grad_norm_sq,
+                &expected.grad_norm_sq,
+                absolute,
+            ),
+        ];
+        for (n, (name, actual, expected, absolute)) in pairs.into_iter().enumerate() {
+            assert_eq!(
+                actual.dtype(),
+                loss_dtype(self.dtype),
+                "type of {name}, {}",
+                context()
+            );
+            assert_eq!(
+                actual.dims(),
+                expected.dims(),
+                "shape of {name}, {}",
+                context()
+            );
+            for (i, (a, e)) in values(actual).into_iter().zip(values(expected)).enumerate() {
+                let error = relative_error(a, e);
+                let ok = error <= relative || (a - e).abs() <= absolute;
+                if (a - e).abs() > absolute {
+                    self.stats[n] = self.stats[n].max(error);
+                }
+                assert!(
+                    ok,
+                    "{name} of row {i} is {a:e}, must be {e:e}, {}",
+                    context()
+                );
+            }
+        }
+        assert_eq!(actual.predicted.dtype(), DType::U32, "{}", context());
+        assert_eq!(
+            actual.predicted.dims(),
+            expected.predicted.dims(),
+            "{}",
+            context()
+        );
+        assert_eq!(
+            bits(&actual.predicted),
+            bits(&expected.predicted),
+            "predicted, {}",
+            context()
+        );
+    }
+}
+
+/// |a − e| / |e|, where values below the smallest normal f32 are as good as 0.
+pub fn relative_error(a: f64, e: f64) -> f64 {
+    if a == e || (a.is_nan() && e.is_nan()) || (a - e).abs() <= f64::from(f32::MIN_POSITIVE) {
+        0.0
+    } else if !a.is_finite() || !e.is_finite() {
+        f64::INFINITY
+    } else {
+        (a - e).abs() / e.abs()
+    }
+}
+
+#[track_caller]
+pub fn assert_close(actual: f64, expected: f64, tolerance: f64) {
+    let close =
+        actual == expected || (actual - expected).abs() <= tolerance * expected.abs().max(1.0);
+    assert!(close, "{actual} is not within {tolerance:e} of {expected}");
+}
+
+#[track_caller]
+pub fn assert_all_close(actual: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(actual.dims(), expected.dims());
+    for (a, e) in values(actual).into_iter().zip(values(expected)) {
+        assert_close(a, e, tolerance);
+    }
+}
+
+#[track_caller]
+pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
+    let Err(error) = result else {
+        panic!("no error, must say {parts:?}")
+    };
+    let message = error.to_string();
+    for part in parts {
+        assert!(message.contains(part), "{message:?} must contain {part:?}");
+    }
+}

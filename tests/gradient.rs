@@ -1,0 +1,139 @@
+//! The reference's gradient is the derivative of its loss: central differences in f64, over the options.
+
+mod common;
+
+use candle_core::DType;
+use candle_cross_entropy::Reduction;
+use common::*;
+
+/// Compares every element of the gradient with a central difference of the reduced loss. With no reduction the sum
+/// over rows is differenced: the gradient is each row's own.
+fn check(problem: &Problem) {
+    let loss = problem.loss();
+    let grad = values(&problem.reference().grad);
+    let x = values(&problem.logits);
+    let at = |x: Vec<f64>| {
+        let logits = tensor(x, problem.logits.dims(), DType::F64);
+        values(&loss.reference(&logits, &problem.targets).unwrap().loss)
+            .into_iter()
+            .sum::<f64>()
+    };
+    let step = 1e-5;
+    for (i, &g) in grad.iter().enumerate() {
+        let moved = |by: f64| {
+            let mut x = x.clone();
+            x[i] += by;
+            at(x)
+        };
+        let difference = (moved(step) - moved(-step)) / (2.0 * step);
+        let error = (difference - g).abs();
+        assert!(
+            error < 2e-9 * g.abs().max(1.0),
+            "element {i}: {g}, difference {difference}, {:?}",
+            problem.setup
+        );
+    }
+}
+
+fn problem(setup: Setup) -> Problem {
+    Problem::random(1, &[3, 7], DType::F64, setup)
+}
+
+#[test]
+fn of_each_option() {
+    check(&problem(Setup::default()));
+    check(&problem(Setup {
+        eps: Eps::Uniform(0.25),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        eps: Eps::Uniform(1.0),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        eps: Eps::PerRow(vec![0.0, 0.3, 1.0]),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        weights: Some(vec![0.5, 0.0, 3.0]),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        z_loss: 0.1,
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        softcap: Some(4.0),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        scale: 1.75,
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        scale: 0.6,
+        softcap: Some(5.0),
+        ..Setup::default()
+    }));
+    check(&problem(Setup {
+        vocab: Some(5),
+        eps: Eps::Uniform(0.5),
+        ..Setup::default()
+    }));
+}
+
+#[test]
+fn of_each_reduction() {
+    for reduction in [
+        Reduction::None,
+        Reduction::Sum,
+        Reduction::Mean,
+        Reduction::SumOver(2.5),
+    ] {
+        check(&problem(Setup {
+            weights: Some(vec![0.5, 2.0, 3.0]),
+            reduction,
+            ..Setup::default()
+        }));
+        check(&Problem::everything(2, &[6, 9], DType::F64, reduction));
+    }
+}
+
+#[test]
+fn with_masked_classes() {
+    let mut problem = problem(Setup {
+        eps: Eps::PerRow(vec![0.0, 0.3, 1.0]),
+        z_loss: 0.05,
+        softcap: Some(5.0),
+        scale: 0.9,
+        reduction: Reduction::Sum,
+        ..Setup::default()
+    });
+    let y = values(&problem.targets);
+    let mut x = values(&problem.logits);
+    for (i, row) in x.chunks_mut(7).enumerate() {
+        for k in [i, i + 3] {
+            if k != y[i] as usize {
+                row[k] = f64::NEG_INFINITY;
+            }
+        }
+    }
+    problem.logits = tensor(x, &[3, 7], DType::F64);
+    check(&problem);
+}
+
+/// With a tight bound: the two formulas for the target's gradient, p − 1 and −(others' p), agree.
+#[test]
+fn sure_of_the_target() {
+    let x: Vec<f64> = vec![30.0, 0.0, 1.0, -2.0];
+    let logits = tensor(x.clone(), &[4], DType::F64);
+    let grad = values(
+        &Setup::default()
+            .build(&[])
+            .reference(&logits, &targets(vec![0], &[], DType::I64))
+            .unwrap()
+            .grad,
+    );
+    let others: f64 = x[1..].iter().map(|v| (v - 30.0).exp()).sum();
+    assert!((grad[0] + others / (1.0 + others)).abs() < 1e-14 * others);
+}
