@@ -1,0 +1,164 @@
+//! Command-line arguments, their checks, and what follows from them.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
+use clap::Parser;
+use serde::Serialize;
+
+use crate::{data::Dataset, train::Plan};
+
+/// Fine-tunes a small language model plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL), and
+/// compares them on held-out samples.
+#[derive(Parser, Debug, Serialize)]
+pub struct Args {
+    /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1]; a
+    /// missing one is estimated: the rank, among the training samples, of the response's cross-entropy under a
+    /// trigram model of the other training samples. Without this option the data are synthetic
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub data: Option<PathBuf>,
+    /// Folder for the pictures, the metrics and the smoothing map
+    #[arg(long, value_name = "FOLDER", default_value = "out/finetune")]
+    pub out: PathBuf,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Steps of each of the three trainings [default: 300; with --data three epochs]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Steps of next-token prediction that make the common starting point [default: 600; with --data five epochs]
+    #[arg(long)]
+    pub pretrain_steps: Option<usize>,
+    /// Samples in a batch [default: 32; with --data 8]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Mean smoothing over the training samples, of the constant and of the uncertainty-aware training
+    #[arg(long, default_value_t = 0.1)]
+    pub mean_smoothing: f32,
+    /// Largest smoothing of a sample
+    #[arg(long, default_value_t = 0.5)]
+    pub max_smoothing: f32,
+    /// Peak learning rate, after a warm-up of a tenth of the steps and before a cosine down to a tenth of it
+    #[arg(long, default_value_t = 3e-3)]
+    pub lr: f64,
+    #[arg(long, default_value_t = 0.01)]
+    pub weight_decay: f64,
+    /// Largest norm of the gradients
+    #[arg(long, default_value_t = 1.0)]
+    pub clip: f64,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Width of the model
+    #[arg(long, default_value_t = 128)]
+    pub dim: usize,
+    #[arg(long, default_value_t = 2)]
+    pub layers: usize,
+    #[arg(long, default_value_t = 4)]
+    pub heads: usize,
+    /// With --data: share of the samples that are held out
+    #[arg(long, default_value_t = 0.2)]
+    pub held_out: f64,
+    /// With --data: vocabulary of the tokeniser, which is trained on the training samples
+    #[arg(long, default_value_t = 2000)]
+    pub vocab: usize,
+    /// With --data: tokens of a sample; longer ones are cut
+    #[arg(long, default_value_t = 256)]
+    pub max_tokens: usize,
+}
+
+impl Args {
+    pub fn check(&self) -> Result<()> {
+        let positive = [
+            ("--steps", self.steps.unwrap_or(1)),
+            ("--batch", self.batch.unwrap_or(1)),
+            ("--layers", self.layers),
+            ("--heads", self.heads),
+        ];
+        for (name, value) in positive {
+            ensure!(value > 0, "{name} is 0; it must be at least 1");
+        }
+        for (name, value) in [("--lr", self.lr), ("--clip", self.clip)] {
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "{name} is {value}; it must be above 0"
+            );
+        }
+        let (decay, held_out) = (self.weight_decay, self.held_out);
+        ensure!(
+            decay.is_finite() && decay >= 0.0,
+            "--weight-decay is {decay}; it must be at least 0"
+        );
+        ensure!(
+            held_out > 0.0 && held_out < 1.0,
+            "--held-out is {held_out}; it must be above 0 and below 1"
+        );
+        let (mean, max) = (self.mean_smoothing, self.max_smoothing);
+        ensure!(
+            (0.0..=1.0).contains(&max),
+            "--max-smoothing is {max}; it must be in [0, 1]"
+        );
+        ensure!(
+            (0.0..=max).contains(&mean),
+            "--mean-smoothing is {mean}; it must be in [0, {max}], {max} being --max-smoothing"
+        );
+        let (dim, twice_heads) = (self.dim, self.heads.saturating_mul(2));
+        ensure!(
+            dim > 0 && dim % twice_heads == 0,
+            "--dim is {dim}; it must be a multiple of {twice_heads}, twice --heads",
+        );
+        let (vocab, max_tokens) = (self.vocab, self.max_tokens);
+        ensure!(
+            vocab >= 300,
+            "--vocab is {vocab}; it must be at least 300: bytes alone take 256"
+        );
+        ensure!(
+            max_tokens >= 8,
+            "--max-tokens is {max_tokens}; it must be at least 8"
+        );
+        Ok(())
+    }
+}
+
+pub fn device(name: &str) -> Result<Device> {
+    let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
+    match (kind, ordinal.parse::<usize>()) {
+        ("cpu", _) if name == "cpu" => Ok(Device::Cpu),
+        ("cuda", Ok(_)) if !cfg!(feature = "cuda") => {
+            bail!(
+                "--device is {name}, but this program was compiled without CUDA: add --features cuda to cargo's"
+            )
+        }
+        ("cuda", Ok(ordinal)) => {
+            Device::new_cuda(ordinal).with_context(|| format!("--device is {name}"))
+        }
+        _ => bail!("--device is {name:?}; it must be cpu, cuda or cuda:N"),
+    }
+}
+
+/// Plans of the fine-tuning and of the pre-training.
+pub fn plans(args: &Args, data: &Dataset) -> (Plan, Plan) {
+    let real = args.data.is_some();
+    let batch = args.batch.unwrap_or(if real { 8 } else { 32 });
+    let epoch = data.train.len().div_ceil(batch);
+    let tuning = Plan {
+        steps: args.steps.unwrap_or(if real { 3 * epoch } else { 300 }),
+        batch,
+        learning_rate: args.lr,
+        weight_decay: args.weight_decay,
+        clip: args.clip,
+        seed: args.seed.wrapping_add(1),
+    };
+    let steps = args
+        .pretrain_steps
+        .unwrap_or(if real { 5 * epoch } else { 600 });
+    (
+        tuning,
+        Plan {
+            steps,
+            seed: args.seed.wrapping_add(2),
+            ..tuning
+        },
+    )
+}

@@ -1,0 +1,117 @@
+//! Samples, and batches of them as tensors.
+
+use candle_core::{Device, Result, Tensor};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+/// Target of rows that take no part in the loss: prompt tokens and padding.
+pub const IGNORED: i64 = -100;
+
+/// The true distribution of a response token: (token, probability), the probabilities above 0.
+pub type Distribution = Vec<(u32, f32)>;
+
+pub struct Sample {
+    /// Prompt and response.
+    pub tokens: Vec<u32>,
+    /// How many of the tokens are the prompt; at least 1.
+    pub prompt: usize,
+    /// In [0, 1].
+    pub uncertainty: f32,
+    /// Of every response token where it is known, else empty.
+    pub truth: Vec<Distribution>,
+}
+
+pub struct Dataset {
+    pub vocab: usize,
+    /// What the model learns before any fine-tuning: plain next-token prediction.
+    pub pretrain: Vec<Sample>,
+    pub train: Vec<Sample>,
+    pub held_out: Vec<Sample>,
+    /// One or two lines for the reader of the output.
+    pub description: String,
+}
+
+impl Dataset {
+    pub fn longest(&self) -> usize {
+        let all = [&self.pretrain, &self.train, &self.held_out];
+        all.into_iter()
+            .flatten()
+            .map(|sample| sample.tokens.len())
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+pub struct Batch {
+    /// (B, T) u32.
+    pub inputs: Tensor,
+    /// (B, T) i64, `IGNORED` for rows whose next token is the prompt's or padding.
+    pub targets: Tensor,
+    /// Of the B samples.
+    pub uncertainties: Vec<f32>,
+    /// How many targets are not ignored.
+    pub rows: usize,
+    /// How many inputs are not padding.
+    pub tokens: usize,
+}
+
+impl Batch {
+    pub fn new(samples: &[&Sample], device: &Device) -> Result<Self> {
+        let width = samples
+            .iter()
+            .map(|s| s.tokens.len() - 1)
+            .max()
+            .unwrap_or(0);
+        let shape = (samples.len(), width);
+        let mut inputs = vec![0u32; samples.len() * width];
+        let mut targets = vec![IGNORED; samples.len() * width];
+        for (i, sample) in samples.iter().enumerate() {
+            for (t, pair) in sample.tokens.windows(2).enumerate() {
+                inputs[i * width + t] = pair[0];
+                if t + 1 >= sample.prompt {
+                    targets[i * width + t] = i64::from(pair[1]);
+                }
+            }
+        }
+        Ok(Self {
+            rows: targets.iter().filter(|&&t| t != IGNORED).count(),
+            tokens: samples.iter().map(|s| s.tokens.len() - 1).sum(),
+            uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
+            inputs: Tensor::from_vec(inputs, shape, device)?,
+            targets: Tensor::from_vec(targets, shape, device)?,
+        })
+    }
+}
+
+/// Endless batches: every epoch each sample once, in an order that depends on the seed alone.
+pub struct Batches<'a> {
+    samples: &'a [Sample],
+    size: usize,
+    rng: StdRng,
+    queue: Vec<Vec<&'a Sample>>,
+}
+
+impl<'a> Batches<'a> {
+    pub fn new(samples: &'a [Sample], size: usize, seed: u64) -> Self {
+        Self {
+            samples,
+            size,
+            rng: StdRng::seed_from_u64(seed),
+            queue: Vec::new(),
+        }
+    }
+
+    pub fn next(&mut self) -> Vec<&'a Sample> {
+        if self.queue.is_empty() {
+            let mut order: Vec<&Sample> = self.samples.iter().collect();
+            order.shuffle(&mut self.rng);
+            // Samples of about one length share a batch: less padding. Sorting only stretches of 8 batches keeps
+            // most of the order random.
+            for stretch in order.chunks_mut(8 * self.size) {
+                stretch.sort_by_key(|sample| sample.tokens.len());
+            }
+            self.queue = order.chunks(self.size).map(<[_]>::to_vec).collect();
+            self.queue.shuffle(&mut self.rng);
+        }
+        self.queue.pop().expect("a data set is not empty")
+    }
+}

@@ -1,0 +1,228 @@
+//! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
+//!
+//! The tokeniser, a byte-level BPE, is trained on the training samples' text. A sample is
+//! `<begin> prompt <answer> response <end>`. A missing uncertainty is estimated, see [`crate::ngram`].
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::Deserialize;
+use tokenizers::{
+    Tokenizer, TokenizerBuilder,
+    models::bpe::{BPE, BpeTrainer},
+    normalizers::NormalizerWrapper,
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+use crate::{
+    data::{Dataset, Sample},
+    ngram::{self, NGram},
+};
+
+/// Control tokens precede the tokeniser's: no text can produce them.
+const BEGIN: u32 = 0;
+const ANSWER: u32 = 1;
+const END: u32 = 2;
+const CONTROL: u32 = 3;
+
+#[derive(Debug, Deserialize)]
+pub struct Record {
+    pub prompt: String,
+    pub response: String,
+    pub uncertainty: Option<f32>,
+}
+
+pub struct Options {
+    pub seed: u64,
+    /// Share of the samples, above 0 and below 1.
+    pub held_out: f64,
+    pub vocab: usize,
+    pub max_tokens: usize,
+}
+
+pub fn load(path: &Path, options: &Options) -> Result<Dataset> {
+    let mut records = read(path)?;
+    let held_out = (records.len() as f64 * options.held_out).round() as usize;
+    if held_out == 0 || held_out >= records.len() {
+        bail!(
+            "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out",
+            path.display(),
+            records.len(),
+        );
+    }
+    records.shuffle(&mut StdRng::seed_from_u64(options.seed));
+    let train = records.split_off(held_out);
+    let tokenizer = train_tokenizer(&train, options.vocab)?;
+    let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
+        records
+            .iter()
+            .map(|record| encode(record, &tokenizer, options.max_tokens))
+            .collect()
+    };
+    let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
+    let truncated = train_samples
+        .iter()
+        .chain(&held_out_samples)
+        .filter(|(_, truncated)| *truncated)
+        .count();
+    let estimated = estimate_missing(
+        (&train, &mut train_samples),
+        (&records, &mut held_out_samples),
+        &tokenizer,
+    );
+
+    let samples = |list: Vec<(Sample, bool)>| {
+        list.into_iter()
+            .map(|(sample, _)| sample)
+            .collect::<Vec<_>>()
+    };
+    let (train, held_out) = (samples(train_samples), samples(held_out_samples));
+    let plain = |s: &Sample| Sample {
+        tokens: s.tokens.clone(),
+        prompt: 1,
+        uncertainty: 0.0,
+        truth: Vec::new(),
+    };
+    Ok(Dataset {
+        vocab: vocabulary(&tokenizer),
+        pretrain: train.iter().map(plain).collect(),
+        description: format!(
+            "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: {} given, \
+             {estimated} estimated by the rank of the response's trigram cross-entropy",
+            path.display(),
+            train.len(),
+            held_out.len(),
+            options.max_tokens,
+            train.len() + held_out.len() - estimated,
+        ),
+        train,
+        held_out,
+    })
+}
+
+/// The file's records; a bad line is an error that names it.
+pub fn read(path: &Path) -> Result<Vec<Record>> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut records = Vec::new();
+    for (number, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
+        let fail = |what: String| anyhow!("{}:{}: {what}", path.display(), number + 1);
+        let line = std::str::from_utf8(line)
+            .map_err(|e| fail(format!("not UTF-8 from byte {}", e.valid_up_to() + 1)))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let record: Record = serde_json::from_str(line).map_err(|e| {
+            // serde_json counts lines inside the one it was given.
+            let text = e.to_string();
+            let text = text.split(" at line ").next().unwrap_or(&text);
+            fail(format!("{text} (column {})", e.column()))
+        })?;
+        if record.response.trim().is_empty() {
+            return Err(fail(
+                "\"response\" is empty; there is nothing to learn".into(),
+            ));
+        }
+        if let Some(u) = record.uncertainty.filter(|u| !(0.0..=1.0).contains(u)) {
+            return Err(fail(format!(
+                "\"uncertainty\" is {u}; it must be in [0, 1]"
+            )));
+        }
+        records.push(record);
+    }
+    Ok(records)
+}
+
+fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
+    let mut trainer = BpeTrainer::builder()
+        .show_progress(false)
+        .vocab_size(vocab - CONTROL as usize)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect()) // so that any text can be encoded
+        .build();
+    let mut tokenizer = TokenizerBuilder::new()
+        .with_model(BPE::default())
+        .with_normalizer(None::<NormalizerWrapper>)
+        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
+        .with_post_processor(Some(ByteLevel::default()))
+        .with_decoder(Some(ByteLevel::default()))
+        .build()
+        .map_err(|e| anyhow!("tokeniser: {e}"))?;
+    let texts = records
+        .iter()
+        .flat_map(|record| [record.prompt.as_str(), record.response.as_str()]);
+    tokenizer
+        .train(&mut trainer, texts)
+        .map_err(|e| anyhow!("tokeniser: {e}"))?;
+    Ok(tokenizer.into())
+}
+
+fn vocabulary(tokenizer: &Tokenizer) -> usize {
+    tokenizer.get_vocab_size(false) + CONTROL as usize
+}
+
+/// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
+/// of the room if the response needs the rest.
+fn encode(record: &Record, tokenizer: &Tokenizer, max_tokens: usize) -> Result<(Sample, bool)> {
+    let ids = |text: &str| -> Result<Vec<u32>> {
+        let encoding = tokenizer
+            .encode(text, false)
+            .map_err(|e| anyhow!("tokeniser: {e}"))?;
+        Ok(encoding.get_ids().iter().map(|id| id + CONTROL).collect())
+    };
+    let (mut prompt, mut response) = (ids(&record.prompt)?, ids(&record.response)?);
+    response.push(END);
+    let room = max_tokens - 2; // <begin> and <answer>
+    let truncated = prompt.len() + response.len() > room;
+    if truncated {
+        let for_prompt = (room - response.len().min(room)).max(room / 2);
+        prompt.drain(..prompt.len().saturating_sub(for_prompt));
+        response.truncate(room - prompt.len());
+    }
+    let tokens = [&[BEGIN], prompt.as_slice(), &[ANSWER], response.as_slice()].concat();
+    let uncertainty = record.uncertainty.unwrap_or(0.0);
+    Ok((
+        Sample {
+            tokens,
+            prompt: prompt.len() + 2,
+            uncertainty,
+            truth: Vec::new(),
+        },
+        truncated,
+    ))
+}
+
+type Part<'a> = (&'a [Record], &'a mut Vec<(Sample, bool)>);
+
+/// Estimates the uncertainties that records lack, from the training samples' text. Returns how many.
+fn estimate_missing(train: Part, held_out: Part, tokenizer: &Tokenizer) -> usize {
+    let missing = train
+        .0
+        .iter()
+        .chain(held_out.0)
+        .filter(|record| record.uncertainty.is_none())
+        .count();
+    if missing == 0 {
+        return 0;
+    }
+    let mut model = NGram::new(vocabulary(tokenizer));
+    train.1.iter().for_each(|(sample, _)| model.add(sample));
+    // A training sample must not be judged by a model that has seen it.
+    let seen: Vec<f64> = train
+        .1
+        .iter()
+        .map(|(sample, _)| model.cross_entropy_without(sample))
+        .collect();
+    let unseen: Vec<f64> = held_out
+        .1
+        .iter()
+        .map(|(sample, _)| model.cross_entropy(sample))
+        .collect();
+    for ((records, samples), scores) in [(train, &seen), (held_out, &unseen)] {
+        for ((record, (sample, _)), &score) in records.iter().zip(samples).zip(scores) {
+            sample.uncertainty = record
+                .uncertainty
+                .unwrap_or_else(|| ngram::rank(score, &seen));
+        }
+    }
+    missing
+}

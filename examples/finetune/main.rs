@@ -1,0 +1,165 @@
+//! Fine-tunes a small language model three times from the same weights and the same batches: plainly (SFT), with a
+//! constant label smoothing, and uncertainty-aware (UAL), where a sample's smoothing grows with its uncertainty and has
+//! the constant's mean. Reports how well each predicts held-out samples, certain and uncertain ones apart.
+//!
+//! ```text
+//! cargo run --release --example finetune
+//! cargo run --release --example finetune -- --data samples.jsonl
+//! ```
+//!
+//! Without `--data` the program makes its data, whose true answer distributions are known: see [`synthetic`]. With it,
+//! a line of the file is a sample: see [`jsonl`], and [`ngram`] for how a missing uncertainty is estimated.
+//!
+//! The same arguments give the same numbers on one machine with the same number of threads (`RAYON_NUM_THREADS`): how
+//! candle splits a matrix product, and so how it rounds, depends on both.
+
+mod args;
+mod data;
+mod evaluate;
+mod jsonl;
+mod metrics;
+mod model;
+mod ngram;
+mod plots;
+mod progress;
+mod report;
+mod synthetic;
+mod train;
+
+use std::{fs, time::Instant};
+
+use anyhow::{Context, Result};
+use candle_cross_entropy::ual::SmoothingMap;
+use clap::Parser;
+use serde::Serialize;
+
+use crate::{
+    args::{Args, device, plans},
+    model::{Config, Decoder},
+    report::Run,
+    train::{Curve, Method, Plan, train},
+};
+
+/// What metrics.json holds.
+#[derive(Serialize)]
+struct Report<'a> {
+    arguments: &'a Args,
+    data: &'a str,
+    vocab: usize,
+    parameters: usize,
+    median_uncertainty: f32,
+    plan: Plan,
+    pretraining: &'a Curve,
+    runs: &'a [Run],
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    args.check()?;
+    let start = Instant::now();
+    let device = device(&args.device)?;
+    fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+
+    let data = match &args.data {
+        None => synthetic::generate(args.seed),
+        Some(path) => {
+            let Args {
+                seed,
+                held_out,
+                vocab,
+                max_tokens,
+                ..
+            } = args;
+            jsonl::load(
+                path,
+                &jsonl::Options {
+                    seed,
+                    held_out,
+                    vocab,
+                    max_tokens,
+                },
+            )?
+        }
+    };
+    let uncertainties: Vec<f32> = data.train.iter().map(|sample| sample.uncertainty).collect();
+    let map = SmoothingMap::fit(&uncertainties, args.mean_smoothing, args.max_smoothing)
+        .context("the uncertainties of the training samples")?;
+    report::save_json(&args.out.join("smoothing_map.json"), &map)?;
+    println!("{}", data.description);
+
+    let Args {
+        dim, layers, heads, ..
+    } = args;
+    let config = Config {
+        vocab: data.vocab,
+        dim,
+        layers,
+        heads,
+        max_tokens: data.longest(),
+    };
+    let model = Decoder::new(config, args.seed, &device)?;
+    let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
+    println!("model: {layers} layers of width {dim}, {parameters} parameters\n");
+
+    let (plan, pretraining) = plans(&args, &data);
+    let pretraining = train(
+        "pre-training",
+        &model,
+        Method::Sft,
+        (&data.pretrain, &[]),
+        &pretraining,
+        &device,
+    )?;
+    let initial = model.weights()?;
+
+    let held_out: Vec<_> = data.held_out.iter().collect();
+    let median = held_out.iter().map(|sample| sample.uncertainty).collect();
+    let median = metrics::median(median).context("no held-out samples")?;
+    let mut runs = Vec::new();
+    for method in [
+        Method::Sft,
+        Method::Constant(args.mean_smoothing),
+        Method::Ual(map),
+    ] {
+        model.set_weights(&initial)?;
+        let training = train(
+            method.name(),
+            &model,
+            method,
+            (&data.train, &data.held_out),
+            &plan,
+            &device,
+        )?;
+        let rows = evaluate::evaluate(&model, &held_out, plan.batch, &device)?;
+        let mean_smoothing = method.mean_smoothing(&uncertainties)?;
+        runs.push(Run {
+            method: method.name(),
+            mean_smoothing,
+            groups: report::groups(&rows, median),
+            training,
+        });
+    }
+
+    println!("{}", report::table(&runs));
+    println!("certain: uncertainty below the held-out samples' median, {median:.3}");
+    plots::reliability(&args.out.join("reliability.svg"), &runs)?;
+    plots::losses(&args.out.join("losses.svg"), &runs)?;
+    let report = Report {
+        arguments: &args,
+        data: &data.description,
+        vocab: data.vocab,
+        parameters,
+        median_uncertainty: median,
+        plan,
+        pretraining: &pretraining,
+        runs: &runs,
+    };
+    report::save_json(&args.out.join("metrics.json"), &report)?;
+    println!(
+        "{:.0} s in all; reliability.svg, losses.svg, metrics.json and smoothing_map.json are in {}",
+        start.elapsed().as_secs_f64(),
+        args.out.display()
+    );
+    Ok(())
+}

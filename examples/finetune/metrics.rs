@@ -1,0 +1,100 @@
+//! Held-out metrics: calibration and quality of the predicted distributions.
+
+use serde::Serialize;
+
+/// What one predicted token contributes.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Uncertainty of its sample.
+    pub uncertainty: f32,
+    pub nll: f64,
+    pub entropy: f64,
+    /// Probability of the predicted token.
+    pub confidence: f64,
+    pub correct: bool,
+    /// Σ (p_k − 1[k = y])².
+    pub brier: f64,
+    /// From the true distribution to the predicted, where the true one is known.
+    pub kl: Option<f64>,
+}
+
+/// Means over rows.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Summary {
+    pub rows: usize,
+    pub nll: f64,
+    pub ece: f64,
+    pub brier: f64,
+    pub entropy: f64,
+    pub accuracy: f64,
+    pub kl: Option<f64>,
+}
+
+/// A bin of the reliability diagram.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Bin {
+    pub rows: usize,
+    pub confidence: f64,
+    pub accuracy: f64,
+}
+
+const BINS: usize = 15;
+
+/// The mean; None of nothing.
+pub fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), value| {
+        (sum + value, count + 1)
+    });
+    (count > 0).then(|| sum / count as f64)
+}
+
+/// Means over the rows; None of no rows.
+pub fn summarise(rows: &[Row]) -> Option<Summary> {
+    let average = |value: fn(&Row) -> f64| mean(rows.iter().map(value));
+    Some(Summary {
+        rows: rows.len(),
+        nll: average(|row| row.nll)?,
+        ece: expected_calibration_error(&reliability(rows)),
+        brier: average(|row| row.brier)?,
+        entropy: average(|row| row.entropy)?,
+        accuracy: average(|row| f64::from(u8::from(row.correct)))?,
+        kl: mean(rows.iter().filter_map(|row| row.kl)),
+    })
+}
+
+/// Mean confidence and accuracy in 15 bins (a, b] of equal width over confidence.
+pub fn reliability(rows: &[Row]) -> [Bin; BINS] {
+    let mut bins = [Bin::default(); BINS];
+    for row in rows {
+        let bin = (row.confidence * BINS as f64).ceil() as usize;
+        let bin = &mut bins[bin.clamp(1, BINS) - 1];
+        bin.rows += 1;
+        bin.confidence += row.confidence;
+        bin.accuracy += f64::from(u8::from(row.correct));
+    }
+    for bin in bins.iter_mut().filter(|bin| bin.rows > 0) {
+        bin.confidence /= bin.rows as f64;
+        bin.accuracy /= bin.rows as f64;
+    }
+    bins
+}
+
+/// Mean distance of confidence and accuracy, every bin weighted by its rows.
+pub fn expected_calibration_error(bins: &[Bin]) -> f64 {
+    let rows: usize = bins.iter().map(|bin| bin.rows).sum();
+    bins.iter()
+        .map(|bin| bin.rows as f64 * (bin.confidence - bin.accuracy).abs())
+        .sum::<f64>()
+        / rows.max(1) as f64
+}
+
+/// The middle value (of an even number, the upper one of the two); None of nothing.
+pub fn median(mut values: Vec<f32>) -> Option<f32> {
+    values.sort_by(f32::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// Rows of certain samples and of uncertain ones: below the median uncertainty, and from it on.
+pub fn split(rows: &[Row], median: f32) -> (Vec<Row>, Vec<Row>) {
+    rows.iter().partition(|row| row.uncertainty < median)
+}

@@ -1,0 +1,186 @@
+//! One training: AdamW, a warm-up and cosine schedule, gradients clipped by their global norm.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use candle_cross_entropy::{CrossEntropy, ual::SmoothingMap};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use serde::Serialize;
+
+use crate::{
+    data::{Batch, Batches, Sample},
+    evaluate::evaluate,
+    metrics,
+    model::Decoder,
+    progress::Progress,
+};
+
+/// What sets a sample's label smoothing.
+#[derive(Clone, Copy)]
+pub enum Method {
+    /// Supervised fine-tuning: no smoothing.
+    Sft,
+    Constant(f32),
+    /// Uncertainty-aware learning.
+    Ual(SmoothingMap),
+}
+
+impl Method {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sft => "SFT",
+            Self::Constant(_) => "constant",
+            Self::Ual(_) => "UAL",
+        }
+    }
+
+    /// Over the training samples.
+    pub fn mean_smoothing(&self, uncertainties: &[f32]) -> candle_core::Result<f32> {
+        Ok(match self {
+            Self::Sft => 0.0,
+            Self::Constant(smoothing) => *smoothing,
+            Self::Ual(map) => {
+                let all = uncertainties
+                    .iter()
+                    .map(|&u| map.smoothing(u))
+                    .collect::<candle_core::Result<Vec<_>>>()?;
+                all.iter().sum::<f32>() / all.len() as f32
+            }
+        })
+    }
+
+    fn loss(&self, uncertainties: &[f32], device: &Device) -> candle_core::Result<CrossEntropy> {
+        Ok(match self {
+            Self::Sft => CrossEntropy::new(),
+            Self::Constant(smoothing) => CrossEntropy::new().smoothing(*smoothing),
+            // (B, 1): the loss broadcasts it over the sequence.
+            Self::Ual(map) => {
+                CrossEntropy::new().smoothing(map.smoothing_column(uncertainties, device)?)
+            }
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Plan {
+    pub steps: usize,
+    pub batch: usize,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    /// Largest norm of all gradients together.
+    pub clip: f64,
+    pub seed: u64,
+}
+
+/// A point of the loss curves: negative log-likelihood without smoothing, so that methods can be compared.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Point {
+    pub step: usize,
+    /// Mean over the batches since the point before.
+    pub train_nll: f64,
+    pub held_out_nll: f64,
+}
+
+#[derive(Serialize)]
+pub struct Curve {
+    pub points: Vec<Point>,
+    pub seconds: f64,
+    pub tokens_per_second: f64,
+}
+
+/// How many points a loss curve has, and of how many held-out samples at most.
+const POINTS: usize = 15;
+const CURVE_SAMPLES: usize = 128;
+
+pub fn train(
+    name: &str,
+    model: &Decoder,
+    method: Method,
+    (samples, held_out): (&[Sample], &[Sample]),
+    plan: &Plan,
+    device: &Device,
+) -> Result<Curve> {
+    let vars = model.vars();
+    let params = ParamsAdamW {
+        lr: plan.learning_rate,
+        weight_decay: plan.weight_decay,
+        ..Default::default()
+    };
+    let mut optimizer = AdamW::new(vars.clone(), params)?;
+    let mut batches = Batches::new(samples, plan.batch, plan.seed);
+    let mut progress = Progress::new(name, plan.steps);
+    let mut curve = Curve {
+        points: Vec::new(),
+        seconds: 0.0,
+        tokens_per_second: 0.0,
+    };
+    let held_out: Vec<&Sample> = held_out
+        .iter()
+        .step_by(held_out.len().div_ceil(CURVE_SAMPLES).max(1))
+        .collect();
+    let (mut nll, mut rows, mut tokens) = (0.0, 0, 0);
+    for step in 1..=plan.steps {
+        let start = Instant::now();
+        let batch = Batch::new(&batches.next(), device)?;
+        let logits = model.forward(&batch.inputs)?;
+        let loss = method.loss(&batch.uncertainties, device)?;
+        let (loss, stats) = loss.forward_with_stats(&logits, &batch.targets)?;
+        let mut gradients = loss.backward()?;
+        clip(&mut gradients, &vars, plan.clip)?;
+        optimizer.set_learning_rate(plan.learning_rate * schedule(step, plan.steps));
+        optimizer.step(&gradients)?;
+
+        let loss = loss.to_scalar::<f32>()?;
+        if !loss.is_finite() {
+            bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
+        }
+        nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
+        rows += batch.rows;
+        tokens += batch.tokens;
+        curve.seconds += start.elapsed().as_secs_f64();
+        curve.tokens_per_second = tokens as f64 / curve.seconds;
+        progress.step(step, loss, curve.tokens_per_second);
+        // Evenly spaced, the last at the last step.
+        if step * POINTS / plan.steps > (step - 1) * POINTS / plan.steps && !held_out.is_empty() {
+            let held_out = evaluate(model, &held_out, plan.batch, device)?;
+            let held_out_nll =
+                metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
+            curve.points.push(Point {
+                step,
+                train_nll: nll / rows as f64,
+                held_out_nll,
+            });
+            (nll, rows) = (0.0, 0);
+        }
+    }
+    progress.finish();
+    Ok(curve)
+}
+
+/// Share of the peak learning rate: up in the first tenth of the steps, then a cosine down to a tenth.
+fn schedule(step: usize, steps: usize) -> f64 {
+    let warmup = steps.div_ceil(10);
+    if step <= warmup {
+        return step as f64 / warmup as f64;
+    }
+    let done = (step - warmup) as f64 / (steps - warmup) as f64;
+    0.1 + 0.45 * (1.0 + (std::f64::consts::PI * done).cos())
+}
+
+fn clip(gradients: &mut GradStore, vars: &[Var], largest: f64) -> candle_core::Result<()> {
+    let squares = vars
+        .iter()
+        .filter_map(|var| gradients.get(var))
+        .map(|g| g.sqr()?.sum_all());
+    let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+    let norm = f64::from(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    if norm > largest {
+        for var in vars {
+            if let Some(gradient) = gradients.remove(var) {
+                gradients.insert(var, (gradient * (largest / norm))?);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,69 @@
+//! Checks the CUDA path on a GPU against the f64 reference, then times it against a device copy.
+//!
+//! One self-contained program: build it anywhere with `scripts/gpu-check.sh`, run it where the GPU is with
+//! `scripts/gpu-run.sh`. `--device cpu` runs the same checks on the CPU path, which rehearses the program itself.
+
+mod cases;
+#[cfg(feature = "cuda")]
+mod device;
+mod properties;
+mod report;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use candle_core::Device;
+use clap::{Parser, ValueEnum};
+
+use report::Report;
+
+#[derive(Parser)]
+#[command(
+    about = "Checks candle-cross-entropy on a GPU against its f64 reference and times it against a device copy"
+)]
+struct Args {
+    /// Where to compute; `cpu` rehearses the checks on the CPU path, without timings.
+    #[arg(long, value_enum, default_value_t = Where::default())]
+    device: Where,
+    /// Fewer and smaller cases and no timings, for runs under compute-sanitizer.
+    #[arg(long)]
+    reduced: bool,
+    /// No timings.
+    #[arg(long)]
+    no_timing: bool,
+    /// Writes the timings here as JSON, and what was checked.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Commit that the JSON names.
+    #[arg(long, default_value = option_env!("GPU_CHECK_COMMIT").unwrap_or("unknown"))]
+    commit: String,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+enum Where {
+    #[cfg_attr(not(feature = "cuda"), default)]
+    Cpu,
+    #[cfg(feature = "cuda")]
+    #[default]
+    Cuda,
+}
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    let device = match args.device {
+        Where::Cpu => Device::Cpu,
+        #[cfg(feature = "cuda")]
+        Where::Cuda => Device::new_cuda(0)?,
+    };
+    let mut report = Report::default();
+    cases::run(&device, args.reduced, &mut report);
+    properties::run(&device, args.reduced, &mut report);
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        device::check_graph(&device, &mut report);
+        if !args.reduced && !args.no_timing {
+            device::time(&device, &args.commit, &mut report)?;
+        }
+    }
+    report.finish(args.out.as_deref())
+}

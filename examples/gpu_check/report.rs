@@ -1,0 +1,106 @@
+//! What the checks found: a line each as they run, a table and JSON at the end.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+/// The largest error of a check, in units of its tolerance, and where it was.
+#[derive(Clone, Default)]
+pub struct Worst {
+    pub error: f64,
+    pub at: String,
+}
+
+impl Worst {
+    /// Takes in one comparison; NaN counts as a failure.
+    pub fn see(&mut self, error: f64, at: impl FnOnce() -> String) {
+        let error = if error.is_nan() { f64::INFINITY } else { error };
+        if error > self.error || self.at.is_empty() {
+            *self = Self { error, at: at() };
+        }
+    }
+
+    pub fn merge(&mut self, other: Self) {
+        if !other.at.is_empty() {
+            self.see(other.error, || other.at);
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Report {
+    checks: Vec<Value>,
+    failures: usize,
+    pub timings: Vec<Value>,
+}
+
+impl Report {
+    /// Runs a check that compares numbers; an error above 1 tolerance fails it.
+    pub fn numbers(&mut self, name: &str, check: impl FnOnce() -> Result<Worst>) {
+        match check() {
+            Ok(worst) if worst.at.is_empty() => {
+                self.line(name, false, "compared nothing".into(), None)
+            }
+            Ok(worst) => {
+                let detail = format!("worst {:.3} of its tolerance ({})", worst.error, worst.at);
+                self.line(name, worst.error <= 1.0, detail, Some(worst.error));
+            }
+            Err(error) => self.line(name, false, format!("{error:#}"), None),
+        }
+    }
+
+    /// Runs a check that holds or does not; it says what it looked at.
+    pub fn holds(&mut self, name: &str, check: impl FnOnce() -> Result<String>) {
+        match check() {
+            Ok(detail) => self.line(name, true, detail, None),
+            Err(error) => self.line(name, false, format!("{error:#}"), None),
+        }
+    }
+
+    fn line(&mut self, name: &str, pass: bool, detail: String, worst: Option<f64>) {
+        println!("{} {name}: {detail}", if pass { "PASS" } else { "FAIL" });
+        self.failures += usize::from(!pass);
+        let worst = worst.filter(|w| w.is_finite());
+        self.checks
+            .push(json!({ "check": name, "pass": pass, "worst": worst, "detail": detail }));
+    }
+
+    pub fn finish(self, out: Option<&Path>) -> Result<ExitCode> {
+        if !self.timings.is_empty() {
+            println!(
+                "\n{:<26}{:<12}{:>7}{:>8} {:<6}{:>10}{:>9}{:>8}",
+                "work", "by", "n", "v", "type", "ms", "GB/s", "copy"
+            );
+            for t in &self.timings {
+                let (text, number) = (
+                    |k: &str| t[k].as_str().unwrap_or("").to_string(),
+                    |k: &str| t[k].as_f64(),
+                );
+                println!(
+                    "{:<26}{:<12}{:>7}{:>8} {:<6}{:>10.3}{:>9.0}{:>7.0}%",
+                    text("bench"),
+                    text("impl"),
+                    t["n"],
+                    t["v"],
+                    text("dtype"),
+                    number("median_ms").unwrap_or(f64::NAN),
+                    number("gb_per_s").unwrap_or(f64::NAN),
+                    100.0 * number("fraction_of_copy").unwrap_or(f64::NAN),
+                );
+            }
+        }
+        let (total, failures) = (self.checks.len(), self.failures);
+        println!("\n{} of {total} checks passed", total - failures);
+        if let Some(path) = out {
+            let all = json!({ "checks": self.checks, "timings": self.timings });
+            std::fs::write(path, serde_json::to_string_pretty(&all)? + "\n")
+                .with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(if failures == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}

@@ -1,0 +1,254 @@
+//! The fine-tuning example from the outside: a small run of each kind of data, and bad input.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use candle_cross_entropy::ual::SmoothingMap;
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn finetune(arguments: &[&str]) -> Output {
+    // Beside this test's own folder: `cargo test` builds examples, but names no path to them.
+    let test = std::env::current_exe().unwrap();
+    let program = test
+        .parent()
+        .and_then(Path::parent)
+        .unwrap()
+        .join("examples/finetune");
+    assert!(
+        program
+            .with_extension(std::env::consts::EXE_EXTENSION)
+            .exists(),
+        "cargo build --example finetune first"
+    );
+    Command::new(program).args(arguments).output().unwrap()
+}
+
+fn small_run(out: &Path, more: &[&str]) -> (String, Value) {
+    let small = [
+        "--dim",
+        "16",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--pretrain-steps",
+        "2",
+        "--steps",
+        "3",
+    ];
+    let output = finetune(&[&small[..], &["--out", out.to_str().unwrap()], more].concat());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("tokens/s"),
+        "progress must be readable without a terminal: {stderr}"
+    );
+    let metrics = serde_json::from_slice(&fs::read(out.join("metrics.json")).unwrap()).unwrap();
+    (String::from_utf8(output.stdout).unwrap(), metrics)
+}
+
+/// The message of a run that must fail.
+fn refusal(arguments: &[&str]) -> String {
+    let out = TempDir::new().unwrap();
+    let output = finetune(&[&["--out", out.path().to_str().unwrap()], arguments].concat());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && !stderr.contains("panicked"),
+        "{arguments:?}: {stderr}"
+    );
+    stderr
+}
+
+fn write_data(folder: &TempDir, lines: &[u8]) -> PathBuf {
+    let path = folder.path().join("data.jsonl");
+    fs::write(&path, lines).unwrap();
+    path
+}
+
+/// What two runs with the same arguments must have in common.
+fn results(mut metrics: Value) -> Value {
+    metrics["arguments"].take();
+    let (pretraining, runs) = (
+        metrics["pretraining"].take(),
+        metrics["runs"].as_array_mut().unwrap(),
+    );
+    assert!(pretraining["seconds"].as_f64().unwrap() > 0.0);
+    for training in runs.iter_mut().map(|run| &mut run["training"]) {
+        training["seconds"].take();
+        training["tokens_per_second"].take();
+    }
+    metrics
+}
+
+#[test]
+fn a_run_on_synthetic_data_reports_every_method_and_repeats() {
+    let (first, second) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (stdout, metrics) = small_run(first.path(), &["--batch", "64"]);
+    for group in ["all", "certain", "uncertain"] {
+        for method in ["SFT", "constant", "UAL"] {
+            let found = |line: &&str| line.split_whitespace().take(2).eq([group, method]);
+            let line = stdout
+                .lines()
+                .find(found)
+                .unwrap_or_else(|| panic!("no {group} {method} in {stdout}"));
+            assert_eq!(line.split_whitespace().count(), 9, "{line}");
+        }
+    }
+    let map = fs::read_to_string(first.path().join("smoothing_map.json")).unwrap();
+    assert!(serde_json::from_str::<SmoothingMap>(&map).unwrap().scale() > 0.0);
+    let smoothing: Vec<f64> = (0..3)
+        .map(|run| metrics["runs"][run]["mean_smoothing"].as_f64().unwrap())
+        .collect();
+    assert!(
+        smoothing[0] == 0.0
+            && (smoothing[1] - 0.1).abs() < 1e-6
+            && (smoothing[2] - 0.1).abs() < 1e-5
+    );
+    for picture in ["reliability.svg", "losses.svg"] {
+        let text = fs::read_to_string(first.path().join(picture)).unwrap();
+        assert!(
+            text.starts_with("<svg") && text.trim_end().ends_with("</svg>") && text.contains("UAL")
+        );
+    }
+    let nll = |run: usize| {
+        metrics["runs"][run]["groups"][0]["summary"]["nll"]
+            .as_f64()
+            .unwrap()
+    };
+    assert_ne!(nll(0), nll(2), "smoothing must change the training");
+
+    let (_, again) = small_run(second.path(), &["--batch", "64"]);
+    assert_eq!(results(metrics), results(again));
+}
+
+#[test]
+fn a_run_on_real_data_estimates_what_is_missing() {
+    let folder = TempDir::new().unwrap();
+    let lines: Vec<String> = (0..24)
+        .map(|i| match i % 3 {
+            0 => format!(
+                r#"{{"prompt": "Add 1 to {i}.", "response": "It is {}.", "uncertainty": 0.0}}"#,
+                i + 1
+            ),
+            1 => format!(r#"{{"prompt": "", "response": "free words {i} é ☃", "id": {i}}}"#),
+            _ => format!(r#"{{"prompt": "Say {i}.", "response": "{i}", "uncertainty": null}}"#),
+        })
+        .collect();
+    let data = write_data(&folder, (lines.join("\n") + "\n\n").as_bytes());
+    let more = [
+        "--data",
+        data.to_str().unwrap(),
+        "--vocab",
+        "300",
+        "--max-tokens",
+        "12",
+        "--batch",
+        "6",
+    ];
+    let (stdout, metrics) = small_run(&folder.path().join("new/out"), &more);
+    assert!(
+        stdout.contains("19 training samples, 5 held out"),
+        "{stdout}"
+    );
+    assert!(
+        stdout.contains("uncertainty: 8 given, 16 estimated"),
+        "{stdout}"
+    );
+    assert!(
+        metrics["runs"][2]["groups"][0]["summary"]["nll"]
+            .as_f64()
+            .unwrap()
+            > 0.0
+    );
+    assert!(metrics["runs"][2]["groups"][0]["summary"]["kl"].is_null());
+
+    let (_, again) = small_run(&folder.path().join("again"), &more);
+    assert_eq!(results(metrics), results(again));
+}
+
+#[test]
+fn a_bad_line_is_named() {
+    let good = br#"{"prompt": "a", "response": "b"}"#;
+    let cases: [(&[u8], &str); 7] = [
+        (br#"{"prompt": "a"}"#, "missing field `response`"),
+        (br#"{"prompt": "a", "response": 7}"#, "expected a string"),
+        (
+            br#"{"prompt": "a", "response": " "}"#,
+            "\"response\" is empty",
+        ),
+        (
+            br#"{"prompt": "a", "response": "b", "uncertainty": 3}"#,
+            "\"uncertainty\" is 3; it must be in [0, 1]",
+        ),
+        (
+            br#"{"prompt": "a", "response": "b""#,
+            "EOF while parsing an object (column 31)",
+        ),
+        (b"[1, 2]", "invalid type"),
+        (b"{\"prompt\": \"\xff\"}", "not UTF-8 from byte 13"),
+    ];
+    for (line, wanted) in cases {
+        let folder = TempDir::new().unwrap();
+        let data = write_data(&folder, &[good, &b"\n\n"[..], line, b"\n", good].concat());
+        let message = refusal(&["--data", data.to_str().unwrap()]);
+        assert!(
+            message.contains(&format!("{}:3: ", data.display())) && message.contains(wanted),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn data_that_cannot_be_used_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let missing = folder.path().join("nothing.jsonl");
+    assert!(refusal(&["--data", missing.to_str().unwrap()]).contains("cannot read"));
+    let empty = write_data(&folder, b"");
+    assert!(refusal(&["--data", empty.to_str().unwrap()]).contains("0 samples"));
+    let certain: String = (0..9)
+        .map(|i| format!("{{\"prompt\": \"{i}\", \"response\": \"{i}\", \"uncertainty\": 0}}\n"))
+        .collect();
+    let certain = write_data(&folder, certain.as_bytes());
+    let message = refusal(&["--data", certain.to_str().unwrap(), "--vocab", "300"]);
+    assert!(
+        message.contains("uncertainties of the training samples") && message.contains("at most 0"),
+        "{message}"
+    );
+}
+
+#[test]
+fn bad_arguments_are_named() {
+    let cases: [(&[&str], &str); 14] = [
+        (&["--steps", "0"], "--steps is 0"),
+        (&["--batch", "0"], "--batch is 0"),
+        (&["--layers", "0"], "--layers is 0"),
+        (&["--heads", "0"], "--heads is 0"),
+        (&["--dim", "20"], "--dim is 20; it must be a multiple of 8"),
+        (&["--lr", "0"], "--lr is 0"),
+        (&["--clip", "nan"], "--clip is NaN"),
+        (&["--weight-decay", "inf"], "--weight-decay is inf"),
+        (&["--held-out", "1"], "--held-out is 1"),
+        (&["--max-smoothing", "1.5"], "--max-smoothing is 1.5"),
+        (
+            &["--mean-smoothing", "0.6"],
+            "--mean-smoothing is 0.6; it must be in [0, 0.5]",
+        ),
+        (&["--vocab", "10"], "--vocab is 10"),
+        (&["--max-tokens", "2"], "--max-tokens is 2"),
+        (
+            &["--device", "tpu"],
+            "--device is \"tpu\"; it must be cpu, cuda or cuda:N",
+        ),
+    ];
+    for (arguments, wanted) in cases {
+        let message = refusal(arguments);
+        assert!(message.contains(wanted), "{arguments:?}: {message}");
+    }
+    if !cfg!(feature = "cuda") {
+        assert!(refusal(&["--device", "cuda:0"]).contains("compiled without CUDA"));
+    }
+}

@@ -1,0 +1,164 @@
+//! The map from uncertainty to smoothing: its mean, order and bounds, its errors, and that it can be saved.
+
+use candle_core::Device;
+use candle_cross_entropy::ual::SmoothingMap;
+use proptest::prelude::*;
+
+/// Uncertainties of very different sizes, some of them 0 or below.
+fn uncertainties() -> impl Strategy<Value = Vec<f32>> {
+    let one = prop_oneof![
+        4 => 0f32..1.0,
+        1 => Just(0f32),
+        1 => -1f32..0.0,
+        1 => (-20i32..20).prop_map(|e| 10f32.powi(e)),
+    ];
+    prop::collection::vec(one, 1..60)
+}
+
+/// A data set with a mean that it can reach and the maximum.
+fn fittable() -> impl Strategy<Value = (Vec<f32>, f32, f32)> {
+    (uncertainties(), 0f32..=1.0, 0f32..=1.0).prop_filter_map(
+        "an uncertainty above 0",
+        |(u, share, max)| {
+            let positive = u.iter().filter(|&&u| u > 0.0).count();
+            let reachable = max * positive as f32 / u.len() as f32;
+            (positive > 0).then_some((u, share * reachable, max))
+        },
+    )
+}
+
+fn mean_smoothing(map: &SmoothingMap, uncertainties: &[f32]) -> f64 {
+    let sum: f64 = uncertainties
+        .iter()
+        .map(|&u| f64::from(map.smoothing(u).unwrap()))
+        .sum();
+    sum / uncertainties.len() as f64
+}
+
+fn message(uncertainties: &[f32], mean: f32, max: f32) -> String {
+    SmoothingMap::fit(uncertainties, mean, max)
+        .expect_err("must be refused")
+        .to_string()
+}
+
+proptest! {
+    #[test]
+    fn the_mean_is_met_also_under_clipping((u, mean, max) in fittable()) {
+        let map = SmoothingMap::fit(&u, mean, max).unwrap();
+        let got = mean_smoothing(&map, &u);
+        prop_assert!((got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean), "mean {got}, asked for {mean}");
+    }
+
+    #[test]
+    fn values_keep_the_order_and_the_bounds((u, mean, max) in fittable(), others in uncertainties()) {
+        let map = SmoothingMap::fit(&u, mean, max).unwrap();
+        let mut all = [u, others].concat(); // also samples that it was not fitted on
+        all.sort_by(f32::total_cmp);
+        let smoothing: Vec<f32> = all.iter().map(|&u| map.smoothing(u).unwrap()).collect();
+        prop_assert!(smoothing.windows(2).all(|pair| pair[0] <= pair[1]), "{all:?} -> {smoothing:?}");
+        prop_assert!(smoothing.iter().all(|e| (0.0..=max).contains(e)), "{smoothing:?}, max {max}");
+        prop_assert!(all.iter().zip(&smoothing).all(|(&u, &e)| u > 0.0 || e == 0.0), "{all:?} -> {smoothing:?}");
+    }
+
+    #[test]
+    fn below_the_maximum_it_is_proportional((u, mean, max) in fittable(), a in 0.01f32..1.0, b in 0.01f32..1.0) {
+        let map = SmoothingMap::fit(&u, mean, max).unwrap();
+        let (x, y) = (map.smoothing(a).unwrap(), map.smoothing(b).unwrap());
+        prop_assume!(x < max && y < max && x > 1e-30 && y > 1e-30);
+        prop_assert!((x / y - a / b).abs() <= 1e-5 * (a / b), "{a} -> {x}, {b} -> {y}");
+    }
+
+    #[test]
+    fn the_unit_of_uncertainty_does_not_matter((u, mean, max) in fittable(), exponent in -10i32..10) {
+        let unit = 2f32.powi(exponent); // exact in f32
+        let scaled: Vec<f32> = u.iter().map(|u| u * unit).collect();
+        let (map, other) = (SmoothingMap::fit(&u, mean, max).unwrap(), SmoothingMap::fit(&scaled, mean, max).unwrap());
+        for (&u, &v) in u.iter().zip(&scaled) {
+            prop_assert_eq!(map.smoothing(u).unwrap(), other.smoothing(v).unwrap());
+        }
+    }
+
+    #[test]
+    fn it_is_the_same_after_saving((u, mean, max) in fittable()) {
+        let map = SmoothingMap::fit(&u, mean, max).unwrap();
+        let saved = serde_json::to_string(&map).unwrap();
+        prop_assert_eq!(serde_json::from_str::<SmoothingMap>(&saved).unwrap(), map, "{}", saved);
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_named(mut u in uncertainties(), at in any::<prop::sample::Index>()) {
+        let at = at.index(u.len());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            u[at] = bad;
+            let wanted = format!("uncertainties[{at}] is {bad}");
+            prop_assert!(message(&u, 0.0, 0.5).contains(&wanted));
+            let map = SmoothingMap::fit(&[1.0], 0.1, 0.5).unwrap();
+            prop_assert!(map.smoothing_column(&u, &Device::Cpu).unwrap_err().to_string().contains(&wanted));
+            prop_assert!(map.smoothing(bad).unwrap_err().to_string().contains(&format!("uncertainty is {bad}")));
+        }
+    }
+}
+
+#[test]
+fn an_example_by_hand() {
+    // 0.3 is clipped at 0.2; the other three share 4·0.1 − 0.2 in proportion 0 : 1 : 1.
+    let map = SmoothingMap::fit(&[0.3, 0.0, 0.1, 0.1], 0.1, 0.2).unwrap();
+    let column = map
+        .smoothing_column(&[0.3, 0.0, 0.1, 0.05, 9.0, -1.0], &Device::Cpu)
+        .unwrap();
+    assert_eq!(column.dims(), [6, 1]);
+    let values = column.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (value, wanted) in values.iter().zip([0.2, 0.0, 0.1, 0.05, 0.2, 0.0]) {
+        assert!((value - wanted).abs() < 1e-7, "{values:?}");
+    }
+}
+
+#[test]
+fn the_largest_mean_that_can_be_reached_is_reached() {
+    let map = SmoothingMap::fit(&[0.5, 0.001], 0.2, 0.2).unwrap();
+    assert_eq!(
+        (map.smoothing(0.5).unwrap(), map.smoothing(0.001).unwrap()),
+        (0.2, 0.2)
+    );
+}
+
+#[test]
+fn a_mean_that_cannot_be_reached_is_refused() {
+    let text = message(&[0.0, 0.0, 0.5, -1.0], 0.1, 0.2);
+    assert!(
+        text.contains("mean is 0.1")
+            && text.contains("at most 0.05")
+            && text.contains("1 are above 0"),
+        "{text}"
+    );
+    let text = message(&[0.0, 0.0], 0.1, 0.2);
+    assert!(text.contains("at most 0:"), "{text}");
+    assert!(message(&[1e-44], 1.0, 1.0).contains("too small"));
+}
+
+#[test]
+fn scalars_out_of_range_are_refused() {
+    for max in [-0.1, 1.1, f32::NAN, f32::INFINITY] {
+        assert!(message(&[0.5], 0.0, max).contains(&format!("max is {max}; it must be in [0, 1]")));
+    }
+    for mean in [-0.1, 0.21, f32::NAN] {
+        assert!(
+            message(&[0.5], mean, 0.2).contains(&format!("mean is {mean}; it must be in [0, max]"))
+        );
+    }
+    assert!(message(&[], 0.1, 0.2).contains("uncertainties is empty"));
+}
+
+#[test]
+fn a_saved_map_that_was_edited_badly_is_refused() {
+    for (text, wanted) in [
+        (r#"{"scale": -1.0, "max": 0.5}"#, "scale is -1"),
+        (r#"{"scale": 1.0, "max": 1.5}"#, "max is 1.5"),
+        (r#"{"scale": 1.0}"#, "missing field `max`"),
+    ] {
+        let error = serde_json::from_str::<SmoothingMap>(text)
+            .expect_err("must be refused")
+            .to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
+}
