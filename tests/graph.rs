@@ -301,6 +301,39 @@ fn from_bits(bits: u64, dtype: DType) -> f64 {
     }
 }
 
+/// Strided views of the logits are overwritten where they lie; rows that share memory are not.
+#[test]
+fn inplace_backward_of_views() {
+    let views: [fn(&Tensor) -> Tensor; 4] = [
+        |logits| logits.narrow(1, 2, 15).unwrap(),
+        |logits| logits.reshape((2, 3, 21)).unwrap().transpose(0, 1).unwrap(),
+        |logits| {
+            logits
+                .narrow(0, 1, 1)
+                .unwrap()
+                .broadcast_as((6, 21))
+                .unwrap()
+        },
+        |logits| logits.narrow(0, 0, 0).unwrap(),
+    ];
+    for dtype in FLOATS {
+        for view in views {
+            let model = model(dtype);
+            let run = |inplace: bool| {
+                let logits = view(&model.logits());
+                let shape = logits.dims()[..logits.rank() - 1].to_vec();
+                let y = Tensor::full(3u32, shape, CPU).unwrap();
+                let loss = CrossEntropy::new()
+                    .inplace_backward(inplace)
+                    .reduction(Reduction::Sum);
+                let gradients = loss.forward(&logits, &y).unwrap().backward().unwrap();
+                model.bits(&gradients)
+            };
+            assert_eq!(run(true), run(false));
+        }
+    }
+}
+
 /// A Var is a parameter: its memory is the optimizer's.
 #[test]
 fn inplace_backward_never_writes_a_variable() {
