@@ -94,7 +94,9 @@ proptest! {
             prop_assert!(message(&u, 0.0, 0.5).contains(&wanted));
             let map = SmoothingMap::fit(&[1.0], 0.1, 0.5).unwrap();
             prop_assert!(map.smoothing_column(&u, &Device::Cpu).unwrap_err().to_string().contains(&wanted));
-            prop_assert!(map.smoothing(bad).unwrap_err().to_string().contains(&format!("uncertainty is {bad}")));
+            let text = map.smoothing(bad).unwrap_err().to_string();
+            let wanted = format!("uncertainty is {bad}");
+            prop_assert!(text.contains(&wanted), "{}", text);
         }
     }
 }
