@@ -1,0 +1,583 @@
+//! Runs a problem through every kernel of its element type and compares with the reference.
+
+use bytemuck::Zeroable as _;
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+
+use super::{
+    build::{Build, driver},
+    case::{Buffer, Case, Outputs, POISON},
+    problem::{Eps, Problem, View, from_bytes, to_bytes},
+};
+use crate::kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, threads_per_row};
+
+const STATS: [&str; 5] = ["nll", "lse", "entropy", "max_prob", "grad_norm_sq"];
+
+/// Outputs of one launch over the rows; those it does not have are empty.
+#[derive(Default)]
+pub struct RowResults {
+    pub loss: Vec<f32>,
+    /// (rows, width)
+    pub grad: Vec<f32>,
+    pub stats: [Vec<f32>; 5],
+    pub predicted: Vec<u32>,
+}
+
+pub struct Results {
+    pub forward: RowResults,
+    pub fused: RowResults,
+    pub backward: RowResults,
+    pub reduced: f32,
+}
+
+/// Runs and compares; an error says what differs.
+pub fn check(problem: &Problem, build: Build) -> Result<Results, String> {
+    check_with(problem, driver(build))
+}
+
+pub fn check_with(problem: &Problem, driver: &std::path::Path) -> Result<Results, String> {
+    let describe = |error: String| format!("{}: {error}", problem.name);
+    let runs = Runs::new(problem);
+    let outputs = runs.case.run(driver).map_err(describe)?;
+    compare(problem, &runs, &outputs).map_err(describe)
+}
+
+struct RowRun {
+    label: &'static str,
+    loss: Option<Buffer>,
+    /// With its view, and what the gaps between rows hold.
+    grad: Option<(Buffer, View, Vec<u8>)>,
+    stats: Option<[Buffer; 5]>,
+    predicted: Option<Buffer>,
+    first_error: Option<Buffer>,
+}
+
+struct Runs {
+    case: Case,
+    rows: Vec<RowRun>,
+    total_weight: Buffer,
+    reduced: Buffer,
+}
+
+impl Runs {
+    fn new(p: &Problem) -> Self {
+        let mut case = Case::new(&p.seeds);
+        let params = inputs(&mut case, p);
+        let (element, softcap) = (p.element, p.softcap.is_some());
+
+        let total_weight = case.poisoned("total_weight", 4, 0);
+        let weigh = Params {
+            loss: 0,
+            reduced: 0,
+            total_weight: total_weight.start(),
+            ..params
+        };
+        case.launch(Kernel::Reduce, weigh, 1, REDUCE_THREADS);
+        let divisor = if p.mean { total_weight.start() } else { 0 };
+
+        let mut rows = Vec::new();
+        let mut launch = |case: &mut Case, kernel, params, run| {
+            case.launch(
+                kernel,
+                params,
+                p.rows() as u32,
+                threads_per_row(p.width, element.size()),
+            );
+            rows.push(run);
+        };
+
+        let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+        let (run, stats_params) =
+            row_outputs(&mut case, "forward with statistics", p, true, params);
+        let loss = run.loss.expect("a forward has a loss");
+        let kernel = Kernel::Forward {
+            element,
+            stats: true,
+            softcap,
+        };
+        launch(
+            &mut case,
+            kernel,
+            Params {
+                state: state.start(),
+                ..stats_params
+            },
+            run,
+        );
+
+        let (run, plain_params) = row_outputs(&mut case, "forward", p, false, params);
+        launch(
+            &mut case,
+            Kernel::Forward {
+                element,
+                stats: false,
+                softcap,
+            },
+            plain_params,
+            run,
+        );
+
+        let reduced = case.poisoned("reduced", 4, 0);
+        let reduce = Params {
+            loss: loss.start(),
+            reduced: reduced.start(),
+            ..weigh
+        };
+        case.launch(Kernel::Reduce, reduce, 1, REDUCE_THREADS);
+
+        for (label, in_place) in [("backward", false), ("backward in place", true)] {
+            let upstream = case.input("upstream", &p.upstream, 0);
+            let params = Params {
+                state: state.start(),
+                upstream: upstream.start(),
+                upstream_per_row: u32::from(p.upstream.len() > 1),
+                divisor,
+                ..params
+            };
+            let (grad, params) = gradient(&mut case, p, in_place, params);
+            let run = RowRun {
+                label,
+                loss: None,
+                grad: Some(grad),
+                stats: None,
+                predicted: None,
+                first_error: None,
+            };
+            launch(
+                &mut case,
+                Kernel::Backward { element, softcap },
+                params,
+                run,
+            );
+        }
+        for (label, in_place, stats) in [
+            ("fused with statistics", false, true),
+            ("fused with statistics in place", true, true),
+            ("fused in place", true, false),
+            ("fused", false, false),
+        ] {
+            let (mut run, params) =
+                row_outputs(&mut case, label, p, stats, Params { divisor, ..params });
+            let (grad, params) = gradient(&mut case, p, in_place, params);
+            run.grad = Some(grad);
+            launch(
+                &mut case,
+                Kernel::Fused {
+                    element,
+                    stats,
+                    softcap,
+                },
+                params,
+                run,
+            );
+        }
+        Self {
+            case,
+            rows,
+            total_weight,
+            reduced,
+        }
+    }
+}
+
+fn inputs(case: &mut Case, p: &Problem) -> Params {
+    let logits = case.input("logits", &stored_logits(p), p.logits_view.offset);
+    let targets = if p.targets_are_i64 {
+        case.input("targets", &p.targets, 8)
+    } else {
+        case.input(
+            "targets",
+            &p.targets.iter().map(|&t| t as u32).collect::<Vec<_>>(),
+            4,
+        )
+    };
+    let (smoothing, uniform_smoothing) = match &p.eps {
+        Eps::Uniform(eps) => (0, *eps),
+        Eps::PerRow(eps) => (case.input("smoothing", eps, 12).start(), f32::NAN),
+    };
+    Params {
+        logits: logits.start(),
+        targets: targets.start(),
+        smoothing,
+        weights: p
+            .weights
+            .as_ref()
+            .map_or(0, |weights| case.input("weights", weights, 4).start()),
+        logits_rows: p.logits_view.abi(),
+        grad_rows: p.grad_view.abi(),
+        rows: p.rows() as u64,
+        ignore_index: p.ignore_index(),
+        vocab: p.vocab as u32,
+        width: p.width as u32,
+        targets_are_i64: u32::from(p.targets_are_i64),
+        mean: u32::from(p.mean),
+        uniform_smoothing,
+        z_loss: p.z_loss,
+        logit_scale: p.logit_scale,
+        softcap: p.softcap.unwrap_or(f32::NAN),
+        result_scale: p.result_scale,
+        ..Params::zeroed()
+    }
+}
+
+/// Padding and the gaps between rows hold NaN: who reads them shows it.
+fn stored_logits(p: &Problem) -> Vec<u8> {
+    let mut values = vec![f32::NAN; p.logits_view.extent(p.rows(), p.width)];
+    for i in 0..p.rows() {
+        let begin = p.logits_view.row(i);
+        values[begin..begin + p.vocab].copy_from_slice(p.row(i));
+    }
+    to_bytes(p.element, &values)
+}
+
+fn row_outputs(
+    case: &mut Case,
+    label: &'static str,
+    p: &Problem,
+    stats: bool,
+    params: Params,
+) -> (RowRun, Params) {
+    let loss = case.poisoned(&format!("loss of {label}"), p.rows() * 4, 4);
+    let first_error = case.output(&format!("first_error of {label}"), &[u64::MAX], 8);
+    let mut params = Params {
+        loss: loss.start(),
+        first_error: first_error.start(),
+        ..params
+    };
+    let mut run = RowRun {
+        label,
+        loss: Some(loss),
+        grad: None,
+        stats: None,
+        predicted: None,
+        first_error: Some(first_error),
+    };
+    if stats {
+        let buffers = STATS.map(|name| case.poisoned(name, p.rows() * 4, 8));
+        let predicted = case.poisoned("predicted", p.rows() * 4, 12);
+        [
+            params.nll,
+            params.lse,
+            params.entropy,
+            params.max_prob,
+            params.grad_norm_sq,
+        ] = buffers.map(Buffer::start);
+        params.predicted = predicted.start();
+        run.stats = Some(buffers);
+        run.predicted = Some(predicted);
+    }
+    (run, params)
+}
+
+fn gradient(
+    case: &mut Case,
+    p: &Problem,
+    in_place: bool,
+    params: Params,
+) -> ((Buffer, View, Vec<u8>), Params) {
+    let (view, initial) = if in_place {
+        (p.logits_view.clone(), stored_logits(p))
+    } else {
+        let bytes = p.grad_view.extent(p.rows(), p.width) * p.element.size();
+        (p.grad_view.clone(), vec![POISON; bytes])
+    };
+    let buffer = case.output(
+        if in_place { "logits and grad" } else { "grad" },
+        &initial,
+        view.offset,
+    );
+    let logits = if in_place {
+        buffer.start()
+    } else {
+        params.logits
+    };
+    let params = Params {
+        logits,
+        grad: buffer.start(),
+        grad_rows: view.abi(),
+        ..params
+    };
+    ((buffer, view, initial), params)
+}
+
+/// What each row must be, but for the factor of a gradient.
+struct Expected {
+    loss: Vec<f64>,
+    grad: Vec<f64>,
+    stats: [Vec<f64>; 5],
+    predicted: Vec<u32>,
+}
+
+impl Expected {
+    fn new(p: &Problem) -> candle_core::Result<Self> {
+        let reference = p.reference()?;
+        let f64s = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let s = &reference.stats;
+        let mut expected = Self {
+            loss: f64s(&reference.loss)?,
+            grad: f64s(&reference.grad)?,
+            stats: [
+                f64s(&s.nll)?,
+                f64s(&s.lse)?,
+                f64s(&s.entropy)?,
+                f64s(&s.max_prob)?,
+                f64s(&s.grad_norm_sq)?,
+            ],
+            predicted: s.predicted.flatten_all()?.to_vec1()?,
+        };
+        for i in (0..p.rows()).filter(|&i| p.bad_value(i).is_some()) {
+            expected.loss[i] = f64::NAN;
+            expected.grad[i * p.vocab..(i + 1) * p.vocab].fill(f64::NAN);
+            expected
+                .stats
+                .iter_mut()
+                .for_each(|stat| stat[i] = f64::NAN);
+            expected.predicted[i] = 0;
+        }
+        Ok(expected)
+    }
+}
+
+fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, String> {
+    let expected = Expected::new(p).map_err(|error| format!("reference: {error}"))?;
+    let first_error = (0..p.rows())
+        .filter_map(|i| p.bad_value(i).map(|kind| i as u64 * 4 + kind))
+        .min()
+        .unwrap_or(u64::MAX);
+    let weights = (0..p.rows())
+        .filter(|&i| !p.ignored(i))
+        .map(|i| f64::from(p.weight(i)));
+    let total_weight: f64 = weights
+        .filter(|weight| (0.0..f64::INFINITY).contains(weight))
+        .sum();
+    let got = outputs.read::<f32>(runs.total_weight)[0];
+    near("total_weight", f64::from(got), total_weight, 1e-6, 0.0)?;
+    let divisor = if p.mean && total_weight != 0.0 {
+        total_weight
+    } else {
+        1.0
+    };
+
+    let mut results = Vec::new();
+    for run in &runs.rows {
+        let of_run = |error: String| format!("{}: {error}", run.label);
+        let result = read(p, run, outputs).map_err(of_run)?;
+        let upstream = |i| {
+            if run.loss.is_none() {
+                f64::from(p.upstream(i))
+            } else {
+                1.0
+            }
+        };
+        let factor = |i| upstream(i) * f64::from(p.result_scale) / divisor;
+        compare_rows(p, &expected, &result, factor).map_err(of_run)?;
+        if let Some(buffer) = run.first_error {
+            let got = outputs.read::<u64>(buffer)[0];
+            if got != first_error {
+                return Err(of_run(format!("first_error is {got}, not {first_error}")));
+            }
+        }
+        results.push(result);
+    }
+    let reduced = outputs.read::<f32>(runs.reduced)[0];
+    let sum: f64 = expected.loss.iter().sum::<f64>() * f64::from(p.result_scale) / divisor;
+    let magnitude: f64 = expected.loss.iter().map(|loss| loss.abs()).sum::<f64>()
+        * f64::from(p.result_scale)
+        / divisor;
+    near("reduced", f64::from(reduced), sum, 0.0, 2e-6 * magnitude)?;
+
+    let [
+        forward,
+        plain_forward,
+        backward,
+        backward_in_place,
+        fused,
+        others @ ..,
+    ] = &results[..]
+    else {
+        unreachable!("eight launches over rows");
+    };
+    same_bits(
+        "loss with and without statistics",
+        &forward.loss,
+        &plain_forward.loss,
+    )?;
+    same_bits("loss with and without gradient", &forward.loss, &fused.loss)?;
+    same_bits("backward in place", &backward.grad, &backward_in_place.grad)?;
+    for (name, (a, b)) in STATS.iter().zip(forward.stats.iter().zip(&fused.stats)) {
+        same_bits(&format!("{name} with and without gradient"), a, b)?;
+    }
+    for other in others {
+        same_bits(
+            "fused loss in place or without statistics",
+            &fused.loss,
+            &other.loss,
+        )?;
+        same_bits(
+            "fused gradient in place or without statistics",
+            &fused.grad,
+            &other.grad,
+        )?;
+    }
+    let mut results = results.into_iter();
+    let (forward, backward, fused) = (results.next(), results.nth(1), results.nth(1));
+    let all = forward.zip(backward).zip(fused);
+    let ((forward, backward), fused) = all.expect("eight launches over rows");
+    Ok(Results {
+        forward,
+        fused,
+        backward,
+        reduced,
+    })
+}
+
+pub fn same_bits(what: &str, a: &[f32], b: &[f32]) -> Result<(), String> {
+    let differs = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
+    match a.iter().zip(b).position(differs) {
+        Some(i) => Err(format!("{what}: {} and {} at {i}", a[i], b[i])),
+        None if a.len() != b.len() => Err(format!("{what}: {} and {} values", a.len(), b.len())),
+        None => Ok(()),
+    }
+}
+
+fn read(p: &Problem, run: &RowRun, outputs: &Outputs) -> Result<RowResults, String> {
+    let mut result = RowResults::default();
+    if let Some(loss) = run.loss {
+        result.loss = outputs.read(loss);
+    }
+    if let Some((buffer, view, initial)) = &run.grad {
+        let size = p.element.size();
+        let mut bytes = outputs.read::<u8>(*buffer);
+        for i in 0..p.rows() {
+            let begin = view.row(i) * size;
+            let row = begin..begin + p.width * size;
+            result
+                .grad
+                .extend(from_bytes(p.element, &bytes[row.clone()]));
+            bytes[row.clone()].copy_from_slice(&initial[row]);
+        }
+        if bytes != *initial {
+            return Err("the gaps between rows were written to".into());
+        }
+    }
+    if let (Some(stats), Some(predicted)) = (run.stats, run.predicted) {
+        result.stats = stats.map(|buffer| outputs.read(buffer));
+        result.predicted = outputs.read(predicted);
+    }
+    Ok(result)
+}
+
+fn compare_rows(
+    p: &Problem,
+    e: &Expected,
+    got: &RowResults,
+    factor: impl Fn(usize) -> f64,
+) -> Result<(), String> {
+    for i in 0..p.rows() {
+        let of_row = |what: &str| format!("row {i}, {what}");
+        if !got.loss.is_empty() {
+            near(
+                &of_row("loss"),
+                f64::from(got.loss[i]),
+                e.loss[i],
+                1e-6,
+                smallest(p, i),
+            )?;
+        }
+        if !got.predicted.is_empty() {
+            for (name, (got, expected)) in STATS.iter().zip(got.stats.iter().zip(&e.stats)) {
+                near(&of_row(name), f64::from(got[i]), expected[i], 2e-6, 5e-7)?;
+            }
+            if got.predicted[i] != e.predicted[i] {
+                return Err(of_row(&format!(
+                    "predicted: {}, not {}",
+                    got.predicted[i], e.predicted[i]
+                )));
+            }
+        }
+        if !got.grad.is_empty() {
+            compare_gradient(
+                p,
+                i,
+                &got.grad[i * p.width..][..p.width],
+                &e.grad[i * p.vocab..][..p.vocab],
+                factor(i),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Error that is small beside a row's weight. 0 where the result must be exactly 0, and next to it where nothing
+/// but the row's probabilities adds up: then every digit must be right, however near p_y is to 1.
+fn smallest(p: &Problem, i: usize) -> f64 {
+    match f64::from(p.weight(i).abs()) {
+        _ if p.ignored(i) => 0.0,
+        weight if weight.is_nan() => 0.0,
+        weight if p.eps(i) == 0.0 && p.z_loss == 0.0 => 1e-12 * weight,
+        weight => 1e-7 * weight,
+    }
+}
+
+fn compare_gradient(
+    p: &Problem,
+    i: usize,
+    got: &[f32],
+    expected: &[f64],
+    factor: f64,
+) -> Result<(), String> {
+    let absolute = smallest(p, i) * factor.abs();
+    for (k, &got) in got.iter().enumerate() {
+        // Padding has gradient 0, whatever the row.
+        let expected = expected.get(k).map_or(0.0, |expected| expected * factor);
+        let rounding = match p.element {
+            _ if expected == 0.0 => 0.0,
+            Element::F32 => 4e-6 * expected.abs(),
+            Element::F16 => ulp_f16(expected),
+            Element::BF16 => ulp_bf16(expected),
+        };
+        let is_padding = k >= p.vocab;
+        let tolerance = if is_padding {
+            0.0
+        } else {
+            rounding.max(absolute)
+        };
+        near(
+            &format!("row {i}, gradient {k}"),
+            f64::from(got),
+            expected,
+            0.0,
+            tolerance,
+        )?;
+    }
+    Ok(())
+}
+
+fn ulp_f16(x: f64) -> f64 {
+    let bits = f16::from_f64(x.abs()).to_bits();
+    f16::from_bits(bits + 1).to_f64() - f16::from_bits(bits).to_f64()
+}
+
+fn ulp_bf16(x: f64) -> f64 {
+    let bits = bf16::from_f64(x.abs()).to_bits();
+    bf16::from_bits(bits + 1).to_f64() - bf16::from_bits(bits).to_f64()
+}
+
+fn near(what: &str, got: f64, expected: f64, relative: f64, absolute: f64) -> Result<(), String> {
+    let tolerance = relative * expected.abs() + absolute;
+    let good = if expected.is_finite() && expected != 0.0 {
+        (got - expected).abs() <= tolerance
+    } else if expected == 0.0 {
+        got.abs() <= absolute
+    } else {
+        got == expected || (got.is_nan() && expected.is_nan())
+    };
+    if good {
+        Ok(())
+    } else {
+        Err(format!(
+            "{what}: {got}, not {expected} (off by {:e})",
+            (got - expected).abs()
+        ))
+    }
+}

@@ -1,0 +1,218 @@
+//! Kernels broken on purpose: a test suite that passes them would prove nothing.
+
+use std::{fs, path::Path};
+
+use super::{
+    build::{Build, kernel_sources, mutant_driver},
+    check::check_with,
+    problem::{Problem, View},
+    rows::{Kind, bad_menu, menu, problem, row},
+};
+use crate::kernel_abi::Element;
+
+/// A change to one file of `kernels/`.
+struct Mutant {
+    name: &'static str,
+    file: &'static str,
+    find: &'static str,
+    replace: &'static str,
+    /// How often `find` occurs, so that the list is kept in step with the sources.
+    times: usize,
+    /// The builds that may find it; one has to.
+    builds: &'static [Build],
+}
+
+const PLAIN: &[Build] = &[Build::Plain];
+const SANITIZED: &[Build] = &[Build::Sanitized];
+const RACES: &[Build] = &[Build::Races];
+
+#[rustfmt::skip]
+const MUTANTS: &[Mutant] = &[
+    Mutant { name: "no barrier before the warps' results are read", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "  dev::sync_block();\n  return merge_warp", replace: "  return merge_warp" },
+    Mutant { name: "no barrier before logits are overwritten", file: "cross_entropy.cu", builds: RACES, times: 1,
+        find: "    dev::sync_block();  // in place", replace: "    // in place" },
+    Mutant { name: "no barrier in the reduction", file: "cross_entropy.cu", builds: PLAIN, times: 1,
+        find: "  dev::sync_block();\n  if (threadIdx.x != 0) return;", replace: "  if (threadIdx.x != 0) return;" },
+    Mutant { name: "some lanes skip the barrier", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "if (warps == 1) return a;", replace: "if (warps == 1 || lane == 31) return a;" },
+    Mutant { name: "early return", file: "cross_entropy.cu", builds: PLAIN, times: 1,
+        find: "  const float x_y = widen_one(x[in.target]);",
+        replace: "  if (threadIdx.x >= p.vocab) return;\n  const float x_y = widen_one(x[in.target]);" },
+    Mutant { name: "half of the lanes are merged", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "int lane = 16; lane > 0", replace: "int lane = 8; lane > 0" },
+    Mutant { name: "shared memory for one warp only", file: "row.cuh", builds: SANITIZED, times: 1,
+        find: "SHARED_ARRAY(Partial, scratch, 32)", replace: "SHARED_ARRAY(Partial, scratch, 1)" },
+    Mutant { name: "the last element is not read", file: "vector.cuh", builds: PLAIN, times: 1,
+        find: "i >= 0 && i < reader.count ?", replace: "i >= 0 && i < reader.count - 1 ?" },
+    Mutant { name: "one element too many is read", file: "vector.cuh", builds: SANITIZED, times: 1,
+        find: "i >= 0 && i < reader.count ?", replace: "i >= 0 && i <= reader.count ?" },
+    Mutant { name: "a vector ends beyond the row", file: "vector.cuh", builds: SANITIZED, times: 1,
+        find: "return first >= 0 && first + kGroup<T> <= count;",
+        replace: "return first >= 0 && first + kGroup<T> <= count + 1;" },
+    Mutant { name: "a word beyond the row is read and not used", file: "vector.cuh", builds: SANITIZED, times: 1,
+        find: "first - before + 2 * kGroup<T> <= count", replace: "first - before + kGroup<T> <= count" },
+    Mutant { name: "a word before the row is read and not used", file: "vector.cuh", builds: SANITIZED, times: 1,
+        find: "first >= before &&", replace: "first >= 0 &&" },
+    Mutant { name: "misaligned vectors", file: "vector.cuh", builds: PLAIN, times: 1,
+        find: "at -= reader.phase;", replace: ";" },
+    Mutant { name: "the last gradient is not written", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (i >= 0 && i < width) grad[i]", replace: "if (i >= 0 && i < width - 1) grad[i]" },
+    Mutant { name: "one gradient too many is written", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (i >= 0 && i < width) grad[i]", replace: "if (i >= 0 && i <= width) grad[i]" },
+    Mutant { name: "padding is read", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "reader(x, vocab, lead)", replace: "reader(x, width, lead)" },
+    Mutant { name: "no smoothing in the loss", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (in.smoothing != 0.f) loss", replace: "if (false) loss" },
+    Mutant { name: "no smoothing in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "offset = scale * share;", replace: "offset = 0.f;" },
+    Mutant { name: "another row's smoothing", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "p.smoothing[row]", replace: "p.smoothing[row ? row - 1 : 0]" },
+    Mutant { name: "no z-loss", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "loss = dev::fma(p.z_loss, lse * lse, loss);", replace: ";" },
+    Mutant { name: "no z-loss in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "lse_slope = 2.f", replace: "lse_slope = 0.f" },
+    Mutant { name: "no weight", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "in.weight * loss", replace: "loss" },
+    Mutant { name: "no weight in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "scale *= in.weight;", replace: ";" },
+    Mutant { name: "gradient not divided", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "scale /= *p.divisor", replace: "scale /= 1.f" },
+    Mutant { name: "no slope of the softcap", file: "row.cuh", builds: PLAIN, times: 2,
+        find: "g[k] *= slope * outer", replace: "g[k] *= outer" },
+    Mutant { name: "the maximum starts at 0", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "return {-INFINITY, 0.f,", replace: "return {0.f, 0.f," },
+    Mutant { name: "a masked class has a gradient", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (any_masked && x[k] == -INFINITY) g[k] = masked_value;", replace: "" },
+    Mutant { name: "masked classes are summed", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "if (linear == -INFINITY) {", replace: "if (false) {" },
+    Mutant { name: "0 times infinity", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "  if (a.classes == 0) return;\n", replace: "" },
+    Mutant { name: "the target is read again when it is overwritten", file: "cross_entropy.cu", builds: PLAIN, times: 1,
+        find: "gradient_scale(p, row), transform);\n  }",
+        replace: "gradient_scale(p, row), transform);\n    dev::sync_block();\n    \
+                  finish_row<T, STATS, SOFTCAP>(p, row, in, others, x, widen_one(x[in.target]), transform);\n  }" },
+    Mutant { name: "p − 1 by a difference", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "dev::expm1(kLn2 * log2_p)", replace: "dev::exp2_approx(log2_p) - 1.f" },
+    Mutant { name: "the last of equal logits is predicted", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "a.group <= b.group", replace: "a.group >= b.group" },
+    Mutant { name: "the wrong stride", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "rows.strides[rows.dims - 1]", replace: "rows.strides[0]" },
+    Mutant { name: "ignored rows count", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (target == p.ignore_index) {", replace: "if (false) {" },
+    Mutant { name: "a target is not checked", file: "row.cuh", builds: SANITIZED, times: 1,
+        find: "target >= 0 && target < static_cast<long long>(p.vocab)", replace: "target >= 0" },
+    Mutant { name: "the wrong bad row is reported", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "row * 4 + kind", replace: "row + kind" },
+];
+
+/// Enough of the grid to find every mutant, and little.
+fn problems() -> Vec<Problem> {
+    let mut small = problem("every rule", Element::BF16, 33, &menu());
+    (small.logits_view.offset, small.grad_view.offset) = (10, 10);
+    let precise = Problem {
+        z_loss: 0.0,
+        ..problem("every rule but z-loss", Element::F32, 9, &menu())
+    };
+    let softcap = Problem {
+        softcap: Some(8.0),
+        ..problem("softcap", Element::F32, 5, &bad_menu())
+    };
+    let rows = [
+        row(Kind::Shifted(-300.0), 0.1, 1.0),
+        row(Kind::Masked, 0.3, 2.0),
+    ];
+    let warps = Problem {
+        mean: true,
+        seeds: vec![0, 1, 2, 3],
+        logits_view: View {
+            offset: 10,
+            ..View::contiguous(2, 1501)
+        },
+        ..problem("several warps", Element::F16, 1501, &rows)
+    };
+    let view = View {
+        sizes: vec![1, 2],
+        strides: vec![7, 80],
+        offset: 0,
+    };
+    let padded = Problem {
+        width: 70,
+        logits_view: view.clone(),
+        grad_view: View { offset: 4, ..view },
+        ..problem("strided and padded", Element::F32, 41, &rows)
+    };
+    vec![small, precise, softcap, warps, padded]
+}
+
+/// The first complaint, if any.
+fn verdict(sources: &Path, build: Build) -> Option<String> {
+    let driver = mutant_driver(sources, build);
+    problems()
+        .iter()
+        .find_map(|problem| check_with(problem, &driver).err())
+}
+
+fn write_mutant(mutant: &Mutant, folder: &Path) {
+    let kernels = kernel_sources();
+    for (from, to) in [
+        (kernels.clone(), folder.to_path_buf()),
+        (kernels.join("emulation"), folder.join("emulation")),
+    ] {
+        fs::create_dir_all(&to).expect("a writable folder");
+        for entry in fs::read_dir(from).expect("the kernels' folder") {
+            let path = entry.expect("a readable folder").path();
+            if path.is_file() {
+                fs::copy(&path, to.join(path.file_name().expect("a file"))).expect("a copy");
+            }
+        }
+    }
+    let file = folder.join(mutant.file);
+    let source = fs::read_to_string(&file).expect("a kernel source");
+    let found = source.matches(mutant.find).count();
+    assert_eq!(
+        found, mutant.times,
+        "{}: `{}` occurs so often in {}",
+        mutant.name, mutant.find, mutant.file
+    );
+    fs::write(&file, source.replace(mutant.find, mutant.replace)).expect("a writable file");
+}
+
+fn every_mutant_is_found(part: usize) {
+    let mut survivors = Vec::new();
+    for mutant in MUTANTS.iter().skip(part).step_by(2) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        write_mutant(mutant, folder.path());
+        match mutant
+            .builds
+            .iter()
+            .find_map(|&build| verdict(folder.path(), build).map(|said| (build, said)))
+        {
+            Some((build, said)) => println!(
+                "{}: {build:?}: {}",
+                mutant.name,
+                said.lines().next().unwrap_or_default()
+            ),
+            None => survivors.push(mutant.name),
+        }
+    }
+    assert!(survivors.is_empty(), "not found: {survivors:?}");
+}
+
+#[test]
+fn mutants_of_even_number_are_found() {
+    every_mutant_is_found(0);
+}
+
+#[test]
+fn mutants_of_odd_number_are_found() {
+    every_mutant_is_found(1);
+}
+
+/// Otherwise finding a mutant would mean nothing.
+#[test]
+fn the_kernels_pass_what_mutants_fail() {
+    for build in [Build::Plain, Build::Sanitized, Build::Races] {
+        assert_eq!(verdict(&kernel_sources(), build), None, "{build:?}");
+    }
+}
