@@ -61,10 +61,11 @@ proptest! {
     }
 
     #[test]
-    fn below_the_maximum_it_is_proportional((u, mean, max) in fittable(), a in 0.01f32..1.0, b in 0.01f32..1.0) {
-        let map = SmoothingMap::fit(&u, mean, max).unwrap();
+    fn below_the_maximum_it_is_proportional(
+        u in prop::collection::vec(0.01f32..1.0, 1..60), mean in 0.001f32..0.01, a in 0.01f32..1.0, b in 0.01f32..1.0,
+    ) {
+        let map = SmoothingMap::fit(&u, mean, 1.0).unwrap(); // no value reaches 1
         let (x, y) = (map.smoothing(a).unwrap(), map.smoothing(b).unwrap());
-        prop_assume!(x < max && y < max && x > 1e-30 && y > 1e-30);
         prop_assert!((x / y - a / b).abs() <= 1e-5 * (a / b), "{a} -> {x}, {b} -> {y}");
     }
 
