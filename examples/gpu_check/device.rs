@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{
     CudaDevice, DType, Device, Tensor, Var,
     cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys},
