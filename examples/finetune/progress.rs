@@ -1,13 +1,20 @@
 //! Progress of a training on stderr: a bar on a terminal, else a line now and then.
 
-use std::io::IsTerminal;
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// Between two lines.
+const PAUSE: Duration = Duration::from_secs(5);
 
 pub struct Progress {
     name: String,
     steps: usize,
     bar: Option<ProgressBar>,
+    last_line: Instant,
 }
 
 impl Progress {
@@ -23,24 +30,23 @@ impl Progress {
                         .progress_chars("=> "),
                 )
         });
+        let last_line = Instant::now();
         Self {
             name: name.to_string(),
             steps,
             bar,
+            last_line,
         }
     }
 
     pub fn step(&mut self, step: usize, loss: f32, tokens_per_second: f64) {
         let message = format!("loss {loss:.4}, {tokens_per_second:.0} tokens/s");
-        match &self.bar {
-            Some(bar) => {
-                bar.set_position(step as u64);
-                bar.set_message(message);
-            }
-            None if step * 5 / self.steps > (step - 1) * 5 / self.steps => {
-                eprintln!("{:12} step {step}/{}: {message}", self.name, self.steps);
-            }
-            None => {}
+        if let Some(bar) = &self.bar {
+            bar.set_position(step as u64);
+            bar.set_message(message);
+        } else if step == self.steps || self.last_line.elapsed() >= PAUSE {
+            eprintln!("{:12} step {step}/{}: {message}", self.name, self.steps);
+            self.last_line = Instant::now();
         }
     }
 
