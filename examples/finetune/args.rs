@@ -105,7 +105,7 @@ impl Args {
         );
         let (dim, twice_heads) = (self.dim, self.heads.saturating_mul(2));
         ensure!(
-            dim > 0 && dim % twice_heads == 0,
+            dim > 0 && dim.is_multiple_of(twice_heads),
             "--dim is {dim}; it must be a multiple of {twice_heads}, twice --heads",
         );
         let (vocab, max_tokens) = (self.vocab, self.max_tokens);
