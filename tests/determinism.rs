@@ -223,7 +223,7 @@ fn uniform_and_per_row_values_agree() {
             let ones = Tensor::ones(3, DType::F32, CPU).unwrap();
             for eps in [0.0f32, 0.125, 1.0] {
                 let uniform = all_bits(&plain.clone().smoothing(eps), &logits, &targets);
-                let per_row = plain.clone().smoothing(&(&ones * f64::from(eps)).unwrap());
+                let per_row = plain.clone().smoothing((&ones * f64::from(eps)).unwrap());
                 assert!(all_bits(&per_row, &logits, &targets) == uniform);
                 assert!(all_bits(&per_row.row_weights(&ones), &logits, &targets) == uniform);
             }

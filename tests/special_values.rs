@@ -346,7 +346,8 @@ fn rows_full_of_infinities() {
 /// Loss and gradient of a row of weight 0 are exactly 0 whatever its logits; its statistics are as computed.
 #[test]
 fn weight_zero() {
-    let rows: [(&str, fn(&mut [f64])); 6] = [
+    type Spoil = fn(&mut [f64]);
+    let rows: [(&str, Spoil); 6] = [
         ("plain", |_| ()),
         ("NaN", |row| row[1] = f64::NAN),
         ("infinity", |row| row[1] = INF),
