@@ -87,7 +87,8 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
     p.lse[row] = nan ? NAN : empty ? -INFINITY : lse;
     const float weighted = others.weighted + (e_y > 0.f ? d_y * e_y : 0.f);
     p.entropy[row] = nan ? NAN : empty ? 0.f : dev::max(kLn2 * (log2_sum - weighted * inverse), 0.f);
-    p.max_prob[row] = nan ? NAN : empty ? 0.f : target_largest ? e_y * inverse : inverse;
+    const float e_largest = target_largest ? e_y : dev::exp2_approx(transform(others.largest, others.shift));
+    p.max_prob[row] = nan ? NAN : empty ? 0.f : e_largest * inverse;
     // Σ (p − ε/K)² over the others, expanded, and the target's own term.
     const float share = in.smoothing / count, other_mass = others.exp * inverse;
     const float others_norm = others.squares * inverse * inverse - 2.f * share * other_mass +
@@ -137,11 +138,29 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   return merge_block<STATS>(a, scratch);
 }
 
+// Elements by which a row of gradients starts past a 16-byte boundary. Gradients are grouped by it: their 16-byte
+// stores must be aligned, and no sum depends on them.
+template <class T> DEVICE int store_lead(const T* grad) {
+  return static_cast<int>((reinterpret_cast<uintptr_t>(grad) & 15u) / sizeof(T));
+}
+
 // Fills the row's gradient: `value` for classes, 0 for padding.
 template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, float value) {
+  const int vocab = static_cast<int>(p.vocab), width = static_cast<int>(p.width);
   T* grad = static_cast<T*>(p.grad) + row_offset(p.grad_rows, row);
-  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(p.width); i += static_cast<int>(blockDim.x)) {
-    grad[i] = narrow_one<T>(i < static_cast<int>(p.vocab) ? value : 0.f);
+  float g[kGroup<T>];
+  UNROLL for (int k = 0; k < kGroup<T>; k++) g[k] = value;
+  const uint4 whole = narrow<T>(g);
+  const int lead = store_lead(grad);
+  for (int start = static_cast<int>(threadIdx.x) * kGroup<T> - lead; start < width;
+       start += static_cast<int>(blockDim.x) * kGroup<T>) {
+    if (start >= 0 && start + kGroup<T> <= vocab) {
+      dev::store16_streaming(grad + start, whole);
+      continue;
+    }
+    for (int i = start < 0 ? 0 : start; i < start + kGroup<T> && i < width; i++) {
+      grad[i] = narrow_one<T>(i < vocab ? value : 0.f);
+    }
   }
 }
 
@@ -166,8 +185,7 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowI
   const float masked_value = state.shift == state.shift ? 0.f : NAN;
   const bool any_masked = state.classes != p.vocab;
 
-  // Groups by the gradient's address: its 16-byte stores must be aligned, and no sum depends on them.
-  const int lead = static_cast<int>((reinterpret_cast<uintptr_t>(grad) & 15u) / sizeof(T));
+  const int lead = store_lead(grad);
   const RowReader<T> reader(x, vocab, lead);
   const int groups = (width + lead + kGroup<T> - 1) / kGroup<T>;
   // Descending: what the sums read last is still in the cache.

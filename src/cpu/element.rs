@@ -1,16 +1,19 @@
 //! Logit types: how a stretch of them becomes what a row is computed in, and back with one rounding.
 
+use bytemuck::{Pod, Zeroable};
+use candle_core::{CpuStorage, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use super::real::Real;
 
 /// A type of logits on the CPU.
-pub(super) trait Element: Copy + Default + Send + Sync + 'static {
+pub(super) trait Element: Pod + Default + Send + Sync {
     type Real: Real;
 
     /// The values of `from`, converted into `buffer` where that is needed.
     fn widen<'a>(from: &'a [Self], buffer: &'a mut [Self::Real]) -> &'a [Self::Real];
     fn narrow(from: &[Self::Real], to: &mut [Self]);
+    fn storage(values: Vec<Self>) -> CpuStorage;
 }
 
 macro_rules! identity {
@@ -25,6 +28,9 @@ macro_rules! identity {
             #[inline(always)]
             fn narrow(from: &[Self], to: &mut [Self]) {
                 to.copy_from_slice(from);
+            }
+            fn storage(values: Vec<Self>) -> CpuStorage {
+                WithDType::to_cpu_storage_owned(values)
             }
         }
     };
@@ -44,6 +50,9 @@ impl Element for f16 {
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
+    }
+    fn storage(values: Vec<Self>) -> CpuStorage {
+        WithDType::to_cpu_storage_owned(values)
     }
 }
 
@@ -67,6 +76,37 @@ impl Element for bf16 {
             let kept = if x.is_nan() { 0x7fc0 } else { rounded };
             *narrow = bf16::from_bits(kept as u16);
         }
+    }
+    fn storage(values: Vec<Self>) -> CpuStorage {
+        WithDType::to_cpu_storage_owned(values)
+    }
+}
+
+/// An f32 logit computed in f64. With a softcap of some tens, z = c·tanh(x/c) rounded to f32 would be off by more than
+/// the gradient may be.
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub(super) struct Precise(f32);
+
+impl Element for Precise {
+    type Real = f64;
+
+    #[inline(always)]
+    fn widen<'a>(from: &'a [Self], buffer: &'a mut [f64]) -> &'a [f64] {
+        let buffer = &mut buffer[..from.len()];
+        for (wide, x) in buffer.iter_mut().zip(from) {
+            *wide = x.0.into();
+        }
+        buffer
+    }
+    #[inline(always)]
+    fn narrow(from: &[f64], to: &mut [Self]) {
+        for (narrow, x) in to.iter_mut().zip(from) {
+            *narrow = Self(*x as f32);
+        }
+    }
+    fn storage(values: Vec<Self>) -> CpuStorage {
+        WithDType::to_cpu_storage_owned(bytemuck::cast_vec::<Self, f32>(values))
     }
 }
 

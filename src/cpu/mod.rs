@@ -5,12 +5,12 @@ mod element;
 mod real;
 mod row;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor, WithDType, backend::BackendStorage, bail};
 
 use rayon::prelude::*;
 
 use self::{
-    element::Element,
+    element::{Element, Precise},
     real::Real,
     row::{GradFactors, Normaliser, PIECE, Partial, RowResult, Transform},
 };
@@ -27,23 +27,27 @@ pub(crate) struct Saved {
     normalisers: Vec<Normaliser>,
 }
 
-/// Calls a generic function with the logits' elements.
+/// Evaluates an expression with `$x` as a slice of the logits' elements.
 macro_rules! with_elements {
-    ($storage:expr, $x:ident => $body:expr) => {
+    ($call:expr, $storage:expr, $cast:ident, $x:ident => $body:expr) => {
         match $storage {
+            CpuStorage::F32(x) if $call.softcap.is_some() => {
+                let $x = bytemuck::$cast::<f32, Precise>(x);
+                $body
+            }
             CpuStorage::F32($x) => $body,
             CpuStorage::F64($x) => $body,
             CpuStorage::F16($x) => $body,
             CpuStorage::BF16($x) => $body,
-            other => bail!("logits: {:?}, must be f32, f16, bf16 or f64", candle_core::backend::BackendStorage::dtype(other)),
+            other => bail!("logits: {:?}, must be f32, f16, bf16 or f64", other.dtype()),
         }
     };
 }
 
 pub(crate) fn forward(call: &Call, logits: &CpuStorage, layout: &Layout, stats: bool) -> Result<Forward<CpuStorage>> {
     let rows = call.read_rows()?;
-    let (results, normalisers) = with_elements!(logits, x => evaluate(call, &rows, x, layout, stats)?);
-    let dtype = result_type(candle_core::backend::BackendStorage::dtype(logits));
+    let (results, normalisers) = with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
+    let dtype = result_type(logits.dtype());
     let losses = reduce(call, &rows, &results);
     Ok(Forward {
         loss: if dtype == DType::F64 { f64::to_cpu_storage_owned(losses) } else { narrow_storage(losses) },
@@ -59,11 +63,11 @@ pub(crate) fn backward(
     logits: &CpuStorage,
     layout: &Layout,
 ) -> Result<CpuStorage> {
-    with_elements!(logits, x => {
+    with_elements!(call, logits, cast_slice, x => {
         let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
         let out = GradRows::contiguous(call, &mut grad);
         differentiate(call, saved, upstream, Logits::Separate(x, readable(layout)?), &out)?;
-        Ok(WithDType::to_cpu_storage_owned(grad))
+        Ok(Element::storage(grad))
     })
 }
 
@@ -74,7 +78,7 @@ pub(crate) fn backward_inplace(
     logits: &mut CpuStorage,
     layout: &Layout,
 ) -> Result<()> {
-    with_elements!(logits, x => {
+    with_elements!(call, logits, cast_slice_mut, x => {
         let out = GradRows::inside(call, x, layout)?;
         differentiate(call, saved, upstream, Logits::InPlace, &out)
     })
@@ -82,19 +86,19 @@ pub(crate) fn backward_inplace(
 
 pub(crate) fn fused(call: &Call, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Fused)> {
     let rows = call.read_rows()?;
-    with_elements!(logits, x => {
+    with_elements!(call, logits, cast_slice, x => {
         let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
         let out = GradRows::contiguous(call, &mut grad);
         let results = evaluate_and_differentiate(call, &rows, Logits::Separate(x, readable(layout)?), &out);
-        let dtype = result_type(candle_core::backend::BackendStorage::dtype(logits));
-        Ok((WithDType::to_cpu_storage_owned(grad), fused_result(call, &rows, &results, dtype)?))
+        let dtype = result_type(logits.dtype());
+        Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype)?))
     })
 }
 
 pub(crate) fn fused_inplace(call: &Call, logits: &mut CpuStorage, layout: &Layout) -> Result<Fused> {
     let rows = call.read_rows()?;
-    let dtype = result_type(candle_core::backend::BackendStorage::dtype(logits));
-    let results = with_elements!(logits, x => {
+    let dtype = result_type(logits.dtype());
+    let results = with_elements!(call, logits, cast_slice_mut, x => {
         let out = GradRows::inside(call, x, layout)?;
         evaluate_and_differentiate(call, &rows, Logits::InPlace, &out)
     });
@@ -263,21 +267,28 @@ fn dispatch<K: Task>(task: K) -> K::Output {
     pulp::Arch::new().dispatch(Dispatched(task))
 }
 
-/// Partial results of consecutive pieces of a row, merged.
-struct Partials<'a, T: Element, const CAP: bool, const STATS: bool> {
+/// Partial results of consecutive pieces of a row, one a piece. With `KEEP`, `kept` gets the exponentials.
+struct Partials<'a, T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> {
     x: &'a [T],
-    pieces: std::ops::Range<usize>,
+    first_piece: usize,
     target: usize,
     transform: &'a Transform<T::Real>,
+    partials: &'a mut [Partial],
+    kept: &'a mut [T::Real],
 }
 
-impl<T: Element, const CAP: bool, const STATS: bool> Task for Partials<'_, T, CAP, STATS> {
-    type Output = Partial;
+// In `run` and below, loops and no closures: those would not be compiled for the instruction set.
+impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task for Partials<'_, T, CAP, STATS, KEEP> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) -> Partial {
-        let partial = |piece| row::partial::<T, CAP, STATS, FUSED>(self.x, piece, self.target, self.transform);
-        self.pieces.map(partial).fold(Partial::EMPTY, Partial::merge)
+    fn run<const FUSED: bool>(self) {
+        let Self { x, first_piece, target, transform, partials, kept } = self;
+        for (p, partial) in partials.iter_mut().enumerate() {
+            let end = ((p + 1) * PIECE).min(kept.len());
+            let kept = if KEEP { &mut kept[p * PIECE..end] } else { &mut [] };
+            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED>(x, first_piece + p, target, transform, kept);
+        }
     }
 }
 
@@ -289,6 +300,7 @@ struct Gradients<'a, T: Element, const CAP: bool> {
     columns: std::ops::Range<usize>,
     target: usize,
     transform: &'a Transform<T::Real>,
+    exact: &'a Transform<f64>,
     factors: &'a GradFactors<T::Real>,
 }
 
@@ -305,7 +317,7 @@ impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
             row::gradient::<T, CAP, FUSED>(x, &mut result, self.transform, self.factors);
             if columns.contains(&self.target) {
                 let at = self.target - start;
-                result[at] = row::target_gradient::<T, CAP>(x[at], self.transform, self.factors);
+                result[at] = row::target_gradient::<T, CAP>(x[at], self.exact, self.factors);
             }
             // SAFETY: as above.
             let grad = unsafe { self.out.stretch(self.row, columns) };
@@ -314,38 +326,96 @@ impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
     }
 }
 
+/// Gradient of consecutive pieces of a row from kept exponentials.
+struct KeptGradients<'a, T: Element> {
+    kept: &'a mut [T::Real],
+    partials: &'a [Partial],
+    out: &'a GradRows<'a, T>,
+    row: usize,
+    first_column: usize,
+    factors: &'a GradFactors<T::Real>,
+}
+
+impl<T: Element> Task for KeptGradients<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        for (p, partial) in self.partials.iter().enumerate() {
+            let end = ((p + 1) * PIECE).min(self.kept.len());
+            let kept = &mut self.kept[p * PIECE..end];
+            row::gradient_of_kept::<_, FUSED>(kept, partial, self.factors);
+            // SAFETY: these columns of this row are this task's alone.
+            let grad = unsafe { self.out.stretch(self.row, self.first_column + p * PIECE..self.first_column + end) };
+            T::narrow(kept, grad);
+        }
+    }
+}
+
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
-/// Pieces a task where rows are shared out.
+/// Pieces a task where they are shared out.
 const PIECES_PER_TASK: usize = 8;
 
 fn rows_are_few(call: &Call) -> bool {
     call.rows < FEW_ROWS * rayon::current_num_threads() && call.vocab > PIECE * PIECES_PER_TASK
 }
 
-fn row_partial<T: Element, const CAP: bool, const STATS: bool>(
+/// A thread's memory, used again for each of its rows.
+struct Scratch<R> {
+    partials: Vec<Partial>,
+    kept: Vec<R>,
+}
+
+impl<R: Real> Scratch<R> {
+    fn new(call: &Call, keep: bool) -> Self {
+        Self {
+            partials: vec![Partial::EMPTY; call.vocab.div_ceil(PIECE)],
+            kept: vec![R::ZERO; if keep { call.vocab } else { 0 }],
+        }
+    }
+}
+
+/// The row's pieces, evaluated into the scratch memory and merged in order, whoever evaluated them.
+fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>(
     x: &[T],
     target: usize,
     transform: &Transform<T::Real>,
+    scratch: &mut Scratch<T::Real>,
     shared: bool,
 ) -> Partial {
-    let pieces = x.len().div_ceil(PIECE);
-    let partials = |pieces| dispatch(Partials::<T, CAP, STATS> { x, pieces, target, transform });
+    let Scratch { partials, kept } = scratch;
+    let run = |first_piece, partials: &mut [Partial], kept: &mut [T::Real]| {
+        dispatch(Partials::<T, CAP, STATS, KEEP> { x, first_piece, target, transform, partials, kept });
+    };
     if !shared {
-        return partials(0..pieces);
+        run(0, partials, kept);
+    } else if KEEP {
+        let tasks = partials.par_chunks_mut(PIECES_PER_TASK).zip(kept.par_chunks_mut(PIECES_PER_TASK * PIECE));
+        tasks.enumerate().for_each(|(t, (partials, kept))| run(t * PIECES_PER_TASK, partials, kept));
+    } else {
+        let tasks = partials.par_chunks_mut(PIECES_PER_TASK);
+        tasks.enumerate().for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
     }
-    // One piece a result: merged in the order in which a single thread would.
-    let results: Vec<Partial> =
-        (0..pieces).into_par_iter().with_min_len(PIECES_PER_TASK).map(|p| partials(p..p + 1)).collect();
-    results.into_iter().fold(Partial::EMPTY, Partial::merge)
+    partials.iter().copied().fold(Partial::EMPTY, Partial::merge)
 }
 
 /// Runs `f` on every row and its result, in parallel unless rows are few, when `f` is told to share its work out.
-fn for_each_row<R: Send>(call: &Call, results: &mut [R], f: impl Fn(usize, &mut R, bool) + Sync) {
+fn for_each_row<R: Send, S>(
+    call: &Call,
+    results: &mut [R],
+    scratch: impl Fn() -> S + Sync + Send,
+    f: impl Fn(usize, &mut R, &mut S, bool) + Sync + Send,
+) {
     if rows_are_few(call) {
-        results.iter_mut().enumerate().for_each(|(i, r)| f(i, r, true));
+        let mut scratch = scratch();
+        results.iter_mut().enumerate().for_each(|(i, r)| f(i, r, &mut scratch, true));
     } else {
-        results.par_iter_mut().enumerate().for_each(|(i, r)| f(i, r, false));
+        // Few enough tasks that making their scratch memory costs nothing, enough to balance threads.
+        let rows_per_task = call.rows.div_ceil(16 * rayon::current_num_threads()).max(1);
+        results.par_chunks_mut(rows_per_task).enumerate().for_each_init(scratch, |scratch, (t, results)| {
+            results.iter_mut().enumerate().for_each(|(r, result)| f(t * rows_per_task + r, result, scratch, false));
+        });
     }
 }
 
@@ -358,37 +428,42 @@ fn evaluate<T: Element>(
     stats: bool,
 ) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
     let starts = readable(layout)?;
-    let transform = Transform::new(call);
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
     let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
-    for_each_row(call, &mut results, |i, result, shared| {
-        let Some(row) = &rows[i] else { return };
-        let x = &x[starts.of(i)..][..call.vocab];
-        *result = if call.softcap.is_some() {
-            let others = if stats {
-                row_partial::<T, true, true>(x, row.target, &transform, shared)
-            } else {
-                row_partial::<T, true, false>(x, row.target, &transform, shared)
-            };
-            row::finish::<T, true>(call, row, x, &others, &transform)
-        } else {
-            let others = if stats {
-                row_partial::<T, false, true>(x, row.target, &transform, shared)
-            } else {
-                row_partial::<T, false, false>(x, row.target, &transform, shared)
-            };
-            row::finish::<T, false>(call, row, x, &others, &transform)
-        };
+    let evaluate_row = match (call.softcap.is_some(), stats) {
+        (true, true) => evaluate_row::<T, true, true>,
+        (true, false) => evaluate_row::<T, true, false>,
+        (false, true) => evaluate_row::<T, false, true>,
+        (false, false) => evaluate_row::<T, false, false>,
+    };
+    for_each_row(call, &mut results, || Scratch::new(call, false), |i, result, scratch, shared| {
+        if let Some(row) = &rows[i] {
+            *result = evaluate_row(call, row, &x[starts.of(i)..][..call.vocab], (&transform, &exact), scratch, shared);
+        }
     });
     Ok(results.into_iter().unzip())
 }
 
+fn evaluate_row<T: Element, const CAP: bool, const STATS: bool>(
+    call: &Call,
+    row: &Row,
+    x: &[T],
+    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
+    scratch: &mut Scratch<T::Real>,
+    shared: bool,
+) -> (RowResult, Normaliser) {
+    let others = row_partial::<T, CAP, STATS, false>(x, row.target, transform, scratch, shared);
+    row::finish::<T, CAP>(call, row, x, &others, exact)
+}
+
+/// Gradient of row `i` from its logits.
 fn write_gradient<T: Element, const CAP: bool>(
     call: &Call,
     row: Option<(usize, Option<GradFactors<T::Real>>)>,
     i: usize,
     logits: Logits<T>,
     out: &GradRows<T>,
-    transform: &Transform<T::Real>,
+    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
     shared: bool,
 ) {
     let Some((target, Some(factors))) = row else {
@@ -399,7 +474,7 @@ fn write_gradient<T: Element, const CAP: bool>(
     // SAFETY: as above; padding is no other task's.
     unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
     let write = |columns| {
-        dispatch(Gradients::<T, CAP> { logits, out, row: i, columns, target, transform, factors: &factors });
+        dispatch(Gradients::<T, CAP> { logits, out, row: i, columns, target, transform, exact, factors: &factors });
     };
     if shared {
         let stretch = PIECE * PIECES_PER_TASK;
@@ -423,16 +498,16 @@ fn differentiate<T: Element>(
     let op::Saved::Cpu(saved) = saved else { bail!("cross-entropy: forward and backward on different devices") };
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let divisor = divisor(call, &saved.rows);
-    let transform = Transform::new(call);
-    for_each_row(call, &mut vec![(); call.rows], |i, (), shared| {
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    for_each_row(call, &mut vec![(); call.rows], || (), |i, (), (), shared| {
         let row = saved.rows[i].map(|row| {
             let scale = upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
             (row.target, GradFactors::new(call, &row, &saved.normalisers[i], scale))
         });
         if call.softcap.is_some() {
-            write_gradient::<T, true>(call, row, i, logits, out, &transform, shared);
+            write_gradient::<T, true>(call, row, i, logits, out, (&transform, &exact), shared);
         } else {
-            write_gradient::<T, false>(call, row, i, logits, out, &transform, shared);
+            write_gradient::<T, false>(call, row, i, logits, out, (&transform, &exact), shared);
         }
     });
     Ok(())
@@ -459,18 +534,58 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
     out: &GradRows<T>,
 ) -> Vec<RowResult> {
     let scale = 1.0 / divisor(call, rows);
-    let transform = Transform::new(call);
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
     let mut results = vec![RowResult::default(); call.rows];
-    for_each_row(call, &mut results, |i, result, shared| {
+    for_each_row(call, &mut results, || Scratch::new(call, !CAP), |i, result, scratch, shared| {
         let row = rows[i].map(|row| {
             // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
             let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
-            let others = row_partial::<T, CAP, true>(x, row.target, &transform, shared);
-            let (row_result, normaliser) = row::finish::<T, CAP>(call, &row, x, &others, &transform);
+            // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
+            let others = if CAP {
+                row_partial::<T, CAP, true, false>(x, row.target, &transform, scratch, shared)
+            } else {
+                row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
+            };
+            let (row_result, normaliser) = row::finish::<T, CAP>(call, &row, x, &others, &exact);
             *result = row_result;
-            (row.target, GradFactors::new(call, &row, &normaliser, scale))
+            (row.target, x[row.target], GradFactors::new(call, &row, &normaliser, scale))
         });
-        write_gradient::<T, CAP>(call, row, i, logits, out, &transform, shared);
+        match row {
+            Some((target, x_y, Some(factors))) if !CAP => {
+                write_kept_gradient(call, i, scratch, out, &factors, shared);
+                // SAFETY: as above.
+                let grad = unsafe { out.stretch(i, target..target + 1) };
+                T::narrow(&[row::target_gradient::<T, CAP>(x_y, &exact, &factors)], grad);
+            }
+            row => {
+                let row = row.map(|(target, _, factors)| (target, factors));
+                write_gradient::<T, CAP>(call, row, i, logits, out, (&transform, &exact), shared);
+            }
+        }
     });
     results
+}
+
+/// Gradient of row `i`, but for the target's, from the exponentials in the scratch memory.
+fn write_kept_gradient<T: Element>(
+    call: &Call,
+    i: usize,
+    scratch: &mut Scratch<T::Real>,
+    out: &GradRows<T>,
+    factors: &GradFactors<T::Real>,
+    shared: bool,
+) {
+    let Scratch { partials, kept } = scratch;
+    // SAFETY: the row is this call's alone, and padding no other task's.
+    unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
+    let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
+        dispatch(KeptGradients { kept, partials, out, row: i, first_column, factors });
+    };
+    if shared {
+        let stretch = PIECES_PER_TASK * PIECE;
+        let tasks = partials.par_chunks(PIECES_PER_TASK).zip(kept.par_chunks_mut(stretch));
+        tasks.enumerate().for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
+    } else {
+        run(0, partials, kept);
+    }
 }

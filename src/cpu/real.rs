@@ -28,8 +28,10 @@ pub(super) trait Real:
     fn f64(self) -> f64;
     fn abs(self) -> Self;
     fn copysign(self, sign: Self) -> Self;
+    /// Whether the sign bit is set.
+    fn is_negative(self) -> bool;
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
-    /// e^self for self ≤ 0 (a little above is fine): 0 where it would be subnormal, NaN for NaN.
+    /// e^self for self ≤ 0 (a little above is fine): below the smallest normal number, a value next to it; NaN for NaN.
     fn exp<const FUSED: bool>(self) -> Self;
     /// tanh(self)/self for |self| < [`Self::SERIES`], given self².
     fn tanh_series<const FUSED: bool>(square: Self) -> Self;
@@ -38,6 +40,12 @@ pub(super) trait Real:
     #[inline(always)]
     fn largest(self, other: Self) -> Self {
         if other > self { other } else { self }
+    }
+
+    /// The smaller; `self` where the other is NaN.
+    #[inline(always)]
+    fn smallest(self, other: Self) -> Self {
+        if other < self { other } else { self }
     }
 
     /// (tanh self, 1 − tanh² self); the second without the cancellation that computing it from the first has.
@@ -63,24 +71,39 @@ fn horner<R: Real, const FUSED: bool>(x: R, coefficients: &[f64]) -> R {
     sum
 }
 
-/// 1/k! from the highest k down: Taylor's series of e^r, |r| ≤ ln 2 / 2.
-const EXP_F32: [f64; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-const EXP_F64: [f64; 14] = [
-    1.0 / 6227020800.0,
-    1.0 / 479001600.0,
-    1.0 / 39916800.0,
-    1.0 / 3628800.0,
-    1.0 / 362880.0,
-    1.0 / 40320.0,
-    1.0 / 5040.0,
-    1.0 / 720.0,
-    1.0 / 120.0,
-    1.0 / 24.0,
-    1.0 / 6.0,
-    0.5,
-    1.0,
-    1.0,
-];
+/// e^r for |r| ≤ ln 2 / 2 to 5e-9: 1 + r·g(r), g interpolating (e^r − 1)/r at the Chebyshev points. By Estrin's scheme:
+/// short chains of dependent operations are what keeps a processor busy here.
+#[inline(always)]
+fn exp_f32<const FUSED: bool>(r: f32) -> f32 {
+    let square = r * r;
+    let low = r + 1.0;
+    let middle = r.fma::<FUSED>(0.166_665_05, 0.5);
+    let high = r.fma::<FUSED>(0.008_369_155_7, 0.041_666_464);
+    square.fma::<FUSED>(0.001_393_365, high).fma::<FUSED>(square, middle).fma::<FUSED>(square, low)
+}
+
+/// e^r for |r| ≤ ln 2 / 2: Taylor's series, 1/k! from the highest k down.
+#[inline(always)]
+fn exp_f64<const FUSED: bool>(r: f64) -> f64 {
+    const SERIES: [f64; 14] = [
+        1.0 / 6227020800.0,
+        1.0 / 479001600.0,
+        1.0 / 39916800.0,
+        1.0 / 3628800.0,
+        1.0 / 362880.0,
+        1.0 / 40320.0,
+        1.0 / 5040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ];
+    horner::<f64, FUSED>(r, &SERIES)
+}
+
 /// Taylor's series of tanh(y)/y in y² (coefficients 2^2n (2^2n − 1) B_2n / (2n)!), highest first.
 const TANH: [f64; 10] = [
     -443861162.0 / 1856156927625.0,
@@ -122,18 +145,21 @@ macro_rules! real {
                 self.copysign(sign)
             }
             #[inline(always)]
+            fn is_negative(self) -> bool {
+                self.is_sign_negative()
+            }
+            #[inline(always)]
             fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self {
                 if FUSED { self.mul_add(a, b) } else { self * a + b }
             }
             #[inline(always)]
             fn exp<const FUSED: bool>(self) -> Self {
                 const ROUND: $float = $round + $bias;
-                let biased = self.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
+                let x = if self < $least { $least } else { self };
+                let biased = x.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
                 let n = biased - ROUND;
-                let r = n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, self));
-                let power = $float::from_bits(biased.to_bits() << $mantissa);
-                let result = horner::<Self, FUSED>(r, &$exp) * power;
-                if self < $least { 0.0 } else { result }
+                let r = n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, x));
+                $exp::<FUSED>(r) * $float::from_bits(biased.to_bits() << $mantissa)
             }
             #[inline(always)]
             fn tanh_series<const FUSED: bool>(square: Self) -> Self {
@@ -142,7 +168,7 @@ macro_rules! real {
         }
     };
 }
-real!(f32, 23, 12582912.0, 127.0, 0.693_359_4, -2.121_944_4e-4, -87.0, EXP_F32, 0.25, TANH.split_at(4).1);
+real!(f32, 23, 12582912.0, 127.0, 0.693_359_4, -2.121_944_4e-4, -87.0, exp_f32, 0.25, TANH.split_at(4).1);
 real!(
     f64,
     52,
@@ -151,7 +177,7 @@ real!(
     0.693_147_180_369_123_8,
     1.908_214_929_270_587_7e-10,
     -708.0,
-    EXP_F64,
+    exp_f64,
     0.1,
     &TANH
 );

@@ -10,8 +10,8 @@ use crate::call::{Call, Row};
 pub(super) const PIECE: usize = 2048;
 /// Independent sums, one a SIMD lane: a fixed number, so that results do not depend on the instruction set's width.
 const LANES: usize = 16;
-/// Lanes of the maximum, which no rounding depends on: enough to hide its latency.
-const MAX_LANES: usize = 64;
+/// Lanes of the extremes, which no rounding depends on: enough to hide their latency.
+const EXTREME_LANES: usize = 64;
 
 /// Scale and softcap of the logits.
 #[derive(Clone, Copy)]
@@ -34,8 +34,8 @@ impl<R: Real> Transform<R> {
     fn apply<const CAP: bool, const FUSED: bool>(&self, x: R, shift: R) -> (R, R) {
         if CAP {
             let (tanh, slope) = (x * self.inner).tanh_and_slope::<FUSED>();
-            // x − x makes NaN of an infinity, which tanh would hide.
-            (self.cap.fma::<FUSED>(tanh, (x - x) - shift), slope)
+            // x·0 makes NaN of an infinity, which tanh would hide.
+            (self.cap.fma::<FUSED>(tanh, (x * R::ZERO) - shift), slope)
         } else {
             (x.fma::<FUSED>(self.scale, -shift), R::ONE)
         }
@@ -163,102 +163,166 @@ fn without_target<'a, T: Element>(
     buffer
 }
 
+/// Asks for the cache line at `at`, which need not be valid: nothing is read.
+#[inline(always)]
+fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch has no effect but on the caches, whatever the address; SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 #[inline(always)]
 fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
+/// The largest and the smallest of `x`, NaN aside.
 #[inline(always)]
-fn largest_of<R: Real>(x: &[R]) -> R {
-    let mut lanes = [R::NEG_INFINITY; MAX_LANES];
-    let (chunks, rest) = x.as_chunks::<MAX_LANES>();
+fn extremes<R: Real>(x: &[R]) -> (R, R) {
+    let mut high = [R::NEG_INFINITY; EXTREME_LANES];
+    let mut low = [-R::NEG_INFINITY; EXTREME_LANES];
+    let (chunks, rest) = x.as_chunks::<EXTREME_LANES>();
     for chunk in chunks {
-        for l in 0..MAX_LANES {
-            lanes[l] = lanes[l].largest(chunk[l]);
+        for l in 0..EXTREME_LANES {
+            high[l] = high[l].largest(chunk[l]);
+            low[l] = low[l].smallest(chunk[l]);
         }
     }
-    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, &b| a.largest(b))
+    for (l, &x) in rest.iter().enumerate() {
+        high[l] = high[l].largest(x);
+        low[l] = low[l].smallest(x);
+    }
+    let (mut largest, mut smallest) = (high[0], low[0]);
+    for l in 1..EXTREME_LANES {
+        largest = largest.largest(high[l]);
+        smallest = smallest.smallest(low[l]);
+    }
+    (largest, smallest)
 }
 
-/// Partial result of piece `index` of the row `x`.
+/// Partial result of piece `index` of the row `x`. With `KEEP`, its exponentials go to `kept`, −0 for masked classes
+/// and the target.
 #[inline(always)]
-pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const FUSED: bool>(
+pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool, const FUSED: bool>(
     x: &[T],
     index: usize,
     target: usize,
     transform: &Transform<T::Real>,
+    kept: &mut [T::Real],
 ) -> Partial {
     let mut buffer = [T::Real::ZERO; PIECE];
     let reals = without_target(x, index, target, &mut buffer);
-    let mut largest = largest_of(reals);
+    let (mut largest, smallest) = extremes(reals);
     if target / PIECE == index {
         largest = largest.largest(one(x[target]));
     }
     let shift = transform.shift::<CAP, FUSED>(largest);
-
-    let mut sums = Sums::default();
-    let (chunks, rest) = reals.as_chunks::<LANES>();
-    for chunk in chunks {
-        sums.add::<CAP, STATS, FUSED>(chunk, transform, shift);
+    // The last piece of a row may be filled up with masked classes.
+    let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
+    let sums = if smallest == T::Real::NEG_INFINITY || !reals.len().is_multiple_of(LANES) {
+        sum::<_, _, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
+    } else {
+        sum::<_, _, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
+    };
+    let partial = Partial { largest: largest.f64(), piece: index, shift: shift.f64(), ..sums };
+    // Logits near the type's limits, such as its smallest value for a mask: their differences may be beyond it.
+    if partial.exp.is_finite() && !(partial.linear.is_finite() && partial.weighted.is_finite()) {
+        return partial.resummed(reals, transform.scale.f64());
     }
-    if !rest.is_empty() {
-        let mut chunk = [T::Real::NEG_INFINITY; LANES];
-        chunk[..rest.len()].copy_from_slice(rest);
-        sums.add::<CAP, STATS, FUSED>(&chunk, transform, shift);
-    }
-    let total = |lanes: [T::Real; LANES]| lanes.iter().map(|v| v.f64()).sum::<f64>();
-    Partial {
-        largest: largest.f64(),
-        piece: index,
-        shift: shift.f64(),
-        exp: total(sums.exp),
-        linear: total(sums.linear),
-        weighted: total(sums.weighted),
-        squares: total(sums.squares),
-        classes: total(sums.classes) as usize,
-    }
+    partial
 }
 
-#[derive(Default)]
-struct Sums<R> {
-    exp: [R; LANES],
-    linear: [R; LANES],
-    weighted: [R; LANES],
-    squares: [R; LANES],
-    classes: [R; LANES],
-}
-
-impl<R: Real> Sums<R> {
-    #[inline(always)]
-    fn add<const CAP: bool, const STATS: bool, const FUSED: bool>(
-        &mut self,
-        x: &[R; LANES],
-        transform: &Transform<R>,
-        shift: R,
-    ) {
+/// The sums of a [`Partial`]. `MASKED` says that there may be masked classes.
+///
+/// Prefetches the elements from `next` on: finding a piece's extremes first would wait for memory otherwise, while the
+/// arithmetic here leaves it idle.
+#[inline(always)]
+fn sum<T, R: Real, const CAP: bool, const STATS: bool, const KEEP: bool, const MASKED: bool, const FUSED: bool>(
+    x: &[R],
+    transform: &Transform<R>,
+    shift: R,
+    kept: &mut [R],
+    next: *const T,
+) -> Partial {
+    let mut exp = [R::ZERO; LANES];
+    let mut linear = [R::ZERO; LANES];
+    let mut weighted = [R::ZERO; LANES];
+    let mut squares = [R::ZERO; LANES];
+    let mut masked = [R::ZERO; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let (kept_chunks, kept_rest) = kept.as_chunks_mut::<LANES>();
+    let mut padded = [R::NEG_INFINITY; LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    for c in 0..x.len().div_ceil(LANES) {
+        let chunk = if c < chunks.len() { &chunks[c] } else { &padded };
+        prefetch(next.wrapping_add(c * LANES));
+        let mut powers = [R::ZERO; LANES];
         for l in 0..LANES {
-            let masked = x[l] == R::NEG_INFINITY;
-            let d = transform.apply::<CAP, FUSED>(x[l], shift).0;
-            let d = if masked { R::ZERO } else { d };
-            let e = if masked { R::ZERO } else { d.exp::<FUSED>() };
-            self.exp[l] = self.exp[l] + e;
-            self.linear[l] = self.linear[l] + d;
-            self.classes[l] = self.classes[l] + if masked { R::ZERO } else { R::ONE };
+            let hidden = MASKED && chunk[l] == R::NEG_INFINITY;
+            let d = transform.apply::<CAP, FUSED>(chunk[l], shift).0;
+            let d = if hidden { R::ZERO } else { d };
+            let power = d.exp::<FUSED>();
+            let power = if hidden { R::ZERO } else { power };
+            exp[l] = exp[l] + power;
+            linear[l] = linear[l] + d;
+            if MASKED {
+                masked[l] = masked[l] + if hidden { R::ONE } else { R::ZERO };
+            }
             if STATS {
-                self.weighted[l] = d.fma::<FUSED>(e, self.weighted[l]);
-                self.squares[l] = e.fma::<FUSED>(e, self.squares[l]);
+                weighted[l] = d.fma::<FUSED>(power, weighted[l]);
+                squares[l] = power.fma::<FUSED>(power, squares[l]);
+            }
+            powers[l] = if hidden { -R::ZERO } else { power };
+        }
+        if KEEP {
+            if c < kept_chunks.len() {
+                kept_chunks[c] = powers;
+            } else {
+                kept_rest.copy_from_slice(&powers[..rest.len()]);
             }
         }
     }
+    let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
+    Partial {
+        exp: total(&exp),
+        linear: total(&linear),
+        weighted: total(&weighted),
+        squares: total(&squares),
+        classes: counted,
+        ..Partial::EMPTY
+    }
 }
 
-/// Loss, statistics and normaliser of the row `x` whose pieces merge to `others`.
+fn total<R: Real>(lanes: &[R; LANES]) -> f64 {
+    lanes.iter().map(|v| v.f64()).sum()
+}
+
+impl Partial {
+    /// With the sums of d over the classes `x` taken in f64. Without a softcap, which leaves nothing to overflow.
+    #[cold]
+    fn resummed<R: Real>(self, x: &[R], scale: f64) -> Self {
+        let mut sums = Self { linear: 0.0, weighted: 0.0, ..self };
+        for d in x.iter().filter(|&&x| x != R::NEG_INFINITY).map(|x| x.f64() * scale - self.shift) {
+            sums.linear += d;
+            sums.weighted += d * d.exp();
+        }
+        sums
+    }
+}
+
+/// Loss, statistics and normaliser of the row `x` whose pieces merge to `others`. The target's own part, on which the
+/// loss rests, is computed in f64.
 pub(super) fn finish<T: Element, const CAP: bool>(
     call: &Call,
     row: &Row,
     x: &[T],
     others: &Partial,
-    transform: &Transform<T::Real>,
+    transform: &Transform<f64>,
 ) -> (RowResult, Normaliser) {
     let &Row { target, smoothing: eps, weight } = row;
     let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
@@ -268,7 +332,7 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     let d_y = if target_masked {
         f64::NEG_INFINITY
     } else {
-        transform.apply::<CAP, true>(x_y, T::Real::of(others.shift)).0.f64()
+        transform.apply::<CAP, true>(x_y.f64(), others.shift).0
     };
     let e_y = d_y.exp();
     let sum = others.exp + e_y;
@@ -333,6 +397,7 @@ pub(super) struct GradFactors<R> {
     shift: R,
     exponential: R,
     share: R,
+    any_masked: bool,
     /// Gradient of a masked class: 0, but NaN in a row that is NaN.
     masked: R,
     /// Gradient of the target, but for the slope of the softcap.
@@ -354,6 +419,7 @@ impl<R: Real> GradFactors<R> {
             shift: R::of(n.shift),
             exponential: R::of(scale * (1.0 + lse_slope) * (-n.log_sum).exp()),
             share: R::of(scale * share),
+            any_masked: n.classes != call.vocab,
             masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
             target: scale * (n.target_p_minus_1 + row.smoothing - share + lse_slope * p_y),
         })
@@ -378,13 +444,30 @@ pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
     }
 }
 
+/// Gradient of a piece from the exponentials that [`partial`] kept, in their place; wrong for the target's. Without a
+/// softcap.
+#[inline(always)]
+pub(super) fn gradient_of_kept<R: Real, const FUSED: bool>(kept: &mut [R], partial: &Partial, factors: &GradFactors<R>) {
+    let exponential = R::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
+    if factors.any_masked {
+        for e in kept.iter_mut() {
+            let dz = e.fma::<FUSED>(exponential, -factors.share);
+            *e = if e.is_negative() { factors.masked } else { dz };
+        }
+    } else {
+        for e in kept.iter_mut() {
+            *e = e.fma::<FUSED>(exponential, -factors.share);
+        }
+    }
+}
+
 /// Gradient of the target's logit `x`.
 pub(super) fn target_gradient<T: Element, const CAP: bool>(
     x: T,
-    transform: &Transform<T::Real>,
+    transform: &Transform<f64>,
     factors: &GradFactors<T::Real>,
 ) -> T::Real {
     let x = one(x);
-    let slope = if CAP { transform.apply::<CAP, true>(x, T::Real::ZERO).1.f64() } else { 1.0 };
+    let slope = if CAP { transform.apply::<CAP, true>(x.f64(), 0.0).1 } else { 1.0 };
     if x == T::Real::NEG_INFINITY { factors.masked } else { T::Real::of(factors.target * slope) }
 }
