@@ -25,7 +25,12 @@ impl Case {
         let logits = Tensor::randn(0f32, 3f32, (n, v), &device)?.to_dtype(dtype)?;
         let targets = Tensor::rand(0f32, v as f32, n, &device)?.to_dtype(DType::U32)?;
         let smoothing = Tensor::rand(0f32, 0.2f32, n, &device)?;
-        Ok(Self { logits, targets, smoothing, bytes: (n * v * dtype.size_in_bytes()) as u64 })
+        Ok(Self {
+            logits,
+            targets,
+            smoothing,
+            bytes: (n * v * dtype.size_in_bytes()) as u64,
+        })
     }
 
     fn loss(&self) -> CrossEntropy {
@@ -36,7 +41,10 @@ impl Case {
 /// Per-row smoothing from candle's own operations: what a trainer would write without this crate.
 fn composite(logits: &Tensor, case: &Case) -> Result<Tensor> {
     let log_p = candle_nn::ops::log_softmax(logits, D::Minus1)?;
-    let nll = log_p.gather(&case.targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?;
+    let nll = log_p
+        .gather(&case.targets.unsqueeze(1)?, 1)?
+        .squeeze(1)?
+        .neg()?;
     let smooth = log_p.mean(D::Minus1)?.neg()?;
     let smoothing = case.smoothing.to_dtype(logits.dtype())?;
     (nll.mul(&(1.0 - &smoothing)?)? + smooth.mul(&smoothing)?)?.mean_all()
@@ -46,7 +54,10 @@ fn composite(logits: &Tensor, case: &Case) -> Result<Tensor> {
 fn copy_2_threads(from: &[u8], to: &mut [u8]) {
     let half = from.len() / 2;
     let (to_low, to_high) = to.split_at_mut(half);
-    rayon::join(|| to_low.copy_from_slice(&from[..half]), || to_high.copy_from_slice(&from[half..]));
+    rayon::join(
+        || to_low.copy_from_slice(&from[..half]),
+        || to_high.copy_from_slice(&from[half..]),
+    );
 }
 
 fn bench(c: &mut Criterion) {
@@ -54,23 +65,37 @@ fn bench(c: &mut Criterion) {
         for dtype in [DType::F32, DType::BF16] {
             let case = Case::new(n, v, dtype).expect("inputs");
             let mut group = c.benchmark_group(format!("{n}x{v} {}", dtype.as_str()));
-            group.sample_size(20).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+            group
+                .sample_size(20)
+                .warm_up_time(Duration::from_millis(500))
+                .measurement_time(Duration::from_secs(3));
             let id = |name: &str| BenchmarkId::from_parameter(name);
 
             group.throughput(Throughput::Bytes(2 * case.bytes));
             let from = vec![1u8; case.bytes as usize];
             let mut to = vec![2u8; case.bytes as usize];
-            group.bench_function(id("copy, 2 threads"), |b| b.iter(|| copy_2_threads(black_box(&from), &mut to)));
+            group.bench_function(id("copy, 2 threads"), |b| {
+                b.iter(|| copy_2_threads(black_box(&from), &mut to))
+            });
             drop((from, to));
-            group.bench_function(id("Tensor::copy"), |b| b.iter(|| case.logits.copy().expect("copy")));
+            group.bench_function(id("Tensor::copy"), |b| {
+                b.iter(|| case.logits.copy().expect("copy"))
+            });
             group.bench_function(id("loss_and_grad_inplace"), |b| {
                 // Every pass turns the memory into gradients; the next one's logits. The work is the same.
                 let logits = case.logits.copy().expect("copy");
                 let loss = case.loss();
-                b.iter(|| loss.loss_and_grad_inplace(logits.clone(), &case.targets).expect("loss"));
+                b.iter(|| {
+                    loss.loss_and_grad_inplace(logits.clone(), &case.targets)
+                        .expect("loss")
+                });
             });
             group.bench_function(id("loss_and_grad"), |b| {
-                b.iter(|| case.loss().loss_and_grad(&case.logits, &case.targets).expect("loss"));
+                b.iter(|| {
+                    case.loss()
+                        .loss_and_grad(&case.logits, &case.targets)
+                        .expect("loss")
+                });
             });
             group.bench_function(id("forward and backward"), |b| {
                 let logits = Var::from_tensor(&case.logits).expect("var");
@@ -86,7 +111,8 @@ fn bench(c: &mut Criterion) {
                     b.iter_batched(
                         || (),
                         |()| {
-                            let loss = candle_nn::loss::cross_entropy(&logits, &case.targets).expect("loss");
+                            let loss = candle_nn::loss::cross_entropy(&logits, &case.targets)
+                                .expect("loss");
                             loss.backward().expect("backward")
                         },
                         BatchSize::PerIteration,
@@ -95,22 +121,38 @@ fn bench(c: &mut Criterion) {
                 group.bench_function(id("composite, forward and backward"), |b| {
                     b.iter_batched(
                         || (),
-                        |()| composite(&logits, &case).and_then(|l| l.backward()).expect("backward"),
+                        |()| {
+                            composite(&logits, &case)
+                                .and_then(|l| l.backward())
+                                .expect("backward")
+                        },
                         BatchSize::PerIteration,
                     );
                 });
             }
 
-            group.throughput(Throughput::Bytes(case.bytes)).sample_size(20);
+            group
+                .throughput(Throughput::Bytes(case.bytes))
+                .sample_size(20);
             group.bench_function(id("forward"), |b| {
-                b.iter(|| case.loss().forward(&case.logits, &case.targets).expect("loss"));
+                b.iter(|| {
+                    case.loss()
+                        .forward(&case.logits, &case.targets)
+                        .expect("loss")
+                });
             });
             group.bench_function(id("forward_with_stats"), |b| {
-                b.iter(|| case.loss().forward_with_stats(&case.logits, &case.targets).expect("loss"));
+                b.iter(|| {
+                    case.loss()
+                        .forward_with_stats(&case.logits, &case.targets)
+                        .expect("loss")
+                });
             });
             if dtype == DType::F32 {
                 group.bench_function(id("candle-nn, forward"), |b| {
-                    b.iter(|| candle_nn::loss::cross_entropy(&case.logits, &case.targets).expect("loss"));
+                    b.iter(|| {
+                        candle_nn::loss::cross_entropy(&case.logits, &case.targets).expect("loss")
+                    });
                 });
                 group.bench_function(id("composite, forward"), |b| {
                     b.iter(|| composite(&case.logits, &case).expect("loss"));

@@ -60,11 +60,21 @@ impl Call {
         match logits.dtype() {
             DType::F32 | DType::F16 | DType::BF16 => {}
             DType::F64 if on_cpu => {}
-            DType::F64 => bail!("logits: f64 on {:?}, must be f32, f16 or bf16 there", logits.device().location()),
-            other => bail!("logits: {}, must be f32, f16, bf16 or (on the CPU) f64", other.as_str()),
+            DType::F64 => bail!(
+                "logits: f64 on {:?}, must be f32, f16 or bf16 there",
+                logits.device().location()
+            ),
+            other => bail!(
+                "logits: {}, must be f32, f16, bf16 or (on the CPU) f64",
+                other.as_str()
+            ),
         }
         if targets.dims() != shape {
-            bail!("targets: shape {:?}, must be {shape:?} for logits of shape {:?}", targets.dims(), logits.dims());
+            bail!(
+                "targets: shape {:?}, must be {shape:?} for logits of shape {:?}",
+                targets.dims(),
+                logits.dims()
+            );
         }
         if !matches!(targets.dtype(), DType::U32 | DType::I64) {
             bail!("targets: {}, must be u32 or i64", targets.dtype().as_str());
@@ -75,7 +85,10 @@ impl Call {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
         }
         if !(options.z_loss.is_finite() && options.z_loss >= 0.0) {
-            bail!("z_loss: {}, must be finite and not negative", options.z_loss);
+            bail!(
+                "z_loss: {}, must be finite and not negative",
+                options.z_loss
+            );
         }
         if let Some(c) = options.softcap
             && !(c.is_finite() && c > 0.0)
@@ -83,7 +96,10 @@ impl Call {
             bail!("softcap: {c}, must be finite and greater than 0");
         }
         if !(options.logit_scale.is_finite() && options.logit_scale > 0.0) {
-            bail!("logit_scale: {}, must be finite and greater than 0", options.logit_scale);
+            bail!(
+                "logit_scale: {}, must be finite and greater than 0",
+                options.logit_scale
+            );
         }
         if let Reduction::SumOver(n) = options.reduction
             && !(n.is_finite() && n > 0.0)
@@ -92,14 +108,27 @@ impl Call {
         }
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
-            Smoothing::PerRow(values) => {
-                (Some(row_values("smoothing", values, &shape, row_type, logits.device())?), 0.0)
-            }
+            Smoothing::PerRow(values) => (
+                Some(row_values(
+                    "smoothing",
+                    values,
+                    &shape,
+                    row_type,
+                    logits.device(),
+                )?),
+                0.0,
+            ),
             &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
             Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
         };
         let weights = match &options.row_weights {
-            Some(values) => Some(row_values("row_weights", values, &shape, row_type, logits.device())?),
+            Some(values) => Some(row_values(
+                "row_weights",
+                values,
+                &shape,
+                row_type,
+                logits.device(),
+            )?),
             None => None,
         };
         Ok(Self {
@@ -132,13 +161,16 @@ impl Call {
     /// Reads the rows' values on the CPU: `None` for ignored rows, an error for the first bad value.
     pub fn read_rows(&self) -> Result<Vec<Option<Row>>> {
         let targets = self.targets.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let per_row = |values: &Option<Tensor>| values.as_ref().map(Tensor::to_vec1::<f64>).transpose();
+        let per_row =
+            |values: &Option<Tensor>| values.as_ref().map(Tensor::to_vec1::<f64>).transpose();
         let (smoothing, weights) = (per_row(&self.smoothing)?, per_row(&self.weights)?);
         let read = |(i, target): (usize, i64)| {
             if target == self.ignore_index {
                 return Ok(None);
             }
-            let smoothing = smoothing.as_ref().map_or(f64::from(self.uniform_smoothing), |s| s[i]);
+            let smoothing = smoothing
+                .as_ref()
+                .map_or(f64::from(self.uniform_smoothing), |s| s[i]);
             let weight = weights.as_ref().map_or(1.0, |w| w[i]);
             if !(0..self.vocab as i64).contains(&target) {
                 return Err(self.bad_value(BadValue::Target, i, target));
@@ -149,17 +181,30 @@ impl Call {
             if !(weight.is_finite() && weight >= 0.0) {
                 return Err(self.bad_value(BadValue::Weight, i, weight));
             }
-            Ok(Some(Row { target: target as usize, smoothing, weight }))
+            Ok(Some(Row {
+                target: target as usize,
+                smoothing,
+                weight,
+            }))
         };
         targets.into_iter().enumerate().map(read).collect()
     }
 
     /// The error for a value inside a tensor, the same on every device.
-    pub fn bad_value(&self, kind: BadValue, row: usize, value: impl std::fmt::Display) -> candle_core::Error {
+    pub fn bad_value(
+        &self,
+        kind: BadValue,
+        row: usize,
+        value: impl std::fmt::Display,
+    ) -> candle_core::Error {
         let (argument, rule) = match kind {
             BadValue::Target => (
                 "targets",
-                format!("must be 0 to {} or the ignore_index {}", self.vocab - 1, self.ignore_index),
+                format!(
+                    "must be 0 to {} or the ignore_index {}",
+                    self.vocab - 1,
+                    self.ignore_index
+                ),
             ),
             BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
             BadValue::Weight => ("row_weights", "must be finite and not negative".into()),
@@ -170,19 +215,35 @@ impl Call {
 
 fn same_device(argument: &str, tensor: &Tensor, device: &Device) -> Result<()> {
     if !tensor.device().same_device(device) {
-        bail!("{argument}: on {:?}, must be on {:?} with the logits", tensor.device().location(), device.location());
+        bail!(
+            "{argument}: on {:?}, must be on {:?} with the logits",
+            tensor.device().location(),
+            device.location()
+        );
     }
     Ok(())
 }
 
 /// A value a row, broadcast to the targets' shape and flattened.
-fn row_values(argument: &str, values: &Tensor, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+fn row_values(
+    argument: &str,
+    values: &Tensor,
+    shape: &[usize],
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
     if !values.dtype().is_float() {
-        bail!("{argument}: {}, must be a float type", values.dtype().as_str());
+        bail!(
+            "{argument}: {}, must be a float type",
+            values.dtype().as_str()
+        );
     }
     same_device(argument, values, device)?;
     let Ok(values) = values.detach().broadcast_as(shape) else {
-        bail!("{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}", values.dims());
+        bail!(
+            "{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}",
+            values.dims()
+        );
     };
     // After the broadcast: candle's conversions give a contiguous result.
     values.to_dtype(dtype)?.contiguous()?.flatten_all()
@@ -207,7 +268,11 @@ pub(crate) fn row_offsets(layout: &Layout) -> Option<RowOffsets> {
     if merged.len() > MAX_ROW_DIMS {
         return None;
     }
-    let mut rows = RowOffsets { dims: merged.len().max(1) as u64, sizes: [1; MAX_ROW_DIMS], strides: [0; MAX_ROW_DIMS] };
+    let mut rows = RowOffsets {
+        dims: merged.len().max(1) as u64,
+        sizes: [1; MAX_ROW_DIMS],
+        strides: [0; MAX_ROW_DIMS],
+    };
     for (d, (size, stride)) in merged.into_iter().enumerate() {
         rows.sizes[d] = size as u64;
         rows.strides[d] = stride as u64;
@@ -229,7 +294,9 @@ impl RowOffsets {
 
     /// Whether rows of `width` elements share none: what writing them needs.
     pub fn disjoint(&self, width: usize) -> bool {
-        let mut dims: Vec<_> = (0..self.dims as usize).map(|d| (self.strides[d] as usize, self.sizes[d] as usize)).collect();
+        let mut dims: Vec<_> = (0..self.dims as usize)
+            .map(|d| (self.strides[d] as usize, self.sizes[d] as usize))
+            .collect();
         dims.retain(|&(_, size)| size > 1);
         dims.sort_unstable();
         let mut extent = width;

@@ -152,11 +152,19 @@ impl Element {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// Loss of every row; one block a row.
-    Forward { element: Element, stats: bool, softcap: bool },
+    Forward {
+        element: Element,
+        stats: bool,
+        softcap: bool,
+    },
     /// Gradient of every row from its [`RowState`]; one block a row.
     Backward { element: Element, softcap: bool },
     /// Loss and gradient of every row; one block a row.
-    Fused { element: Element, stats: bool, softcap: bool },
+    Fused {
+        element: Element,
+        stats: bool,
+        softcap: bool,
+    },
     /// Row losses to a scalar, or total weight; one block.
     Reduce,
 }
@@ -166,14 +174,36 @@ impl Kernel {
     pub fn symbol(self) -> String {
         let flag = |on: bool, name: &'static str| if on { name } else { "" };
         match self {
-            Self::Forward { element, stats, softcap } => {
-                format!("ce_forward_{}{}{}", element.name(), flag(stats, "_stats"), flag(softcap, "_softcap"))
+            Self::Forward {
+                element,
+                stats,
+                softcap,
+            } => {
+                format!(
+                    "ce_forward_{}{}{}",
+                    element.name(),
+                    flag(stats, "_stats"),
+                    flag(softcap, "_softcap")
+                )
             }
             Self::Backward { element, softcap } => {
-                format!("ce_backward_{}{}", element.name(), flag(softcap, "_softcap"))
+                format!(
+                    "ce_backward_{}{}",
+                    element.name(),
+                    flag(softcap, "_softcap")
+                )
             }
-            Self::Fused { element, stats, softcap } => {
-                format!("ce_fused_{}{}{}", element.name(), flag(stats, "_stats"), flag(softcap, "_softcap"))
+            Self::Fused {
+                element,
+                stats,
+                softcap,
+            } => {
+                format!(
+                    "ce_fused_{}{}{}",
+                    element.name(),
+                    flag(stats, "_stats"),
+                    flag(softcap, "_softcap")
+                )
             }
             Self::Reduce => "ce_reduce".into(),
         }
@@ -186,8 +216,16 @@ impl Kernel {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });
                 for stats in [false, true] {
-                    all.push(Self::Forward { element, stats, softcap });
-                    all.push(Self::Fused { element, stats, softcap });
+                    all.push(Self::Forward {
+                        element,
+                        stats,
+                        softcap,
+                    });
+                    all.push(Self::Fused {
+                        element,
+                        stats,
+                        softcap,
+                    });
                 }
             }
         }

@@ -203,7 +203,11 @@ impl CrossEntropy {
     }
 
     /// [`forward`](Self::forward) with the statistics of every row from the same pass.
-    pub fn forward_with_stats(&self, logits: &Tensor, targets: &Tensor) -> Result<(Tensor, RowStats)> {
+    pub fn forward_with_stats(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> Result<(Tensor, RowStats)> {
         let (loss, stats) = op::forward(Call::new(self, logits, targets)?, logits, true)?;
         Ok((loss, stats.expect("asked for")))
     }

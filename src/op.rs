@@ -37,16 +37,28 @@ pub(crate) enum Saved {
     Cuda(crate::cuda::Saved),
 }
 
-pub(crate) fn forward(call: Call, logits: &Tensor, stats: bool) -> Result<(Tensor, Option<RowStats>)> {
+pub(crate) fn forward(
+    call: Call,
+    logits: &Tensor,
+    stats: bool,
+) -> Result<(Tensor, Option<RowStats>)> {
     let logits = with_readable_rows(logits)?;
-    let op = ForwardOp(Arc::new(ForwardState { call, stats, saved: OnceLock::new(), row_stats: OnceLock::new() }));
+    let op = ForwardOp(Arc::new(ForwardState {
+        call,
+        stats,
+        saved: OnceLock::new(),
+        row_stats: OnceLock::new(),
+    }));
     let state = op.0.clone();
     let loss = logits.apply_op1(op)?;
     Ok((loss, state.row_stats.get().cloned()))
 }
 
 pub(crate) fn loss_and_grad(call: Call, logits: &Tensor) -> Result<LossAndGrad> {
-    let op = FusedOp { call, result: OnceLock::new() };
+    let op = FusedOp {
+        call,
+        result: OnceLock::new(),
+    };
     let grad = with_readable_rows(&logits.detach())?.apply_op1_no_bwd(&op)?;
     Ok(op.finish(grad))
 }
@@ -58,19 +70,32 @@ pub(crate) fn loss_and_grad_inplace(call: Call, logits: Tensor) -> Result<LossAn
     }
     let dims = logits.dims();
     let Some(rows) = row_offsets(logits.layout()) else {
-        bail!("logits: strides {:?} for shape {dims:?}, must have stride 1 inside a row to be overwritten", logits.stride());
+        bail!(
+            "logits: strides {:?} for shape {dims:?}, must have stride 1 inside a row to be overwritten",
+            logits.stride()
+        );
     };
     if !rows.disjoint(call.width) {
-        bail!("logits: strides {:?} for shape {dims:?} overlap, must be rows of their own to be overwritten", logits.stride());
+        bail!(
+            "logits: strides {:?} for shape {dims:?} overlap, must be rows of their own to be overwritten",
+            logits.stride()
+        );
     }
-    let op = FusedOp { call, result: OnceLock::new() };
+    let op = FusedOp {
+        call,
+        result: OnceLock::new(),
+    };
     logits.inplace_op1(&op)?;
     Ok(op.finish(logits))
 }
 
 /// The logits, copied if the backends could not read their rows where they are.
 fn with_readable_rows(logits: &Tensor) -> Result<Tensor> {
-    if row_offsets(logits.layout()).is_some() { Ok(logits.clone()) } else { logits.contiguous() }
+    if row_offsets(logits.layout()).is_some() {
+        Ok(logits.clone())
+    } else {
+        logits.contiguous()
+    }
 }
 
 struct ForwardOp(Arc<ForwardState>);
@@ -98,12 +123,19 @@ impl CustomOp1 for ForwardOp {
     }
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(self.0.keep(cpu::forward(&self.0.call, logits, layout, self.0.stats)?))
+        Ok(self
+            .0
+            .keep(cpu::forward(&self.0.call, logits, layout, self.0.stats)?))
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok(self.0.keep(crate::cuda::forward(&self.0.call, logits, layout, self.0.stats)?))
+        Ok(self.0.keep(crate::cuda::forward(
+            &self.0.call,
+            logits,
+            layout,
+            self.0.stats,
+        )?))
     }
 
     fn bwd(&self, logits: &Tensor, _loss: &Tensor, grad_loss: &Tensor) -> Result<Option<Tensor>> {

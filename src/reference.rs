@@ -20,7 +20,11 @@ struct RowResult {
     predicted: u32,
 }
 
-pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
+pub(crate) fn loss_and_grad(
+    options: &CrossEntropy,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> Result<LossAndGrad> {
     let cpu = |t: &Tensor| t.detach().to_device(&Device::Cpu);
     let mut options = options.clone();
     if let Smoothing::PerRow(values) = &options.smoothing {
@@ -30,7 +34,10 @@ pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: &Tensor, targets: &T
     let (logits, targets) = (cpu(logits)?, cpu(targets)?);
     let call = Call::new(&options, &logits, &targets)?;
     let rows = call.read_rows()?;
-    let x = logits.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let x = logits
+        .to_dtype(DType::F64)?
+        .flatten_all()?
+        .to_vec1::<f64>()?;
 
     let mut grad = vec![0.0; x.len()];
     let mut results = vec![RowResult::default(); call.rows];
@@ -50,11 +57,18 @@ pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: &Tensor, targets: &T
     };
     grad.iter_mut().for_each(|g| *g /= divisor);
     let per_row = |value: fn(&RowResult) -> f64| {
-        Tensor::from_vec(results.iter().map(value).collect::<Vec<_>>(), call.shape.as_slice(), &Device::Cpu)
+        Tensor::from_vec(
+            results.iter().map(value).collect::<Vec<_>>(),
+            call.shape.as_slice(),
+            &Device::Cpu,
+        )
     };
     let loss = match call.reduction {
         Reduction::None => per_row(|r| r.loss)?,
-        _ => Tensor::new(results.iter().map(|r| r.loss).sum::<f64>() / divisor, &Device::Cpu)?,
+        _ => Tensor::new(
+            results.iter().map(|r| r.loss).sum::<f64>() / divisor,
+            &Device::Cpu,
+        )?,
     };
     Ok(LossAndGrad {
         loss,
@@ -76,7 +90,11 @@ pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: &Tensor, targets: &T
 
 /// Loss and statistics of the logits `x` of one row; their gradient goes to `grad`, which holds zeros.
 fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
-    let &Row { target: y, smoothing: eps, weight: w } = row;
+    let &Row {
+        target: y,
+        smoothing: eps,
+        weight: w,
+    } = row;
     let (scale, lambda) = (f64::from(call.logit_scale), f64::from(call.z_loss));
     let softcap = call.softcap.map(f64::from);
 
@@ -86,7 +104,15 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         }
         let nan = f64::NAN;
         let loss = if w == 0.0 { 0.0 } else { nan };
-        return RowResult { loss, nll: nan, lse: nan, entropy: nan, max_prob: nan, grad_norm_sq: nan, predicted: 0 };
+        return RowResult {
+            loss,
+            nll: nan,
+            lse: nan,
+            entropy: nan,
+            max_prob: nan,
+            grad_norm_sq: nan,
+            predicted: 0,
+        };
     }
     let masked = |k: usize| x[k] == f64::NEG_INFINITY;
     let z: Vec<f64> = x
@@ -100,7 +126,12 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
     let k_count = classes.len() as f64; // K
     if classes.is_empty() {
         let loss = if w == 0.0 { 0.0 } else { f64::INFINITY };
-        return RowResult { loss, nll: f64::INFINITY, lse: f64::NEG_INFINITY, ..Default::default() };
+        return RowResult {
+            loss,
+            nll: f64::INFINITY,
+            lse: f64::NEG_INFINITY,
+            ..Default::default()
+        };
     }
 
     // Subtracting the largest logit keeps exp in range; it cancels in everything below. The target is left out of
@@ -108,12 +139,23 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
     let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     // By the logits themselves: a softcap may make distinct ones equal by rounding.
     let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let predicted = x.iter().position(|&v| v == largest).expect("the maximum is one of them");
-    let others: f64 = classes.iter().filter(|&&k| k != y).map(|&k| (z[k] - max).exp()).sum();
+    let predicted = x
+        .iter()
+        .position(|&v| v == largest)
+        .expect("the maximum is one of them");
+    let others: f64 = classes
+        .iter()
+        .filter(|&&k| k != y)
+        .map(|&k| (z[k] - max).exp())
+        .sum();
     let sum = others + (z[y] - max).exp();
     let lse = max + sum.ln();
     let p = |k: usize| (z[k] - max).exp() / sum;
-    let nll = if z[y] == max { others.ln_1p() } else { (max - z[y]) + sum.ln() };
+    let nll = if z[y] == max {
+        others.ln_1p()
+    } else {
+        (max - z[y]) + sum.ln()
+    };
     let smooth = classes.iter().map(|&k| max - z[k]).sum::<f64>() / k_count + sum.ln();
     let loss = if w == 0.0 {
         0.0
@@ -137,7 +179,10 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         loss,
         nll,
         lse,
-        entropy: classes.iter().map(|&k| p(k) * ((max - z[k]) + sum.ln())).sum(),
+        entropy: classes
+            .iter()
+            .map(|&k| p(k) * ((max - z[k]) + sum.ln()))
+            .sum(),
         max_prob: p(predicted),
         grad_norm_sq,
         predicted: predicted as u32,

@@ -117,7 +117,9 @@ mod tests {
     #[test]
     fn bf16_rounds_as_half_does() {
         let x: Vec<f32> = (0..=u32::from(u16::MAX))
-            .flat_map(|high| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| f32::from_bits(high << 16 | low)))
+            .flat_map(|high| {
+                [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| f32::from_bits(high << 16 | low))
+            })
             .collect();
         let mut ours = vec![bf16::default(); x.len()];
         bf16::narrow(&x, &mut ours);
@@ -126,7 +128,10 @@ mod tests {
         for ((x, ours), &wide) in x.iter().zip(&ours).zip(wide) {
             let theirs = bf16::from_f32(*x);
             assert!(theirs == *ours || theirs.is_nan() && ours.is_nan(), "{x}");
-            assert!(wide == theirs.to_f32() || wide.is_nan() && theirs.is_nan(), "{x}");
+            assert!(
+                wide == theirs.to_f32() || wide.is_nan() && theirs.is_nan(),
+                "{x}"
+            );
         }
     }
 }

@@ -5,7 +5,9 @@ mod element;
 mod real;
 mod row;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor, WithDType, backend::BackendStorage, bail};
+use candle_core::{
+    CpuStorage, DType, Device, Layout, Result, Tensor, WithDType, backend::BackendStorage, bail,
+};
 
 use rayon::prelude::*;
 
@@ -44,14 +46,26 @@ macro_rules! with_elements {
     };
 }
 
-pub(crate) fn forward(call: &Call, logits: &CpuStorage, layout: &Layout, stats: bool) -> Result<Forward<CpuStorage>> {
+pub(crate) fn forward(
+    call: &Call,
+    logits: &CpuStorage,
+    layout: &Layout,
+    stats: bool,
+) -> Result<Forward<CpuStorage>> {
     let rows = call.read_rows()?;
-    let (results, normalisers) = with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
+    let (results, normalisers) =
+        with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
     let dtype = result_type(logits.dtype());
     let losses = reduce(call, &rows, &results);
     Ok(Forward {
-        loss: if dtype == DType::F64 { f64::to_cpu_storage_owned(losses) } else { narrow_storage(losses) },
-        stats: stats.then(|| row_stats(call, &results, dtype)).transpose()?,
+        loss: if dtype == DType::F64 {
+            f64::to_cpu_storage_owned(losses)
+        } else {
+            narrow_storage(losses)
+        },
+        stats: stats
+            .then(|| row_stats(call, &results, dtype))
+            .transpose()?,
         saved: op::Saved::Cpu(Saved { rows, normalisers }),
     })
 }
@@ -84,7 +98,11 @@ pub(crate) fn backward_inplace(
     })
 }
 
-pub(crate) fn fused(call: &Call, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Fused)> {
+pub(crate) fn fused(
+    call: &Call,
+    logits: &CpuStorage,
+    layout: &Layout,
+) -> Result<(CpuStorage, Fused)> {
     let rows = call.read_rows()?;
     with_elements!(call, logits, cast_slice, x => {
         let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
@@ -95,7 +113,11 @@ pub(crate) fn fused(call: &Call, logits: &CpuStorage, layout: &Layout) -> Result
     })
 }
 
-pub(crate) fn fused_inplace(call: &Call, logits: &mut CpuStorage, layout: &Layout) -> Result<Fused> {
+pub(crate) fn fused_inplace(
+    call: &Call,
+    logits: &mut CpuStorage,
+    layout: &Layout,
+) -> Result<Fused> {
     let rows = call.read_rows()?;
     let dtype = result_type(logits.dtype());
     let results = with_elements!(call, logits, cast_slice_mut, x => {
@@ -107,7 +129,11 @@ pub(crate) fn fused_inplace(call: &Call, logits: &mut CpuStorage, layout: &Layou
 
 /// Type of loss and statistics.
 fn result_type(logits: DType) -> DType {
-    if logits == DType::F64 { DType::F64 } else { DType::F32 }
+    if logits == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 fn narrow_storage(values: Vec<f64>) -> CpuStorage {
@@ -135,15 +161,29 @@ fn reduce(call: &Call, rows: &[Option<Row>], results: &[RowResult]) -> Vec<f64> 
     }
 }
 
-fn fused_result(call: &Call, rows: &[Option<Row>], results: &[RowResult], dtype: DType) -> Result<Fused> {
-    let loss = Tensor::from_vec(reduce(call, rows, results), call.loss_shape(), &Device::Cpu)?.to_dtype(dtype)?;
-    Ok(Fused { loss, stats: row_stats(call, results, dtype)? })
+fn fused_result(
+    call: &Call,
+    rows: &[Option<Row>],
+    results: &[RowResult],
+    dtype: DType,
+) -> Result<Fused> {
+    let loss = Tensor::from_vec(reduce(call, rows, results), call.loss_shape(), &Device::Cpu)?
+        .to_dtype(dtype)?;
+    Ok(Fused {
+        loss,
+        stats: row_stats(call, results, dtype)?,
+    })
 }
 
 fn row_stats(call: &Call, results: &[RowResult], dtype: DType) -> Result<RowStats> {
     let shape = call.shape.as_slice();
     let float = |value: fn(&RowResult) -> f64| {
-        Tensor::from_vec(results.iter().map(value).collect::<Vec<_>>(), shape, &Device::Cpu)?.to_dtype(dtype)
+        Tensor::from_vec(
+            results.iter().map(value).collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?
+        .to_dtype(dtype)
     };
     Ok(RowStats {
         nll: float(|r| r.nll)?,
@@ -151,7 +191,11 @@ fn row_stats(call: &Call, results: &[RowResult], dtype: DType) -> Result<RowStat
         entropy: float(|r| r.entropy)?,
         max_prob: float(|r| r.max_prob)?,
         grad_norm_sq: float(|r| r.grad_norm_sq)?,
-        predicted: Tensor::from_vec(results.iter().map(|r| r.predicted).collect::<Vec<_>>(), shape, &Device::Cpu)?,
+        predicted: Tensor::from_vec(
+            results.iter().map(|r| r.predicted).collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?,
     })
 }
 
@@ -170,8 +214,14 @@ impl Starts {
 
 fn readable(layout: &Layout) -> Result<Starts> {
     match row_offsets(layout) {
-        Some(offsets) => Ok(Starts { first: layout.start_offset(), offsets }),
-        None => bail!("logits: strides {:?} cannot be read row by row", layout.stride()),
+        Some(offsets) => Ok(Starts {
+            first: layout.start_offset(),
+            offsets,
+        }),
+        None => bail!(
+            "logits: strides {:?} cannot be read row by row",
+            layout.stride()
+        ),
     }
 }
 
@@ -191,7 +241,11 @@ impl<'a, T> GradRows<'a, T> {
         assert_eq!(grad.len(), call.rows * call.width);
         let mut strides = [0; MAX_ROW_DIMS];
         strides[0] = call.width as u64;
-        let offsets = RowOffsets { dims: 1, sizes: [1; MAX_ROW_DIMS], strides };
+        let offsets = RowOffsets {
+            dims: 1,
+            sizes: [1; MAX_ROW_DIMS],
+            strides,
+        };
         Self {
             base: grad.as_mut_ptr(),
             starts: Starts { first: 0, offsets },
@@ -203,11 +257,19 @@ impl<'a, T> GradRows<'a, T> {
     fn inside(call: &Call, storage: &'a mut [T], layout: &Layout) -> Result<Self> {
         let starts = readable(layout)?;
         if !starts.offsets.disjoint(call.width) {
-            bail!("logits: strides {:?} overlap and cannot be overwritten", layout.stride());
+            bail!(
+                "logits: strides {:?} overlap and cannot be overwritten",
+                layout.stride()
+            );
         }
         // Offsets grow with every digit of the row's number, so the last row ends last.
         assert!(call.rows == 0 || starts.of(call.rows - 1) + call.width <= storage.len());
-        Ok(Self { base: storage.as_mut_ptr(), starts, width: call.width, storage: std::marker::PhantomData })
+        Ok(Self {
+            base: storage.as_mut_ptr(),
+            starts,
+            width: call.width,
+            storage: std::marker::PhantomData,
+        })
     }
 
     /// Elements `columns` of a row.
@@ -219,7 +281,10 @@ impl<'a, T> GradRows<'a, T> {
         assert!(columns.start <= columns.end && columns.end <= self.width);
         // SAFETY: inside the storage (checked when `self` was made), disjoint from other rows, unaliased by contract.
         unsafe {
-            std::slice::from_raw_parts_mut(self.base.add(self.starts.of(row) + columns.start), columns.len())
+            std::slice::from_raw_parts_mut(
+                self.base.add(self.starts.of(row) + columns.start),
+                columns.len(),
+            )
         }
     }
 }
@@ -237,7 +302,12 @@ impl<'a, T> Logits<'a, T> {
     ///
     /// # Safety
     /// As for [`GradRows::stretch`] when in place.
-    unsafe fn stretch(&self, out: &'a GradRows<T>, row: usize, columns: std::ops::Range<usize>) -> &'a [T] {
+    unsafe fn stretch(
+        &self,
+        out: &'a GradRows<T>,
+        row: usize,
+        columns: std::ops::Range<usize>,
+    ) -> &'a [T] {
         match self {
             Self::Separate(x, starts) => &x[starts.of(row)..][columns],
             // SAFETY: the caller's.
@@ -259,7 +329,11 @@ impl<K: Task> pulp::WithSimd for Dispatched<K> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) -> K::Output {
-        if S::IS_SCALAR { self.0.run::<false>() } else { self.0.run::<true>() }
+        if S::IS_SCALAR {
+            self.0.run::<false>()
+        } else {
+            self.0.run::<true>()
+        }
     }
 }
 
@@ -278,16 +352,35 @@ struct Partials<'a, T: Element, const CAP: bool, const STATS: bool, const KEEP: 
 }
 
 // In `run` and below, loops and no closures: those would not be compiled for the instruction set.
-impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task for Partials<'_, T, CAP, STATS, KEEP> {
+impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
+    for Partials<'_, T, CAP, STATS, KEEP>
+{
     type Output = ();
 
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
-        let Self { x, first_piece, target, transform, partials, kept } = self;
+        let Self {
+            x,
+            first_piece,
+            target,
+            transform,
+            partials,
+            kept,
+        } = self;
         for (p, partial) in partials.iter_mut().enumerate() {
             let end = ((p + 1) * PIECE).min(kept.len());
-            let kept = if KEEP { &mut kept[p * PIECE..end] } else { &mut [] };
-            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED>(x, first_piece + p, target, transform, kept);
+            let kept = if KEEP {
+                &mut kept[p * PIECE..end]
+            } else {
+                &mut []
+            };
+            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED>(
+                x,
+                first_piece + p,
+                target,
+                transform,
+                kept,
+            );
         }
     }
 }
@@ -346,7 +439,12 @@ impl<T: Element> Task for KeptGradients<'_, T> {
             let kept = &mut self.kept[p * PIECE..end];
             row::gradient_of_kept::<_, FUSED>(kept, partial, self.factors);
             // SAFETY: these columns of this row are this task's alone.
-            let grad = unsafe { self.out.stretch(self.row, self.first_column + p * PIECE..self.first_column + end) };
+            let grad = unsafe {
+                self.out.stretch(
+                    self.row,
+                    self.first_column + p * PIECE..self.first_column + end,
+                )
+            };
             T::narrow(kept, grad);
         }
     }
@@ -386,18 +484,34 @@ fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>
 ) -> Partial {
     let Scratch { partials, kept } = scratch;
     let run = |first_piece, partials: &mut [Partial], kept: &mut [T::Real]| {
-        dispatch(Partials::<T, CAP, STATS, KEEP> { x, first_piece, target, transform, partials, kept });
+        dispatch(Partials::<T, CAP, STATS, KEEP> {
+            x,
+            first_piece,
+            target,
+            transform,
+            partials,
+            kept,
+        });
     };
     if !shared {
         run(0, partials, kept);
     } else if KEEP {
-        let tasks = partials.par_chunks_mut(PIECES_PER_TASK).zip(kept.par_chunks_mut(PIECES_PER_TASK * PIECE));
-        tasks.enumerate().for_each(|(t, (partials, kept))| run(t * PIECES_PER_TASK, partials, kept));
+        let tasks = partials
+            .par_chunks_mut(PIECES_PER_TASK)
+            .zip(kept.par_chunks_mut(PIECES_PER_TASK * PIECE));
+        tasks
+            .enumerate()
+            .for_each(|(t, (partials, kept))| run(t * PIECES_PER_TASK, partials, kept));
     } else {
         let tasks = partials.par_chunks_mut(PIECES_PER_TASK);
-        tasks.enumerate().for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
+        tasks
+            .enumerate()
+            .for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
     }
-    partials.iter().copied().fold(Partial::EMPTY, Partial::merge)
+    partials
+        .iter()
+        .copied()
+        .fold(Partial::EMPTY, Partial::merge)
 }
 
 /// Runs `f` on every row and its result, in parallel unless rows are few, when `f` is told to share its work out.
@@ -409,13 +523,22 @@ fn for_each_row<R: Send, S>(
 ) {
     if rows_are_few(call) {
         let mut scratch = scratch();
-        results.iter_mut().enumerate().for_each(|(i, r)| f(i, r, &mut scratch, true));
+        results
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, r)| f(i, r, &mut scratch, true));
     } else {
         // Few enough tasks that making their scratch memory costs nothing, enough to balance threads.
         let rows_per_task = call.rows.div_ceil(16 * rayon::current_num_threads()).max(1);
-        results.par_chunks_mut(rows_per_task).enumerate().for_each_init(scratch, |scratch, (t, results)| {
-            results.iter_mut().enumerate().for_each(|(r, result)| f(t * rows_per_task + r, result, scratch, false));
-        });
+        results
+            .par_chunks_mut(rows_per_task)
+            .enumerate()
+            .for_each_init(scratch, |scratch, (t, results)| {
+                results
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(r, result)| f(t * rows_per_task + r, result, scratch, false));
+            });
     }
 }
 
@@ -436,11 +559,23 @@ fn evaluate<T: Element>(
         (false, true) => evaluate_row::<T, false, true>,
         (false, false) => evaluate_row::<T, false, false>,
     };
-    for_each_row(call, &mut results, || Scratch::new(call, false), |i, result, scratch, shared| {
-        if let Some(row) = &rows[i] {
-            *result = evaluate_row(call, row, &x[starts.of(i)..][..call.vocab], (&transform, &exact), scratch, shared);
-        }
-    });
+    for_each_row(
+        call,
+        &mut results,
+        || Scratch::new(call, false),
+        |i, result, scratch, shared| {
+            if let Some(row) = &rows[i] {
+                *result = evaluate_row(
+                    call,
+                    row,
+                    &x[starts.of(i)..][..call.vocab],
+                    (&transform, &exact),
+                    scratch,
+                    shared,
+                );
+            }
+        },
+    );
     Ok(results.into_iter().unzip())
 }
 
@@ -474,7 +609,16 @@ fn write_gradient<T: Element, const CAP: bool>(
     // SAFETY: as above; padding is no other task's.
     unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
     let write = |columns| {
-        dispatch(Gradients::<T, CAP> { logits, out, row: i, columns, target, transform, exact, factors: &factors });
+        dispatch(Gradients::<T, CAP> {
+            logits,
+            out,
+            row: i,
+            columns,
+            target,
+            transform,
+            exact,
+            factors: &factors,
+        });
     };
     if shared {
         let stretch = PIECE * PIECES_PER_TASK;
@@ -495,21 +639,31 @@ fn differentiate<T: Element>(
     out: &GradRows<T>,
 ) -> Result<()> {
     #[allow(irrefutable_let_patterns)] // there are others with the feature `cuda`
-    let op::Saved::Cpu(saved) = saved else { bail!("cross-entropy: forward and backward on different devices") };
+    let op::Saved::Cpu(saved) = saved else {
+        bail!("cross-entropy: forward and backward on different devices")
+    };
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let divisor = divisor(call, &saved.rows);
     let (transform, exact) = (Transform::new(call), Transform::new(call));
-    for_each_row(call, &mut vec![(); call.rows], || (), |i, (), (), shared| {
-        let row = saved.rows[i].map(|row| {
-            let scale = upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
-            (row.target, GradFactors::new(call, &row, &saved.normalisers[i], scale))
-        });
-        if call.softcap.is_some() {
-            write_gradient::<T, true>(call, row, i, logits, out, (&transform, &exact), shared);
-        } else {
-            write_gradient::<T, false>(call, row, i, logits, out, (&transform, &exact), shared);
-        }
-    });
+    for_each_row(
+        call,
+        &mut vec![(); call.rows],
+        || (),
+        |i, (), (), shared| {
+            let row = saved.rows[i].map(|row| {
+                let scale = upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
+                (
+                    row.target,
+                    GradFactors::new(call, &row, &saved.normalisers[i], scale),
+                )
+            });
+            if call.softcap.is_some() {
+                write_gradient::<T, true>(call, row, i, logits, out, (&transform, &exact), shared);
+            } else {
+                write_gradient::<T, false>(call, row, i, logits, out, (&transform, &exact), shared);
+            }
+        },
+    );
     Ok(())
 }
 
@@ -536,33 +690,54 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
     let scale = 1.0 / divisor(call, rows);
     let (transform, exact) = (Transform::new(call), Transform::new(call));
     let mut results = vec![RowResult::default(); call.rows];
-    for_each_row(call, &mut results, || Scratch::new(call, !CAP), |i, result, scratch, shared| {
-        let row = rows[i].map(|row| {
-            // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
-            let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
-            // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
-            let others = if CAP {
-                row_partial::<T, CAP, true, false>(x, row.target, &transform, scratch, shared)
-            } else {
-                row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
-            };
-            let (row_result, normaliser) = row::finish::<T, CAP>(call, &row, x, &others, &exact);
-            *result = row_result;
-            (row.target, x[row.target], GradFactors::new(call, &row, &normaliser, scale))
-        });
-        match row {
-            Some((target, x_y, Some(factors))) if !CAP => {
-                write_kept_gradient(call, i, scratch, out, &factors, shared);
-                // SAFETY: as above.
-                let grad = unsafe { out.stretch(i, target..target + 1) };
-                T::narrow(&[row::target_gradient::<T, CAP>(x_y, &exact, &factors)], grad);
+    for_each_row(
+        call,
+        &mut results,
+        || Scratch::new(call, !CAP),
+        |i, result, scratch, shared| {
+            let row = rows[i].map(|row| {
+                // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
+                let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
+                // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
+                let others = if CAP {
+                    row_partial::<T, CAP, true, false>(x, row.target, &transform, scratch, shared)
+                } else {
+                    row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
+                };
+                let (row_result, normaliser) =
+                    row::finish::<T, CAP>(call, &row, x, &others, &exact);
+                *result = row_result;
+                (
+                    row.target,
+                    x[row.target],
+                    GradFactors::new(call, &row, &normaliser, scale),
+                )
+            });
+            match row {
+                Some((target, x_y, Some(factors))) if !CAP => {
+                    write_kept_gradient(call, i, scratch, out, &factors, shared);
+                    // SAFETY: as above.
+                    let grad = unsafe { out.stretch(i, target..target + 1) };
+                    T::narrow(
+                        &[row::target_gradient::<T, CAP>(x_y, &exact, &factors)],
+                        grad,
+                    );
+                }
+                row => {
+                    let row = row.map(|(target, _, factors)| (target, factors));
+                    write_gradient::<T, CAP>(
+                        call,
+                        row,
+                        i,
+                        logits,
+                        out,
+                        (&transform, &exact),
+                        shared,
+                    );
+                }
             }
-            row => {
-                let row = row.map(|(target, _, factors)| (target, factors));
-                write_gradient::<T, CAP>(call, row, i, logits, out, (&transform, &exact), shared);
-            }
-        }
-    });
+        },
+    );
     results
 }
 
@@ -579,12 +754,23 @@ fn write_kept_gradient<T: Element>(
     // SAFETY: the row is this call's alone, and padding no other task's.
     unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
     let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
-        dispatch(KeptGradients { kept, partials, out, row: i, first_column, factors });
+        dispatch(KeptGradients {
+            kept,
+            partials,
+            out,
+            row: i,
+            first_column,
+            factors,
+        });
     };
     if shared {
         let stretch = PIECES_PER_TASK * PIECE;
-        let tasks = partials.par_chunks(PIECES_PER_TASK).zip(kept.par_chunks_mut(stretch));
-        tasks.enumerate().for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
+        let tasks = partials
+            .par_chunks(PIECES_PER_TASK)
+            .zip(kept.par_chunks_mut(stretch));
+        tasks
+            .enumerate()
+            .for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
     } else {
         run(0, partials, kept);
     }

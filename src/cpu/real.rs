@@ -31,7 +31,7 @@ pub(super) trait Real:
     /// Whether the sign bit is set.
     fn is_negative(self) -> bool;
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
-    /// e^self for self ≤ 0 (a little above is fine): below the smallest normal number, a value next to it; NaN for NaN.
+    /// e^self for self ≤ 0 (a little above is fine): 0 where it would be subnormal, NaN for NaN.
     fn exp<const FUSED: bool>(self) -> Self;
     /// tanh(self)/self for |self| < [`Self::SERIES`], given self².
     fn tanh_series<const FUSED: bool>(square: Self) -> Self;
@@ -79,7 +79,10 @@ fn exp_f32<const FUSED: bool>(r: f32) -> f32 {
     let low = r + 1.0;
     let middle = r.fma::<FUSED>(0.166_665_05, 0.5);
     let high = r.fma::<FUSED>(0.008_369_155_7, 0.041_666_464);
-    square.fma::<FUSED>(0.001_393_365, high).fma::<FUSED>(square, middle).fma::<FUSED>(square, low)
+    square
+        .fma::<FUSED>(0.001_393_365, high)
+        .fma::<FUSED>(square, middle)
+        .fma::<FUSED>(square, low)
 }
 
 /// e^r for |r| ≤ ln 2 / 2: Taylor's series, 1/k! from the highest k down.
@@ -150,16 +153,20 @@ macro_rules! real {
             }
             #[inline(always)]
             fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self {
-                if FUSED { self.mul_add(a, b) } else { self * a + b }
+                if FUSED {
+                    self.mul_add(a, b)
+                } else {
+                    self * a + b
+                }
             }
             #[inline(always)]
             fn exp<const FUSED: bool>(self) -> Self {
                 const ROUND: $float = $round + $bias;
-                let x = if self < $least { $least } else { self };
-                let biased = x.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
+                let biased = self.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
                 let n = biased - ROUND;
-                let r = n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, x));
-                $exp::<FUSED>(r) * $float::from_bits(biased.to_bits() << $mantissa)
+                let r = n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, self));
+                let result = $exp::<FUSED>(r) * $float::from_bits(biased.to_bits() << $mantissa);
+                if self < $least { 0.0 } else { result }
             }
             #[inline(always)]
             fn tanh_series<const FUSED: bool>(square: Self) -> Self {
@@ -168,7 +175,18 @@ macro_rules! real {
         }
     };
 }
-real!(f32, 23, 12582912.0, 127.0, 0.693_359_4, -2.121_944_4e-4, -87.0, exp_f32, 0.25, TANH.split_at(4).1);
+real!(
+    f32,
+    23,
+    12582912.0,
+    127.0,
+    0.693_359_4,
+    -2.121_944_4e-4,
+    -87.0,
+    exp_f32,
+    0.25,
+    TANH.split_at(4).1
+);
 real!(
     f64,
     52,
@@ -187,7 +205,12 @@ mod tests {
     use super::*;
 
     /// Worst error against f64 (the library's own for f64) in units of `epsilon`.
-    fn worst<R: Real>(epsilon: f64, ours: impl Fn(R) -> R, theirs: impl Fn(f64) -> f64, points: &[f64]) -> f64 {
+    fn worst<R: Real>(
+        epsilon: f64,
+        ours: impl Fn(R) -> R,
+        theirs: impl Fn(f64) -> f64,
+        points: &[f64],
+    ) -> f64 {
         let error = |&x: &f64| {
             let x = R::of(x);
             let exact = theirs(x.f64());
@@ -198,7 +221,9 @@ mod tests {
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {
-        let points: Vec<f64> = (0..200_000).map(|i| -86.9 * f64::from(i) / 200_000.0).collect();
+        let points: Vec<f64> = (0..200_000)
+            .map(|i| -86.9 * f64::from(i) / 200_000.0)
+            .collect();
         assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<true>(), f64::exp, &points) < 1.0);
         assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<false>(), f64::exp, &points) < 2.0);
         assert!(worst::<f64>(f64::EPSILON, |x| x.exp::<true>(), f64::exp, &points) < 2.0);
@@ -220,12 +245,45 @@ mod tests {
 
     #[test]
     fn tanh_and_its_slope_keep_their_digits() {
-        let points: Vec<f64> = (1..100_000).map(|i| 9.0 * f64::from(i) / 100_000.0).collect();
+        let points: Vec<f64> = (1..100_000)
+            .map(|i| 9.0 * f64::from(i) / 100_000.0)
+            .collect();
         let slope = |x: f64| x.cosh().powi(-2);
-        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.tanh_and_slope::<true>().0, f64::tanh, &points) < 4.0);
-        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.tanh_and_slope::<true>().1, slope, &points) < 8.0);
-        assert!(worst::<f64>(f64::EPSILON, |x| x.tanh_and_slope::<true>().0, f64::tanh, &points) < 16.0);
-        assert!(worst::<f64>(f64::EPSILON, |x| x.tanh_and_slope::<true>().1, slope, &points) < 32.0);
-        assert_eq!((-0.3f32).tanh_and_slope::<true>().0, -(0.3f32.tanh_and_slope::<true>().0));
+        assert!(
+            worst::<f32>(
+                f32::EPSILON.into(),
+                |x| x.tanh_and_slope::<true>().0,
+                f64::tanh,
+                &points
+            ) < 4.0
+        );
+        assert!(
+            worst::<f32>(
+                f32::EPSILON.into(),
+                |x| x.tanh_and_slope::<true>().1,
+                slope,
+                &points
+            ) < 8.0
+        );
+        assert!(
+            worst::<f64>(
+                f64::EPSILON,
+                |x| x.tanh_and_slope::<true>().0,
+                f64::tanh,
+                &points
+            ) < 16.0
+        );
+        assert!(
+            worst::<f64>(
+                f64::EPSILON,
+                |x| x.tanh_and_slope::<true>().1,
+                slope,
+                &points
+            ) < 32.0
+        );
+        assert_eq!(
+            (-0.3f32).tanh_and_slope::<true>().0,
+            -(0.3f32.tanh_and_slope::<true>().0)
+        );
     }
 }

@@ -26,7 +26,11 @@ impl<R: Real> Transform<R> {
     pub fn new(call: &Call) -> Self {
         let scale = f64::from(call.logit_scale);
         let cap = call.softcap.map_or(1.0, f64::from);
-        Self { scale: R::of(scale), cap: R::of(cap), inner: R::of(scale / cap) }
+        Self {
+            scale: R::of(scale),
+            cap: R::of(cap),
+            inner: R::of(scale / cap),
+        }
     }
 
     /// z − shift, and dz/dx up to the scale. NaN for x = ±inf with a softcap.
@@ -44,7 +48,11 @@ impl<R: Real> Transform<R> {
     /// z of the largest logit: what a row's exponentials are taken relative to. 0 where all are masked.
     #[inline(always)]
     fn shift<const CAP: bool, const FUSED: bool>(&self, largest: R) -> R {
-        if largest == R::NEG_INFINITY { R::ZERO } else { self.apply::<CAP, FUSED>(largest, R::ZERO).0 }
+        if largest == R::NEG_INFINITY {
+            R::ZERO
+        } else {
+            self.apply::<CAP, FUSED>(largest, R::ZERO).0
+        }
     }
 }
 
@@ -84,12 +92,12 @@ impl Partial {
 
     /// The same sums relative to another shift.
     fn shifted(self, shift: f64) -> Self {
-        let by = self.shift - shift;
-        let factor = by.exp();
-        // Of no classes, every sum is 0 whatever the factor.
-        if self.classes == 0 {
+        // Of no classes, every sum is 0 whatever the shift.
+        if self.classes == 0 || self.shift == shift {
             return Self { shift, ..self };
         }
+        let by = self.shift - shift;
+        let factor = by.exp();
         Self {
             shift,
             exp: self.exp * factor,
@@ -103,8 +111,11 @@ impl Partial {
     /// This stretch followed by `other`.
     pub fn merge(self, other: Self) -> Self {
         let first = self.largest >= other.largest;
-        let (largest, piece, shift) =
-            if first { (self.largest, self.piece, self.shift) } else { (other.largest, other.piece, other.shift) };
+        let (largest, piece, shift) = if first {
+            (self.largest, self.piece, self.shift)
+        } else {
+            (other.largest, other.piece, other.shift)
+        };
         let (a, b) = (self.shifted(shift), other.shifted(shift));
         Self {
             largest,
@@ -197,18 +208,27 @@ fn extremes<R: Real>(x: &[R]) -> (R, R) {
         high[l] = high[l].largest(x);
         low[l] = low[l].smallest(x);
     }
-    let (mut largest, mut smallest) = (high[0], low[0]);
-    for l in 1..EXTREME_LANES {
-        largest = largest.largest(high[l]);
-        smallest = smallest.smallest(low[l]);
+    let mut half = EXTREME_LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            high[l] = high[l].largest(high[l + half]);
+            low[l] = low[l].smallest(low[l + half]);
+        }
+        half /= 2;
     }
-    (largest, smallest)
+    (high[0], low[0])
 }
 
 /// Partial result of piece `index` of the row `x`. With `KEEP`, its exponentials go to `kept`, −0 for masked classes
 /// and the target.
 #[inline(always)]
-pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool, const FUSED: bool>(
+pub(super) fn partial<
+    T: Element,
+    const CAP: bool,
+    const STATS: bool,
+    const KEEP: bool,
+    const FUSED: bool,
+>(
     x: &[T],
     index: usize,
     target: usize,
@@ -229,7 +249,12 @@ pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const KEEP
     } else {
         sum::<_, _, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
     };
-    let partial = Partial { largest: largest.f64(), piece: index, shift: shift.f64(), ..sums };
+    let partial = Partial {
+        largest: largest.f64(),
+        piece: index,
+        shift: shift.f64(),
+        ..sums
+    };
     // Logits near the type's limits, such as its smallest value for a mask: their differences may be beyond it.
     if partial.exp.is_finite() && !(partial.linear.is_finite() && partial.weighted.is_finite()) {
         return partial.resummed(reals, transform.scale.f64());
@@ -242,7 +267,15 @@ pub(super) fn partial<T: Element, const CAP: bool, const STATS: bool, const KEEP
 /// Prefetches the elements from `next` on: finding a piece's extremes first would wait for memory otherwise, while the
 /// arithmetic here leaves it idle.
 #[inline(always)]
-fn sum<T, R: Real, const CAP: bool, const STATS: bool, const KEEP: bool, const MASKED: bool, const FUSED: bool>(
+fn sum<
+    T,
+    R: Real,
+    const CAP: bool,
+    const STATS: bool,
+    const KEEP: bool,
+    const MASKED: bool,
+    const FUSED: bool,
+>(
     x: &[R],
     transform: &Transform<R>,
     shift: R,
@@ -259,7 +292,11 @@ fn sum<T, R: Real, const CAP: bool, const STATS: bool, const KEEP: bool, const M
     let mut padded = [R::NEG_INFINITY; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
-        let chunk = if c < chunks.len() { &chunks[c] } else { &padded };
+        let chunk = if c < chunks.len() {
+            &chunks[c]
+        } else {
+            &padded
+        };
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [R::ZERO; LANES];
         for l in 0..LANES {
@@ -298,16 +335,36 @@ fn sum<T, R: Real, const CAP: bool, const STATS: bool, const KEEP: bool, const M
     }
 }
 
+#[inline(always)]
 fn total<R: Real>(lanes: &[R; LANES]) -> f64 {
-    lanes.iter().map(|v| v.f64()).sum()
+    let mut sums = [0.0; LANES];
+    for l in 0..LANES {
+        sums[l] = lanes[l].f64();
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            sums[l] += sums[l + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 impl Partial {
     /// With the sums of d over the classes `x` taken in f64. Without a softcap, which leaves nothing to overflow.
     #[cold]
     fn resummed<R: Real>(self, x: &[R], scale: f64) -> Self {
-        let mut sums = Self { linear: 0.0, weighted: 0.0, ..self };
-        for d in x.iter().filter(|&&x| x != R::NEG_INFINITY).map(|x| x.f64() * scale - self.shift) {
+        let mut sums = Self {
+            linear: 0.0,
+            weighted: 0.0,
+            ..self
+        };
+        for d in x
+            .iter()
+            .filter(|&&x| x != R::NEG_INFINITY)
+            .map(|x| x.f64() * scale - self.shift)
+        {
             sums.linear += d;
             sums.weighted += d * d.exp();
         }
@@ -324,7 +381,11 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     others: &Partial,
     transform: &Transform<f64>,
 ) -> (RowResult, Normaliser) {
-    let &Row { target, smoothing: eps, weight } = row;
+    let &Row {
+        target,
+        smoothing: eps,
+        weight,
+    } = row;
     let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
     let x_y = one(x[target]);
     let target_masked = x_y == T::Real::NEG_INFINITY;
@@ -338,7 +399,12 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     let sum = others.exp + e_y;
     if sum.is_nan() {
         let nan = f64::NAN;
-        let normaliser = Normaliser { shift: nan, log_sum: nan, target_p_minus_1: nan, classes };
+        let normaliser = Normaliser {
+            shift: nan,
+            log_sum: nan,
+            target_p_minus_1: nan,
+            classes,
+        };
         let result = RowResult {
             loss: weighted(nan),
             nll: nan,
@@ -352,14 +418,30 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     }
     if classes == 0 {
         let inf = f64::INFINITY;
-        return (RowResult { loss: weighted(inf), nll: inf, lse: -inf, ..Default::default() }, Normaliser::default());
+        return (
+            RowResult {
+                loss: weighted(inf),
+                nll: inf,
+                lse: -inf,
+                ..Default::default()
+            },
+            Normaliser::default(),
+        );
     }
 
     // log1p where the target is the largest, as there the sum is 1 and a little.
     let target_is_largest = x_y.f64() == others.largest;
-    let log_sum = if target_is_largest { d_y + (others.exp / e_y).ln_1p() } else { sum.ln() };
+    let log_sum = if target_is_largest {
+        d_y + (others.exp / e_y).ln_1p()
+    } else {
+        sum.ln()
+    };
     let lse = others.shift + log_sum;
-    let nll = if target_is_largest { (others.exp / e_y).ln_1p() } else { log_sum - d_y };
+    let nll = if target_is_largest {
+        (others.exp / e_y).ln_1p()
+    } else {
+        log_sum - d_y
+    };
     let p_y = e_y / sum;
     let target_p_minus_1 = -others.exp / sum;
     let k = classes as f64;
@@ -369,17 +451,27 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     let loss = if target_masked {
         f64::INFINITY
     } else {
-        let smooth = if eps == 0.0 { 0.0 } else { eps * (log_sum - linear / k) };
+        let smooth = if eps == 0.0 {
+            0.0
+        } else {
+            eps * (log_sum - linear / k)
+        };
         (1.0 - eps) * nll + smooth + lambda * lse * lse
     };
     // Σ (p − ε/K)² over the others, expanded, and the target's own term.
     let share = eps / k;
-    let others_norm =
-        others.squares / (sum * sum) - 2.0 * share * (others.exp / sum) + others.classes as f64 * share * share;
-    let target_norm = if target_masked { 0.0 } else { (target_p_minus_1 + eps - share).powi(2) };
+    let others_norm = others.squares / (sum * sum) - 2.0 * share * (others.exp / sum)
+        + others.classes as f64 * share * share;
+    let target_norm = if target_masked {
+        0.0
+    } else {
+        (target_p_minus_1 + eps - share).powi(2)
+    };
     let piece = others.piece * PIECE;
     let largest = T::Real::of(others.largest);
-    let predicted = x[piece..(piece + PIECE).min(x.len())].iter().position(|&v| one(v) == largest);
+    let predicted = x[piece..(piece + PIECE).min(x.len())]
+        .iter()
+        .position(|&v| one(v) == largest);
     let result = RowResult {
         loss: weighted(loss),
         nll,
@@ -389,7 +481,15 @@ pub(super) fn finish<T: Element, const CAP: bool>(
         grad_norm_sq: others_norm.max(0.0) + target_norm,
         predicted: (piece + predicted.unwrap_or(0)) as u32,
     };
-    (result, Normaliser { shift: others.shift, log_sum, target_p_minus_1, classes })
+    (
+        result,
+        Normaliser {
+            shift: others.shift,
+            log_sum,
+            target_p_minus_1,
+            classes,
+        },
+    )
 }
 
 /// Factors of a row's gradient: dx_k = (exponential·e_k − share)·slope_k, and the target's own.
@@ -438,17 +538,28 @@ pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
     let reals = T::widen(x, &mut buffer);
     for (g, &x) in result.iter_mut().zip(reals) {
         let (d, slope) = transform.apply::<CAP, FUSED>(x, factors.shift);
-        let dz = d.exp::<FUSED>().fma::<FUSED>(factors.exponential, -factors.share);
+        let dz = d
+            .exp::<FUSED>()
+            .fma::<FUSED>(factors.exponential, -factors.share);
         let dx = if CAP { dz * slope } else { dz };
-        *g = if x == T::Real::NEG_INFINITY { factors.masked } else { dx };
+        *g = if x == T::Real::NEG_INFINITY {
+            factors.masked
+        } else {
+            dx
+        };
     }
 }
 
 /// Gradient of a piece from the exponentials that [`partial`] kept, in their place; wrong for the target's. Without a
 /// softcap.
 #[inline(always)]
-pub(super) fn gradient_of_kept<R: Real, const FUSED: bool>(kept: &mut [R], partial: &Partial, factors: &GradFactors<R>) {
-    let exponential = R::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
+pub(super) fn gradient_of_kept<R: Real, const FUSED: bool>(
+    kept: &mut [R],
+    partial: &Partial,
+    factors: &GradFactors<R>,
+) {
+    let exponential =
+        R::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
     if factors.any_masked {
         for e in kept.iter_mut() {
             let dz = e.fma::<FUSED>(exponential, -factors.share);
@@ -468,6 +579,14 @@ pub(super) fn target_gradient<T: Element, const CAP: bool>(
     factors: &GradFactors<T::Real>,
 ) -> T::Real {
     let x = one(x);
-    let slope = if CAP { transform.apply::<CAP, true>(x.f64(), 0.0).1 } else { 1.0 };
-    if x == T::Real::NEG_INFINITY { factors.masked } else { T::Real::of(factors.target * slope) }
+    let slope = if CAP {
+        transform.apply::<CAP, true>(x.f64(), 0.0).1
+    } else {
+        1.0
+    };
+    if x == T::Real::NEG_INFINITY {
+        factors.masked
+    } else {
+        T::Real::of(factors.target * slope)
+    }
 }
