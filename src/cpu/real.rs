@@ -224,10 +224,24 @@ mod tests {
         let points: Vec<f64> = (0..200_000)
             .map(|i| -86.9 * f64::from(i) / 200_000.0)
             .collect();
-        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<true>(), f64::exp, &points) < 1.0);
-        assert!(worst::<f32>(f32::EPSILON.into(), |x| x.exp::<false>(), f64::exp, &points) < 2.0);
-        assert!(worst::<f64>(f64::EPSILON, |x| x.exp::<true>(), f64::exp, &points) < 2.0);
-        assert!(worst::<f64>(f64::EPSILON, |x| x.exp::<false>(), f64::exp, &points) < 2.0);
+        assert!(
+            worst::<f32>(
+                f32::EPSILON.into(),
+                |x: f32| Real::exp::<true>(x),
+                f64::exp,
+                &points
+            ) < 1.0
+        );
+        assert!(
+            worst::<f32>(
+                f32::EPSILON.into(),
+                |x: f32| Real::exp::<false>(x),
+                f64::exp,
+                &points
+            ) < 2.0
+        );
+        assert!(worst::<f64>(f64::EPSILON, |x| Real::exp::<true>(x), f64::exp, &points) < 2.0);
+        assert!(worst::<f64>(f64::EPSILON, |x| Real::exp::<false>(x), f64::exp, &points) < 2.0);
     }
 
     #[test]
