@@ -103,7 +103,7 @@ pub fn time(device: &Device, commit: &str, report: &mut Report) -> Result<()> {
         let loss = CrossEntropy::new().smoothing(&smoothing);
         let evict = || Ok(flush.zero_set()?);
 
-        let copy = median_ms(cuda, || evict(), || Ok(logits.slice_set(&pristine, 0, 0)?))?;
+        let copy = median_ms(cuda, evict, || Ok(logits.slice_set(&pristine, 0, 0)?))?;
         let copy_gb_per_s = 2.0 * bytes as f64 / copy / 1e6;
         let mut record = |bench: &str, by: &str, ms: f64, moved: usize, peak: Option<u64>| {
             let gb_per_s = moved as f64 / ms / 1e6;
