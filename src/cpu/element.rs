@@ -13,6 +13,9 @@ pub(super) trait Element: Pod + Default + Send + Sync {
     /// The values of `from`, converted into `buffer` where that is needed.
     fn widen<'a>(from: &'a [Self], buffer: &'a mut [Self::Real]) -> &'a [Self::Real];
     fn narrow(from: &[Self::Real], to: &mut [Self]);
+    /// Whether [`Self::narrow_one`] vectorises in a loop.
+    const NARROWS_ONE: bool = true;
+    fn narrow_one(x: Self::Real) -> Self;
     fn storage(values: Vec<Self>) -> CpuStorage;
 }
 
@@ -28,6 +31,10 @@ macro_rules! identity {
             #[inline(always)]
             fn narrow(from: &[Self], to: &mut [Self]) {
                 to.copy_from_slice(from);
+            }
+            #[inline(always)]
+            fn narrow_one(x: Self) -> Self {
+                x
             }
             fn storage(values: Vec<Self>) -> CpuStorage {
                 WithDType::to_cpu_storage_owned(values)
@@ -51,6 +58,10 @@ impl Element for f16 {
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
     }
+    const NARROWS_ONE: bool = false;
+    fn narrow_one(x: f32) -> Self {
+        Self::from_f32(x)
+    }
     fn storage(values: Vec<Self>) -> CpuStorage {
         WithDType::to_cpu_storage_owned(values)
     }
@@ -71,11 +82,15 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
         for (narrow, x) in to.iter_mut().zip(from) {
-            let bits = x.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16; // to nearest even
-            let kept = if x.is_nan() { 0x7fc0 } else { rounded };
-            *narrow = bf16::from_bits(kept as u16);
+            *narrow = Self::narrow_one(*x);
         }
+    }
+    #[inline(always)]
+    fn narrow_one(x: f32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16; // to nearest even
+        let kept = if x.is_nan() { 0x7fc0 } else { rounded };
+        bf16::from_bits(kept as u16)
     }
     fn storage(values: Vec<Self>) -> CpuStorage {
         WithDType::to_cpu_storage_owned(values)
@@ -102,8 +117,12 @@ impl Element for Precise {
     #[inline(always)]
     fn narrow(from: &[f64], to: &mut [Self]) {
         for (narrow, x) in to.iter_mut().zip(from) {
-            *narrow = Self(*x as f32);
+            *narrow = Self::narrow_one(*x);
         }
+    }
+    #[inline(always)]
+    fn narrow_one(x: f64) -> Self {
+        Self(x as f32)
     }
     fn storage(values: Vec<Self>) -> CpuStorage {
         WithDType::to_cpu_storage_owned(bytemuck::cast_vec::<Self, f32>(values))

@@ -437,7 +437,6 @@ impl<T: Element> Task for KeptGradients<'_, T> {
         for (p, partial) in self.partials.iter().enumerate() {
             let end = ((p + 1) * PIECE).min(self.kept.len());
             let kept = &mut self.kept[p * PIECE..end];
-            row::gradient_of_kept::<_, FUSED>(kept, partial, self.factors);
             // SAFETY: these columns of this row are this task's alone.
             let grad = unsafe {
                 self.out.stretch(
@@ -445,7 +444,7 @@ impl<T: Element> Task for KeptGradients<'_, T> {
                     self.first_column + p * PIECE..self.first_column + end,
                 )
             };
-            T::narrow(kept, grad);
+            row::gradient_of_kept::<T, FUSED>(kept, grad, partial, self.factors);
         }
     }
 }

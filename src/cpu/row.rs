@@ -550,26 +550,28 @@ pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
     }
 }
 
-/// Gradient of a piece from the exponentials that [`partial`] kept, in their place; wrong for the target's. Without a
-/// softcap.
+/// Gradient of a piece from the exponentials that [`partial`] kept, which it may overwrite; wrong for the target's.
+/// Without a softcap.
 #[inline(always)]
-pub(super) fn gradient_of_kept<R: Real, const FUSED: bool>(
-    kept: &mut [R],
+pub(super) fn gradient_of_kept<T: Element, const FUSED: bool>(
+    kept: &mut [T::Real],
+    grad: &mut [T],
     partial: &Partial,
-    factors: &GradFactors<R>,
+    factors: &GradFactors<T::Real>,
 ) {
     let exponential =
-        R::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
-    if factors.any_masked {
-        for e in kept.iter_mut() {
-            let dz = e.fma::<FUSED>(exponential, -factors.share);
-            *e = if e.is_negative() { factors.masked } else { dz };
+        T::Real::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
+    if !factors.any_masked && T::NARROWS_ONE {
+        for (grad, e) in grad.iter_mut().zip(kept) {
+            *grad = T::narrow_one(e.fma::<FUSED>(exponential, -factors.share));
         }
-    } else {
-        for e in kept.iter_mut() {
-            *e = e.fma::<FUSED>(exponential, -factors.share);
-        }
+        return;
     }
+    for e in kept.iter_mut() {
+        let dz = e.fma::<FUSED>(exponential, -factors.share);
+        *e = if e.is_negative() { factors.masked } else { dz };
+    }
+    T::narrow(kept, grad);
 }
 
 /// Gradient of the target's logit `x`.
