@@ -109,26 +109,14 @@ impl Call {
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
             Smoothing::PerRow(values) => (
-                Some(row_values(
-                    "smoothing",
-                    values,
-                    &shape,
-                    row_type,
-                    logits.device(),
-                )?),
+                Some(row_values("smoothing", values, &shape, row_type, logits)?),
                 0.0,
             ),
             &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
             Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
         };
         let weights = match &options.row_weights {
-            Some(values) => Some(row_values(
-                "row_weights",
-                values,
-                &shape,
-                row_type,
-                logits.device(),
-            )?),
+            Some(values) => Some(row_values("row_weights", values, &shape, row_type, logits)?),
             None => None,
         };
         Ok(Self {
@@ -224,13 +212,18 @@ fn same_device(argument: &str, tensor: &Tensor, device: &Device) -> Result<()> {
     Ok(())
 }
 
+fn shares_memory(a: &Tensor, b: &Tensor) -> bool {
+    let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0);
+    storage(a) == storage(b)
+}
+
 /// A value a row, broadcast to the targets' shape and flattened.
 fn row_values(
     argument: &str,
     values: &Tensor,
     shape: &[usize],
     dtype: DType,
-    device: &Device,
+    logits: &Tensor,
 ) -> Result<Tensor> {
     if !values.dtype().is_float() {
         bail!(
@@ -238,7 +231,13 @@ fn row_values(
             values.dtype().as_str()
         );
     }
-    same_device(argument, values, device)?;
+    same_device(argument, values, logits.device())?;
+    // A view of the logits must be read before they are locked, and overwritten, in place.
+    let values = if shares_memory(values, logits) {
+        values.copy()?
+    } else {
+        values.clone()
+    };
     let Ok(values) = values.detach().broadcast_as(shape) else {
         bail!(
             "{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}",
@@ -302,7 +301,7 @@ impl RowOffsets {
         let mut extent = width;
         dims.into_iter().all(|(stride, size)| {
             let fits = stride >= extent;
-            extent = stride * (size - 1) + extent;
+            extent += stride * (size - 1);
             fits
         })
     }

@@ -98,6 +98,7 @@ pub struct Params {
 
 impl Params {
     /// Number of leading 64-bit words that are addresses.
+    #[allow(dead_code)] // for the emulation
     pub const POINTERS: usize = 18;
 }
 

@@ -445,3 +445,34 @@ fn a_step_of_gradient_descent_lowers_the_loss() {
         "{losses:?}"
     );
 }
+
+/// In place, the logits are locked for writing: values a row that live in their memory must have been read before.
+#[test]
+fn smoothing_may_be_a_view_of_the_logits() {
+    let x = tensor(vec![0.25, 1.0, -2.0, 0.5, 3.0, 0.5], &[2, 3], DType::F64);
+    let y = targets(vec![1, 2], &[2], DType::U32);
+    let inplace = |x: Tensor, smoothing: Tensor| {
+        let loss = CrossEntropy::new()
+            .smoothing(smoothing.clone())
+            .row_weights(&smoothing);
+        loss.loss_and_grad_inplace(x, &y).unwrap()
+    };
+    let apart = inplace(
+        x.copy().unwrap(),
+        x.narrow(1, 0, 1)
+            .unwrap()
+            .squeeze(1)
+            .unwrap()
+            .copy()
+            .unwrap(),
+    );
+    let shared = inplace(x.clone(), x.narrow(1, 0, 1).unwrap().squeeze(1).unwrap());
+    assert_eq!(
+        apart.loss.to_scalar::<f64>().unwrap(),
+        shared.loss.to_scalar::<f64>().unwrap()
+    );
+    assert_eq!(
+        apart.grad.to_vec2::<f64>().unwrap(),
+        shared.grad.to_vec2::<f64>().unwrap()
+    );
+}
