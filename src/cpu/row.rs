@@ -242,12 +242,14 @@ pub(super) fn partial<
         largest = largest.largest(one(x[target]));
     }
     let shift = transform.shift::<CAP, FUSED>(largest);
-    // The last piece of a row may be filled up with masked classes.
+    // Masked classes, and exponentials that would be subnormal, cost more; most pieces have neither. The last piece of
+    // a row may be filled up with masked classes.
+    let narrow = transform.apply::<CAP, FUSED>(smallest, shift).0 >= T::Real::LEAST;
     let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
-    let sums = if smallest == T::Real::NEG_INFINITY || !reals.len().is_multiple_of(LANES) {
-        sum::<_, _, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
-    } else {
+    let sums = if narrow && reals.len().is_multiple_of(LANES) {
         sum::<_, _, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
+    } else {
+        sum::<_, _, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
     };
     let partial = Partial {
         largest: largest.f64(),
@@ -262,7 +264,7 @@ pub(super) fn partial<
     partial
 }
 
-/// The sums of a [`Partial`]. `MASKED` says that there may be masked classes.
+/// The sums of a [`Partial`]. `WIDE` says that there may be masked classes, and others far below the largest.
 ///
 /// Prefetches the elements from `next` on: finding a piece's extremes first would wait for memory otherwise, while the
 /// arithmetic here leaves it idle.
@@ -273,7 +275,7 @@ fn sum<
     const CAP: bool,
     const STATS: bool,
     const KEEP: bool,
-    const MASKED: bool,
+    const WIDE: bool,
     const FUSED: bool,
 >(
     x: &[R],
@@ -300,14 +302,18 @@ fn sum<
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [R::ZERO; LANES];
         for l in 0..LANES {
-            let hidden = MASKED && chunk[l] == R::NEG_INFINITY;
+            let hidden = WIDE && chunk[l] == R::NEG_INFINITY;
             let d = transform.apply::<CAP, FUSED>(chunk[l], shift).0;
             let d = if hidden { R::ZERO } else { d };
-            let power = d.exp::<FUSED>();
+            let power = if WIDE {
+                d.exp::<FUSED>()
+            } else {
+                d.exp_in_range::<FUSED>()
+            };
             let power = if hidden { R::ZERO } else { power };
             exp[l] = exp[l] + power;
             linear[l] = linear[l] + d;
-            if MASKED {
+            if WIDE {
                 masked[l] = masked[l] + if hidden { R::ONE } else { R::ZERO };
             }
             if STATS {
