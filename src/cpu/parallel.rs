@@ -1,0 +1,343 @@
+//! Rows, or pieces of rows where rows are few, shared out among threads.
+
+use candle_core::{DType, Layout, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{
+    divisor,
+    element::Element,
+    memory::{GradRows, Logits, readable},
+    real::Real,
+    row::{self, GradFactors, Normaliser, PIECE, Partial, RowResult, Transform},
+    tasks::{Gradients, KeptGradients, Partials, dispatch},
+};
+use crate::{
+    call::{Call, Row},
+    op,
+};
+
+/// Fewer rows than this a thread, and the pieces of a row are shared out as well.
+const FEW_ROWS: usize = 4;
+/// Pieces a task where they are shared out.
+const PIECES_PER_TASK: usize = 8;
+
+fn rows_are_few(call: &Call) -> bool {
+    call.rows < FEW_ROWS * rayon::current_num_threads() && call.vocab > PIECE * PIECES_PER_TASK
+}
+
+/// A thread's memory, used again for each of its rows.
+struct Scratch<R> {
+    partials: Vec<Partial>,
+    kept: Vec<R>,
+}
+
+impl<R: Real> Scratch<R> {
+    fn new(call: &Call, keep: bool) -> Self {
+        Self {
+            partials: vec![Partial::EMPTY; call.vocab.div_ceil(PIECE)],
+            kept: vec![R::ZERO; if keep { call.vocab } else { 0 }],
+        }
+    }
+}
+
+/// The row's pieces, evaluated into the scratch memory and merged in order, whoever evaluated them.
+fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>(
+    x: &[T],
+    target: usize,
+    transform: &Transform<T::Real>,
+    scratch: &mut Scratch<T::Real>,
+    shared: bool,
+) -> Partial {
+    let Scratch { partials, kept } = scratch;
+    let run = |first_piece, partials: &mut [Partial], kept: &mut [T::Real]| {
+        dispatch(Partials::<T, CAP, STATS, KEEP> {
+            x,
+            first_piece,
+            target,
+            transform,
+            partials,
+            kept,
+        });
+    };
+    if !shared {
+        run(0, partials, kept);
+    } else if KEEP {
+        let tasks = partials
+            .par_chunks_mut(PIECES_PER_TASK)
+            .zip(kept.par_chunks_mut(PIECES_PER_TASK * PIECE));
+        tasks
+            .enumerate()
+            .for_each(|(t, (partials, kept))| run(t * PIECES_PER_TASK, partials, kept));
+    } else {
+        let tasks = partials.par_chunks_mut(PIECES_PER_TASK);
+        tasks
+            .enumerate()
+            .for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
+    }
+    partials
+        .iter()
+        .copied()
+        .fold(Partial::EMPTY, Partial::merge)
+}
+
+/// Runs `f` on every row and its result, in parallel unless rows are few, when `f` is told to share its work out.
+fn for_each_row<R: Send, S>(
+    call: &Call,
+    results: &mut [R],
+    scratch: impl Fn() -> S + Sync + Send,
+    f: impl Fn(usize, &mut R, &mut S, bool) + Sync + Send,
+) {
+    if rows_are_few(call) {
+        let mut scratch = scratch();
+        results
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, r)| f(i, r, &mut scratch, true));
+    } else {
+        // Few enough tasks that making their scratch memory costs nothing, enough to balance threads.
+        let rows_per_task = call.rows.div_ceil(16 * rayon::current_num_threads()).max(1);
+        results
+            .par_chunks_mut(rows_per_task)
+            .enumerate()
+            .for_each_init(scratch, |scratch, (t, results)| {
+                results
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(r, result)| f(t * rows_per_task + r, result, scratch, false));
+            });
+    }
+}
+
+/// Loss, statistics and normaliser of every row.
+pub(super) fn evaluate<T: Element>(
+    call: &Call,
+    rows: &[Option<Row>],
+    x: &[T],
+    layout: &Layout,
+    stats: bool,
+) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
+    let starts = readable(layout)?;
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
+    let evaluate_row = match (call.softcap.is_some(), stats) {
+        (true, true) => evaluate_row::<T, true, true>,
+        (true, false) => evaluate_row::<T, true, false>,
+        (false, true) => evaluate_row::<T, false, true>,
+        (false, false) => evaluate_row::<T, false, false>,
+    };
+    for_each_row(
+        call,
+        &mut results,
+        || Scratch::new(call, false),
+        |i, result, scratch, shared| {
+            if let Some(row) = &rows[i] {
+                *result = evaluate_row(
+                    call,
+                    row,
+                    &x[starts.of(i)..][..call.vocab],
+                    (&transform, &exact),
+                    scratch,
+                    shared,
+                );
+            }
+        },
+    );
+    Ok(results.into_iter().unzip())
+}
+
+fn evaluate_row<T: Element, const CAP: bool, const STATS: bool>(
+    call: &Call,
+    row: &Row,
+    x: &[T],
+    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
+    scratch: &mut Scratch<T::Real>,
+    shared: bool,
+) -> (RowResult, Normaliser) {
+    let others = row_partial::<T, CAP, STATS, false>(x, row.target, transform, scratch, shared);
+    row::finish::<T, CAP>(call, row, x, &others, exact)
+}
+
+/// Gradient of row `i` from its logits.
+fn write_gradient<T: Element, const CAP: bool>(
+    call: &Call,
+    row: Option<(usize, Option<GradFactors<T::Real>>)>,
+    i: usize,
+    logits: Logits<T>,
+    out: &GradRows<T>,
+    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
+    shared: bool,
+) {
+    let Some((target, Some(factors))) = row else {
+        // SAFETY: the row is this call's alone, and nothing of it is in use.
+        unsafe { out.stretch(i, 0..call.width) }.fill(T::default());
+        return;
+    };
+    // SAFETY: as above; padding is no other task's.
+    unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
+    let write = |columns| {
+        dispatch(Gradients::<T, CAP> {
+            logits,
+            out,
+            row: i,
+            columns,
+            target,
+            transform,
+            exact,
+            factors: &factors,
+        });
+    };
+    if shared {
+        let stretch = PIECE * PIECES_PER_TASK;
+        (0..call.vocab.div_ceil(stretch))
+            .into_par_iter()
+            .for_each(|s| write(s * stretch..((s + 1) * stretch).min(call.vocab)));
+    } else {
+        write(0..call.vocab);
+    }
+}
+
+/// Gradient of every row from the forward's normalisers.
+pub(super) fn differentiate<T: Element>(
+    call: &Call,
+    saved: &op::Saved,
+    upstream: &Tensor,
+    logits: Logits<T>,
+    out: &GradRows<T>,
+) -> Result<()> {
+    #[allow(irrefutable_let_patterns)] // there are others with the feature `cuda`
+    let op::Saved::Cpu(saved) = saved else {
+        bail!("cross-entropy: forward and backward on different devices")
+    };
+    let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let divisor = divisor(call, &saved.rows);
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    for_each_row(
+        call,
+        &mut vec![(); call.rows],
+        || (),
+        |i, (), (), shared| {
+            let row = saved.rows[i].map(|row| {
+                let scale = upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
+                (
+                    row.target,
+                    GradFactors::new(call, &row, &saved.normalisers[i], scale),
+                )
+            });
+            if call.softcap.is_some() {
+                write_gradient::<T, true>(call, row, i, logits, out, (&transform, &exact), shared);
+            } else {
+                write_gradient::<T, false>(call, row, i, logits, out, (&transform, &exact), shared);
+            }
+        },
+    );
+    Ok(())
+}
+
+/// Loss, statistics and gradient of every row, a row at a time while it is in the cache.
+pub(super) fn evaluate_and_differentiate<T: Element>(
+    call: &Call,
+    rows: &[Option<Row>],
+    logits: Logits<T>,
+    out: &GradRows<T>,
+) -> Vec<RowResult> {
+    if call.softcap.is_some() {
+        evaluate_and_differentiate_with::<T, true>(call, rows, logits, out)
+    } else {
+        evaluate_and_differentiate_with::<T, false>(call, rows, logits, out)
+    }
+}
+
+fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
+    call: &Call,
+    rows: &[Option<Row>],
+    logits: Logits<T>,
+    out: &GradRows<T>,
+) -> Vec<RowResult> {
+    let scale = 1.0 / divisor(call, rows);
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let mut results = vec![RowResult::default(); call.rows];
+    for_each_row(
+        call,
+        &mut results,
+        || Scratch::new(call, !CAP),
+        |i, result, scratch, shared| {
+            let row = rows[i].map(|row| {
+                // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
+                let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
+                // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
+                let others = if CAP {
+                    row_partial::<T, CAP, true, false>(x, row.target, &transform, scratch, shared)
+                } else {
+                    row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
+                };
+                let (row_result, normaliser) =
+                    row::finish::<T, CAP>(call, &row, x, &others, &exact);
+                *result = row_result;
+                (
+                    row.target,
+                    x[row.target],
+                    GradFactors::new(call, &row, &normaliser, scale),
+                )
+            });
+            match row {
+                Some((target, x_y, Some(factors))) if !CAP => {
+                    write_kept_gradient(call, i, scratch, out, &factors, shared);
+                    // SAFETY: as above.
+                    let grad = unsafe { out.stretch(i, target..target + 1) };
+                    T::narrow(
+                        &[row::target_gradient::<T, CAP>(x_y, &exact, &factors)],
+                        grad,
+                    );
+                }
+                row => {
+                    let row = row.map(|(target, _, factors)| (target, factors));
+                    write_gradient::<T, CAP>(
+                        call,
+                        row,
+                        i,
+                        logits,
+                        out,
+                        (&transform, &exact),
+                        shared,
+                    );
+                }
+            }
+        },
+    );
+    results
+}
+
+/// Gradient of row `i`, but for the target's, from the exponentials in the scratch memory.
+fn write_kept_gradient<T: Element>(
+    call: &Call,
+    i: usize,
+    scratch: &mut Scratch<T::Real>,
+    out: &GradRows<T>,
+    factors: &GradFactors<T::Real>,
+    shared: bool,
+) {
+    let Scratch { partials, kept } = scratch;
+    // SAFETY: the row is this call's alone, and padding no other task's.
+    unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
+    let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
+        dispatch(KeptGradients {
+            kept,
+            partials,
+            out,
+            row: i,
+            first_column,
+            factors,
+        });
+    };
+    if shared {
+        let stretch = PIECES_PER_TASK * PIECE;
+        let tasks = partials
+            .par_chunks(PIECES_PER_TASK)
+            .zip(kept.par_chunks_mut(stretch));
+        tasks
+            .enumerate()
+            .for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
+    } else {
+        run(0, partials, kept);
+    }
+}

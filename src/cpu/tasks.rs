@@ -1,0 +1,141 @@
+//! Work for one thread: consecutive pieces of a row, compiled for each instruction set.
+
+use super::{
+    element::Element,
+    memory::{GradRows, Logits},
+    real::Real,
+    row::{self, GradFactors, PIECE, Partial, Transform},
+};
+
+/// Work for one thread, compiled for each instruction set.
+pub(super) trait Task {
+    type Output;
+    fn run<const FUSED: bool>(self) -> Self::Output;
+}
+
+struct Dispatched<K>(K);
+
+impl<K: Task> pulp::WithSimd for Dispatched<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> K::Output {
+        if S::IS_SCALAR {
+            self.0.run::<false>()
+        } else {
+            self.0.run::<true>()
+        }
+    }
+}
+
+pub(super) fn dispatch<K: Task>(task: K) -> K::Output {
+    pulp::Arch::new().dispatch(Dispatched(task))
+}
+
+/// Partial results of consecutive pieces of a row, one a piece. With `KEEP`, `kept` gets the exponentials.
+pub(super) struct Partials<'a, T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> {
+    pub x: &'a [T],
+    pub first_piece: usize,
+    pub target: usize,
+    pub transform: &'a Transform<T::Real>,
+    pub partials: &'a mut [Partial],
+    pub kept: &'a mut [T::Real],
+}
+
+// In `run` and below, loops and no closures: those would not be compiled for the instruction set.
+impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
+    for Partials<'_, T, CAP, STATS, KEEP>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        let Self {
+            x,
+            first_piece,
+            target,
+            transform,
+            partials,
+            kept,
+        } = self;
+        for (p, partial) in partials.iter_mut().enumerate() {
+            let end = ((p + 1) * PIECE).min(kept.len());
+            let kept = if KEEP {
+                &mut kept[p * PIECE..end]
+            } else {
+                &mut []
+            };
+            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED>(
+                x,
+                first_piece + p,
+                target,
+                transform,
+                kept,
+            );
+        }
+    }
+}
+
+/// Gradient of consecutive pieces of a row.
+pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
+    pub logits: Logits<'a, T>,
+    pub out: &'a GradRows<'a, T>,
+    pub row: usize,
+    pub columns: std::ops::Range<usize>,
+    pub target: usize,
+    pub transform: &'a Transform<T::Real>,
+    pub exact: &'a Transform<f64>,
+    pub factors: &'a GradFactors<T::Real>,
+}
+
+impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        let mut result = [T::Real::ZERO; PIECE];
+        for start in self.columns.clone().step_by(PIECE) {
+            let columns = start..(start + PIECE).min(self.columns.end);
+            // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
+            let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
+            row::gradient::<T, CAP, FUSED>(x, &mut result, self.transform, self.factors);
+            if columns.contains(&self.target) {
+                let at = self.target - start;
+                result[at] = row::target_gradient::<T, CAP>(x[at], self.exact, self.factors);
+            }
+            // SAFETY: as above.
+            let grad = unsafe { self.out.stretch(self.row, columns) };
+            T::narrow(&result[..grad.len()], grad);
+        }
+    }
+}
+
+/// Gradient of consecutive pieces of a row from kept exponentials.
+pub(super) struct KeptGradients<'a, T: Element> {
+    pub kept: &'a mut [T::Real],
+    pub partials: &'a [Partial],
+    pub out: &'a GradRows<'a, T>,
+    pub row: usize,
+    pub first_column: usize,
+    pub factors: &'a GradFactors<T::Real>,
+}
+
+impl<T: Element> Task for KeptGradients<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        for (p, partial) in self.partials.iter().enumerate() {
+            let end = ((p + 1) * PIECE).min(self.kept.len());
+            let kept = &mut self.kept[p * PIECE..end];
+            // SAFETY: these columns of this row are this task's alone.
+            let grad = unsafe {
+                self.out.stretch(
+                    self.row,
+                    self.first_column + p * PIECE..self.first_column + end,
+                )
+            };
+            row::gradient_of_kept::<T, FUSED>(kept, grad, partial, self.factors);
+        }
+    }
+}
