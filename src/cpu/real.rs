@@ -245,47 +245,15 @@ mod tests {
                 .map(|i| least * f64::from(i) / 200_000.0)
                 .collect()
         };
-        let single = f64::from(f32::EPSILON);
-        assert!(
-            worst(
-                single,
-                |x: f32| Real::exp::<true>(x),
-                f64::exp,
-                &points(-20.0)
-            ) < 1.0
-        );
-        assert!(
-            worst(
-                single,
-                |x: f32| Real::exp::<true>(x),
-                f64::exp,
-                &points(-86.9)
-            ) < 3.0
-        );
-        assert!(
-            worst(
-                single,
-                |x: f32| Real::exp::<false>(x),
-                f64::exp,
-                &points(-86.9)
-            ) < 2.0
-        );
-        assert!(
-            worst(
-                f64::EPSILON,
-                |x: f64| Real::exp::<true>(x),
-                f64::exp,
-                &points(-86.9)
-            ) < 2.0
-        );
-        assert!(
-            worst(
-                f64::EPSILON,
-                |x: f64| Real::exp::<false>(x),
-                f64::exp,
-                &points(-86.9)
-            ) < 2.0
-        );
+        fn error<R: Real, const FUSED: bool>(epsilon: f64, points: &[f64]) -> f64 {
+            worst::<R>(epsilon, |x| x.exp::<FUSED>(), f64::exp, points)
+        }
+        let (near, far) = (points(-20.0), points(-86.9));
+        assert!(error::<f32, true>(f32::EPSILON.into(), &near) < 1.0);
+        assert!(error::<f32, true>(f32::EPSILON.into(), &far) < 3.0);
+        assert!(error::<f32, false>(f32::EPSILON.into(), &far) < 2.0);
+        assert!(error::<f64, true>(f64::EPSILON, &far) < 2.0);
+        assert!(error::<f64, false>(f64::EPSILON, &far) < 2.0);
     }
 
     #[test]
@@ -306,39 +274,17 @@ mod tests {
         let points: Vec<f64> = (1..100_000)
             .map(|i| 9.0 * f64::from(i) / 100_000.0)
             .collect();
-        let slope = |x: f64| x.cosh().powi(-2);
-        assert!(
-            worst::<f32>(
-                f32::EPSILON.into(),
-                |x| x.tanh_and_slope::<true>().0,
-                f64::tanh,
-                &points
-            ) < 4.0
-        );
-        assert!(
-            worst::<f32>(
-                f32::EPSILON.into(),
-                |x| x.tanh_and_slope::<true>().1,
-                slope,
-                &points
-            ) < 8.0
-        );
-        assert!(
-            worst::<f64>(
-                f64::EPSILON,
-                |x| x.tanh_and_slope::<true>().0,
-                f64::tanh,
-                &points
-            ) < 16.0
-        );
-        assert!(
-            worst::<f64>(
-                f64::EPSILON,
-                |x| x.tanh_and_slope::<true>().1,
-                slope,
-                &points
-            ) < 32.0
-        );
+        fn tanh_and_slope<R: Real>(epsilon: f64, points: &[f64]) -> (f64, f64) {
+            let slope = |x: f64| x.cosh().powi(-2);
+            (
+                worst::<R>(epsilon, |x| x.tanh_and_slope::<true>().0, f64::tanh, points),
+                worst::<R>(epsilon, |x| x.tanh_and_slope::<true>().1, slope, points),
+            )
+        }
+        let (tanh, slope) = tanh_and_slope::<f32>(f32::EPSILON.into(), &points);
+        assert!(tanh < 4.0 && slope < 8.0);
+        let (tanh, slope) = tanh_and_slope::<f64>(f64::EPSILON, &points);
+        assert!(tanh < 16.0 && slope < 32.0);
         assert_eq!(
             (-0.3f32).tanh_and_slope::<true>().0,
             -(0.3f32.tanh_and_slope::<true>().0)

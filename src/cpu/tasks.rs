@@ -9,17 +9,16 @@ use super::{
 
 /// Work for one thread, compiled for each instruction set.
 pub(super) trait Task {
-    type Output;
-    fn run<const FUSED: bool>(self) -> Self::Output;
+    fn run<const FUSED: bool>(self);
 }
 
 struct Dispatched<K>(K);
 
 impl<K: Task> pulp::WithSimd for Dispatched<K> {
-    type Output = K::Output;
+    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) -> K::Output {
+    fn with_simd<S: pulp::Simd>(self, _: S) {
         if S::IS_SCALAR {
             self.0.run::<false>()
         } else {
@@ -28,7 +27,7 @@ impl<K: Task> pulp::WithSimd for Dispatched<K> {
     }
 }
 
-pub(super) fn dispatch<K: Task>(task: K) -> K::Output {
+pub(super) fn dispatch<K: Task>(task: K) {
     pulp::Arch::new().dispatch(Dispatched(task))
 }
 
@@ -46,8 +45,6 @@ pub(super) struct Partials<'a, T: Element, const CAP: bool, const STATS: bool, c
 impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
     for Partials<'_, T, CAP, STATS, KEEP>
 {
-    type Output = ();
-
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
         let Self {
@@ -89,8 +86,6 @@ pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
 }
 
 impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
-    type Output = ();
-
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
         let mut result = [T::Real::ZERO; PIECE];
@@ -121,8 +116,6 @@ pub(super) struct KeptGradients<'a, T: Element> {
 }
 
 impl<T: Element> Task for KeptGradients<'_, T> {
-    type Output = ();
-
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
         for (p, partial) in self.partials.iter().enumerate() {
