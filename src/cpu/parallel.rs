@@ -154,7 +154,7 @@ fn evaluate_row<T: Element, const CAP: bool, const STATS: bool>(
     shared: bool,
 ) -> (RowResult, Normaliser) {
     let others = row_partial::<T, CAP, STATS, false>(x, row.target, transform, scratch, shared);
-    row::finish::<T, CAP>(call, row, x, &others, exact)
+    row::finish::<T, CAP, STATS>(call, row, x, &others, exact)
 }
 
 /// Gradient of row `i` from its logits.
@@ -271,7 +271,7 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
                     row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
                 };
                 let (row_result, normaliser) =
-                    row::finish::<T, CAP>(call, &row, x, &others, &exact);
+                    row::finish::<T, CAP, true>(call, &row, x, &others, &exact);
                 *result = row_result;
                 (
                     row.target,

@@ -10,8 +10,6 @@ use crate::call::{Call, Row};
 pub(super) const PIECE: usize = 2048;
 /// Independent sums, one a SIMD lane: a fixed number, so that results do not depend on the instruction set's width.
 const LANES: usize = 16;
-/// Lanes of the extremes, which no rounding depends on: enough to hide their latency.
-const EXTREME_LANES: usize = 64;
 
 /// Scale and softcap of the logits.
 #[derive(Clone, Copy)]
@@ -166,11 +164,9 @@ fn without_target<'a, T: Element>(
     if !(start..start + x.len()).contains(&target) {
         return T::widen(x, buffer);
     }
-    let mut converted = [T::Real::ZERO; PIECE];
-    let reals = T::widen(x, &mut converted);
     let buffer = &mut buffer[..x.len()];
-    buffer.copy_from_slice(reals);
-    buffer[target - start] = T::Real::NEG_INFINITY;
+    T::widen_into(x, buffer);
+    buffer[T::position(target - start, x.len())] = T::Real::NEG_INFINITY;
     buffer
 }
 
@@ -195,32 +191,63 @@ fn one<T: Element>(x: T) -> T::Real {
 /// The largest and the smallest of `x`, NaN aside.
 #[inline(always)]
 fn extremes<R: Real>(x: &[R]) -> (R, R) {
-    let mut high = [R::NEG_INFINITY; EXTREME_LANES];
-    let mut low = [-R::NEG_INFINITY; EXTREME_LANES];
-    let (chunks, rest) = x.as_chunks::<EXTREME_LANES>();
-    for chunk in chunks {
-        for l in 0..EXTREME_LANES {
-            high[l] = high[l].largest(chunk[l]);
-            low[l] = low[l].smallest(chunk[l]);
-        }
+    // Several chains hide the latency. A single wider array would not stay in registers.
+    let (mut a, mut b) = (Extremes::new(), Extremes::new());
+    let (mut c, mut d) = (Extremes::new(), Extremes::new());
+    let (quads, rest) = x.as_chunks::<{ 4 * LANES }>();
+    for quad in quads {
+        a.add(&quad[..LANES]);
+        b.add(&quad[LANES..2 * LANES]);
+        c.add(&quad[2 * LANES..3 * LANES]);
+        d.add(&quad[3 * LANES..]);
     }
-    for (l, &x) in rest.iter().enumerate() {
-        high[l] = high[l].largest(x);
-        low[l] = low[l].smallest(x);
+    for chunk in rest.chunks(LANES) {
+        a.add(chunk);
     }
-    let mut half = EXTREME_LANES / 2;
+    for l in 0..LANES {
+        a.high[l] = a.high[l]
+            .largest(b.high[l])
+            .largest(c.high[l].largest(d.high[l]));
+        a.low[l] = a.low[l]
+            .smallest(b.low[l])
+            .smallest(c.low[l].smallest(d.low[l]));
+    }
+    let mut half = LANES / 2;
     while half > 0 {
         for l in 0..half {
-            high[l] = high[l].largest(high[l + half]);
-            low[l] = low[l].smallest(low[l + half]);
+            a.high[l] = a.high[l].largest(a.high[l + half]);
+            a.low[l] = a.low[l].smallest(a.low[l + half]);
         }
         half /= 2;
     }
-    (high[0], low[0])
+    (a.high[0], a.low[0])
+}
+
+struct Extremes<R> {
+    high: [R; LANES],
+    low: [R; LANES],
+}
+
+impl<R: Real> Extremes<R> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            high: [R::NEG_INFINITY; LANES],
+            low: [-R::NEG_INFINITY; LANES],
+        }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, x: &[R]) {
+        for (l, &x) in x.iter().enumerate() {
+            self.high[l] = self.high[l].largest(x);
+            self.low[l] = self.low[l].smallest(x);
+        }
+    }
 }
 
 /// Partial result of piece `index` of the row `x`. With `KEEP`, its exponentials go to `kept`, −0 for masked classes
-/// and the target.
+/// and the target. `buffer` is scratch memory.
 #[inline(always)]
 pub(super) fn partial<
     T: Element,
@@ -234,9 +261,9 @@ pub(super) fn partial<
     target: usize,
     transform: &Transform<T::Real>,
     kept: &mut [T::Real],
+    buffer: &mut [T::Real; PIECE],
 ) -> Partial {
-    let mut buffer = [T::Real::ZERO; PIECE];
-    let reals = without_target(x, index, target, &mut buffer);
+    let reals = without_target(x, index, target, buffer);
     let (mut largest, smallest) = extremes(reals);
     if target / PIECE == index {
         largest = largest.largest(one(x[target]));
@@ -247,9 +274,9 @@ pub(super) fn partial<
     let narrow = transform.apply::<CAP, FUSED>(smallest, shift).0 >= T::Real::LEAST;
     let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
     let sums = if narrow && reals.len().is_multiple_of(LANES) {
-        sum::<_, _, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
+        sum::<T, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
     } else {
-        sum::<_, _, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
+        sum::<T, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
     };
     let partial = Partial {
         largest: largest.f64(),
@@ -270,28 +297,28 @@ pub(super) fn partial<
 /// arithmetic here leaves it idle.
 #[inline(always)]
 fn sum<
-    T,
-    R: Real,
+    T: Element,
     const CAP: bool,
     const STATS: bool,
     const KEEP: bool,
     const WIDE: bool,
     const FUSED: bool,
 >(
-    x: &[R],
-    transform: &Transform<R>,
-    shift: R,
-    kept: &mut [R],
+    x: &[T::Real],
+    transform: &Transform<T::Real>,
+    shift: T::Real,
+    kept: &mut [T::Real],
     next: *const T,
 ) -> Partial {
-    let mut exp = [R::ZERO; LANES];
-    let mut linear = [R::ZERO; LANES];
-    let mut weighted = [R::ZERO; LANES];
-    let mut squares = [R::ZERO; LANES];
-    let mut masked = [R::ZERO; LANES];
+    let [zero, one] = [T::Real::ZERO, T::Real::ONE];
+    let mut exp = [zero; LANES];
+    let mut linear = [zero; LANES];
+    let mut weighted = [zero; LANES];
+    let mut squares = [zero; LANES];
+    let mut masked = [zero; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (kept_chunks, kept_rest) = kept.as_chunks_mut::<LANES>();
-    let mut padded = [R::NEG_INFINITY; LANES];
+    let mut padded = [T::Real::NEG_INFINITY; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
         let chunk = if c < chunks.len() {
@@ -300,27 +327,27 @@ fn sum<
             &padded
         };
         prefetch(next.wrapping_add(c * LANES));
-        let mut powers = [R::ZERO; LANES];
+        let mut powers = [zero; LANES];
         for l in 0..LANES {
-            let hidden = WIDE && chunk[l] == R::NEG_INFINITY;
+            let hidden = WIDE && chunk[l] == T::Real::NEG_INFINITY;
             let d = transform.apply::<CAP, FUSED>(chunk[l], shift).0;
-            let d = if hidden { R::ZERO } else { d };
+            let d = if hidden { zero } else { d };
             let power = if WIDE {
                 d.exp::<FUSED>()
             } else {
                 d.exp_in_range::<FUSED>()
             };
-            let power = if hidden { R::ZERO } else { power };
+            let power = if hidden { zero } else { power };
             exp[l] = exp[l] + power;
             linear[l] = linear[l] + d;
             if WIDE {
-                masked[l] = masked[l] + if hidden { R::ONE } else { R::ZERO };
+                masked[l] = masked[l] + if hidden { one } else { zero };
             }
             if STATS {
                 weighted[l] = d.fma::<FUSED>(power, weighted[l]);
                 squares[l] = power.fma::<FUSED>(power, squares[l]);
             }
-            powers[l] = if hidden { -R::ZERO } else { power };
+            powers[l] = if hidden { -zero } else { power };
         }
         if KEEP {
             if c < kept_chunks.len() {
@@ -378,9 +405,27 @@ impl Partial {
     }
 }
 
+/// Index of the first element of `x` that is `value`, 0 if none is.
+fn first_of<T: Element>(x: &[T], value: T::Real) -> usize {
+    const CHUNK: usize = 64;
+    let mut buffer = [T::Real::ZERO; CHUNK];
+    for (c, chunk) in x.chunks(CHUNK).enumerate() {
+        // Without a way out of the loop, so that it vectorises.
+        let mut found = false;
+        for &x in T::widen(chunk, &mut buffer) {
+            found |= x == value;
+        }
+        if found {
+            let at = chunk.iter().position(|&x| one(x) == value);
+            return c * CHUNK + at.unwrap_or(0);
+        }
+    }
+    0
+}
+
 /// Loss, statistics and normaliser of the row `x` whose pieces merge to `others`. The target's own part, on which the
 /// loss rests, is computed in f64.
-pub(super) fn finish<T: Element, const CAP: bool>(
+pub(super) fn finish<T: Element, const CAP: bool, const STATS: bool>(
     call: &Call,
     row: &Row,
     x: &[T],
@@ -475,9 +520,11 @@ pub(super) fn finish<T: Element, const CAP: bool>(
     };
     let piece = others.piece * PIECE;
     let largest = T::Real::of(others.largest);
-    let predicted = x[piece..(piece + PIECE).min(x.len())]
-        .iter()
-        .position(|&v| one(v) == largest);
+    let predicted = if STATS {
+        piece + first_of(&x[piece..(piece + PIECE).min(x.len())], largest)
+    } else {
+        0
+    };
     let result = RowResult {
         loss: weighted(loss),
         nll,
@@ -485,7 +532,7 @@ pub(super) fn finish<T: Element, const CAP: bool>(
         entropy: (log_sum - weighted_sum / sum).max(0.0),
         max_prob: if target_is_largest { p_y } else { 1.0 / sum },
         grad_norm_sq: others_norm.max(0.0) + target_norm,
-        predicted: (piece + predicted.unwrap_or(0)) as u32,
+        predicted: predicted as u32,
     };
     (
         result,
@@ -532,16 +579,17 @@ impl<R: Real> GradFactors<R> {
     }
 }
 
-/// Gradient of the logits `x` of a piece, wrong for the target's.
+/// Gradient of the logits `x` of a piece, in the order of [`Element::widen`]; wrong for the target's. `buffer` is
+/// scratch memory.
 #[inline(always)]
 pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
     x: &[T],
     result: &mut [T::Real; PIECE],
     transform: &Transform<T::Real>,
     factors: &GradFactors<T::Real>,
+    buffer: &mut [T::Real; PIECE],
 ) {
-    let mut buffer = [T::Real::ZERO; PIECE];
-    let reals = T::widen(x, &mut buffer);
+    let reals = T::widen(x, buffer);
     for (g, &x) in result.iter_mut().zip(reals) {
         let (d, slope) = transform.apply::<CAP, FUSED>(x, factors.shift);
         let dz = d

@@ -55,6 +55,7 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
             partials,
             kept,
         } = self;
+        let mut buffer = [T::Real::ZERO; PIECE];
         for (p, partial) in partials.iter_mut().enumerate() {
             let end = ((p + 1) * PIECE).min(kept.len());
             let kept = if KEEP {
@@ -68,6 +69,7 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
                 target,
                 transform,
                 kept,
+                &mut buffer,
             );
         }
     }
@@ -88,15 +90,22 @@ pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
 impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
-        let mut result = [T::Real::ZERO; PIECE];
+        let (mut result, mut buffer) = ([T::Real::ZERO; PIECE], [T::Real::ZERO; PIECE]);
         for start in self.columns.clone().step_by(PIECE) {
             let columns = start..(start + PIECE).min(self.columns.end);
             // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
             let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
-            row::gradient::<T, CAP, FUSED>(x, &mut result, self.transform, self.factors);
+            row::gradient::<T, CAP, FUSED>(
+                x,
+                &mut result,
+                self.transform,
+                self.factors,
+                &mut buffer,
+            );
             if columns.contains(&self.target) {
                 let at = self.target - start;
-                result[at] = row::target_gradient::<T, CAP>(x[at], self.exact, self.factors);
+                result[T::position(at, x.len())] =
+                    row::target_gradient::<T, CAP>(x[at], self.exact, self.factors);
             }
             // SAFETY: as above.
             let grad = unsafe { self.out.stretch(self.row, columns) };
