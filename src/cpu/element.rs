@@ -122,7 +122,7 @@ impl Element for bf16 {
     }
     #[inline(always)]
     fn position(i: usize, len: usize) -> usize {
-        let (pairs, high) = (len / 2, (i % 2 == 0) == cfg!(target_endian = "big"));
+        let (pairs, high) = (len / 2, i.is_multiple_of(2) == cfg!(target_endian = "big"));
         match i / 2 {
             pair if pair == pairs => i,
             pair => pair + if high { pairs } else { 0 },

@@ -56,11 +56,8 @@ pub(super) trait Real:
         if other > self { other } else { self }
     }
 
-    /// The smaller; `self` where the other is NaN.
-    #[inline(always)]
-    fn smallest(self, other: Self) -> Self {
-        if other < self { other } else { self }
-    }
+    /// (largest, smallest) of `x`, with NaN or without. Vectorised by hand: compilers keep the running values in memory.
+    fn extremes<S: pulp::Simd>(simd: S, x: &[Self]) -> (Self, Self);
 
     /// (tanh self, 1 − tanh² self); the second without the cancellation that computing it from the first has.
     #[inline(always)]
@@ -138,7 +135,8 @@ const TANH: [f64; 10] = [
 // e^x = 2^n·e^r with n = round(x·log2 e), r = x − n·ln 2, ln 2 in two parts (Cody and Waite, "Software Manual for the
 // Elementary Functions", 1980, chapter 6). Adding `ROUND` puts n, biased as an exponent is, into the low bits.
 macro_rules! real {
-    ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $series:literal, $tanh:expr) => {
+    ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $series:literal, $tanh:expr,
+     $as_simd:ident, $splat:ident, $max:ident, $min:ident, $reduce_max:ident, $reduce_min:ident) => {
         impl Real for $float {
             const NEG_INFINITY: Self = $float::NEG_INFINITY;
             const ZERO: Self = 0.0;
@@ -191,6 +189,36 @@ macro_rules! real {
             fn tanh_series<const FUSED: bool>(square: Self) -> Self {
                 horner::<Self, FUSED>(square, $tanh)
             }
+            #[inline(always)]
+            fn extremes<S: pulp::Simd>(simd: S, x: &[Self]) -> (Self, Self) {
+                let (vectors, rest) = S::$as_simd(x);
+                let (quads, vectors) = pulp::as_arrays::<4, _>(vectors);
+                let (high, low) = (
+                    simd.$splat(-$float::INFINITY),
+                    simd.$splat($float::INFINITY),
+                );
+                // Several chains, to hide the latency.
+                let (mut high, mut low) = ([high; 4], [low; 4]);
+                for quad in quads {
+                    for k in 0..4 {
+                        high[k] = simd.$max(high[k], quad[k]);
+                        low[k] = simd.$min(low[k], quad[k]);
+                    }
+                }
+                for &vector in vectors {
+                    high[0] = simd.$max(high[0], vector);
+                    low[0] = simd.$min(low[0], vector);
+                }
+                let [a, b, c, d] = high;
+                let mut largest = simd.$reduce_max(simd.$max(simd.$max(a, b), simd.$max(c, d)));
+                let [a, b, c, d] = low;
+                let mut smallest = simd.$reduce_min(simd.$min(simd.$min(a, b), simd.$min(c, d)));
+                for &x in rest {
+                    largest = largest.max(x);
+                    smallest = smallest.min(x);
+                }
+                (largest, smallest)
+            }
         }
     };
 }
@@ -204,7 +232,13 @@ real!(
     -87.0,
     exp_f32,
     0.25,
-    TANH.split_at(4).1
+    TANH.split_at(4).1,
+    as_simd_f32s,
+    splat_f32s,
+    max_f32s,
+    min_f32s,
+    reduce_max_f32s,
+    reduce_min_f32s
 );
 real!(
     f64,
@@ -216,7 +250,13 @@ real!(
     -708.0,
     exp_f64,
     0.1,
-    &TANH
+    &TANH,
+    as_simd_f64s,
+    splat_f64s,
+    max_f64s,
+    min_f64s,
+    reduce_max_f64s,
+    reduce_min_f64s
 );
 
 #[cfg(test)]

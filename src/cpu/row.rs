@@ -188,64 +188,6 @@ fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
-/// The largest and the smallest of `x`, NaN aside.
-#[inline(always)]
-fn extremes<R: Real>(x: &[R]) -> (R, R) {
-    // Several chains hide the latency. A single wider array would not stay in registers.
-    let (mut a, mut b) = (Extremes::new(), Extremes::new());
-    let (mut c, mut d) = (Extremes::new(), Extremes::new());
-    let (quads, rest) = x.as_chunks::<{ 4 * LANES }>();
-    for quad in quads {
-        a.add(&quad[..LANES]);
-        b.add(&quad[LANES..2 * LANES]);
-        c.add(&quad[2 * LANES..3 * LANES]);
-        d.add(&quad[3 * LANES..]);
-    }
-    for chunk in rest.chunks(LANES) {
-        a.add(chunk);
-    }
-    for l in 0..LANES {
-        a.high[l] = a.high[l]
-            .largest(b.high[l])
-            .largest(c.high[l].largest(d.high[l]));
-        a.low[l] = a.low[l]
-            .smallest(b.low[l])
-            .smallest(c.low[l].smallest(d.low[l]));
-    }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for l in 0..half {
-            a.high[l] = a.high[l].largest(a.high[l + half]);
-            a.low[l] = a.low[l].smallest(a.low[l + half]);
-        }
-        half /= 2;
-    }
-    (a.high[0], a.low[0])
-}
-
-struct Extremes<R> {
-    high: [R; LANES],
-    low: [R; LANES],
-}
-
-impl<R: Real> Extremes<R> {
-    #[inline(always)]
-    fn new() -> Self {
-        Self {
-            high: [R::NEG_INFINITY; LANES],
-            low: [-R::NEG_INFINITY; LANES],
-        }
-    }
-
-    #[inline(always)]
-    fn add(&mut self, x: &[R]) {
-        for (l, &x) in x.iter().enumerate() {
-            self.high[l] = self.high[l].largest(x);
-            self.low[l] = self.low[l].smallest(x);
-        }
-    }
-}
-
 /// Partial result of piece `index` of the row `x`. With `KEEP`, its exponentials go to `kept`, −0 for masked classes
 /// and the target. `buffer` is scratch memory.
 #[inline(always)]
@@ -255,7 +197,9 @@ pub(super) fn partial<
     const STATS: bool,
     const KEEP: bool,
     const FUSED: bool,
+    S: pulp::Simd,
 >(
+    simd: S,
     x: &[T],
     index: usize,
     target: usize,
@@ -264,7 +208,7 @@ pub(super) fn partial<
     buffer: &mut [T::Real; PIECE],
 ) -> Partial {
     let reals = without_target(x, index, target, buffer);
-    let (mut largest, smallest) = extremes(reals);
+    let (mut largest, smallest) = T::Real::extremes(simd, reals);
     if target / PIECE == index {
         largest = largest.largest(one(x[target]));
     }

@@ -9,7 +9,7 @@ use super::{
 
 /// Work for one thread, compiled for each instruction set.
 pub(super) trait Task {
-    fn run<const FUSED: bool>(self);
+    fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S);
 }
 
 struct Dispatched<K>(K);
@@ -18,11 +18,11 @@ impl<K: Task> pulp::WithSimd for Dispatched<K> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
         if S::IS_SCALAR {
-            self.0.run::<false>()
+            self.0.run::<false, S>(simd)
         } else {
-            self.0.run::<true>()
+            self.0.run::<true, S>(simd)
         }
     }
 }
@@ -46,7 +46,7 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
     for Partials<'_, T, CAP, STATS, KEEP>
 {
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
+    fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
         let Self {
             x,
             first_piece,
@@ -63,7 +63,8 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
             } else {
                 &mut []
             };
-            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED>(
+            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED, S>(
+                simd,
                 x,
                 first_piece + p,
                 target,
@@ -89,7 +90,7 @@ pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
 
 impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
         let (mut result, mut buffer) = ([T::Real::ZERO; PIECE], [T::Real::ZERO; PIECE]);
         for start in self.columns.clone().step_by(PIECE) {
             let columns = start..(start + PIECE).min(self.columns.end);
@@ -126,7 +127,7 @@ pub(super) struct KeptGradients<'a, T: Element> {
 
 impl<T: Element> Task for KeptGradients<'_, T> {
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
         for (p, partial) in self.partials.iter().enumerate() {
             let end = ((p + 1) * PIECE).min(self.kept.len());
             let kept = &mut self.kept[p * PIECE..end];
