@@ -3,10 +3,12 @@
 //
 //   ce_forward_*   row losses (and statistics) from one read of the logits
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
-//   ce_fused_*     both in one launch: the second read of a row finds it in the cache
+//   ce_fused_*     both, with statistics, in one launch: the second read of a row finds it in the cache
+//   ce_onchip_*    the same for sm_90, a cluster of blocks a row: no second read (on_chip.cuh)
 //   ce_reduce      row losses to the result, in a fixed order
 //
 // Line by line the mathematics is that of src/reference.rs.
+#include "on_chip.cuh"
 #include "row.cuh"
 
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(const Params& p) {
@@ -15,17 +17,19 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
   if (in.kind != RowKind::kCounted) {  // the whole block
     const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
     finish_unused_row<STATS>(p, row, value);
-    if constexpr (GRAD) fill_gradient<T>(p, row, value);
+    if constexpr (GRAD) fill_gradient<T>(p, row, value, whole_row(p));
     return;
   }
   const Transform<SOFTCAP> transform(p);
   const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
   const float x_y = widen_one(x[in.target]);
-  const Partial others = sum_row<T, STATS, SOFTCAP, !GRAD>(x, static_cast<int>(p.vocab), in.target, transform);
-  const RowState state = finish_row<T, STATS, SOFTCAP>(p, row, in, others, x, x_y, transform);
+  Partial others = sum_row<T, STATS, SOFTCAP, !GRAD>(x, static_cast<int>(p.vocab), in.target, transform);
+  const bool writes = threadIdx.x == 0;
+  if (STATS && writes) find_column(others, x, whole_row(p));
+  const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
   if constexpr (GRAD) {
     dev::sync_block();  // in place, nothing may be overwritten before it is read
-    write_gradient<T, SOFTCAP>(p, row, x, in, state, gradient_scale(p, row), transform);
+    write_gradient<T, SOFTCAP, 4, true>(p, row, x, whole_row(p), in, state, gradient_scale(p, row), transform);
   }
 }
 
@@ -33,21 +37,23 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
   const uint64_t row = blockIdx.x;
   const RowInputs in = read_inputs(p, row);
   if (in.kind != RowKind::kCounted) {
-    fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN);
+    fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN, whole_row(p));
     return;
   }
   const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
-  write_gradient<T, SOFTCAP>(p, row, x, in, p.state[row], gradient_scale(p, row), Transform<SOFTCAP>(p));
+  write_gradient<T, SOFTCAP, 4, true>(p, row, x, whole_row(p), in, p.state[row], gradient_scale(p, row),
+                                      Transform<SOFTCAP>(p));
 }
 
 // Threads a row at the most (src/kernel_abi.rs chooses), and how many such blocks an SM must hold.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
+#define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 3)
 
 #define INSTANTIATE_SOFTCAP(TYPE, SUFFIX, SOFTCAP)                                                                 \
   ROW_KERNEL ce_forward_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, false>(p); }                    \
   ROW_KERNEL ce_forward_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, false>(p); }             \
-  ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, true>(p); }                       \
-  ROW_KERNEL ce_fused_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                \
+  ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                        \
+  ON_CHIP_KERNEL ce_onchip_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, SOFTCAP>(p); }                            \
   ROW_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
 #define INSTANTIATE(TYPE)              \
   INSTANTIATE_SOFTCAP(TYPE, , false)   \

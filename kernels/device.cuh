@@ -9,6 +9,7 @@
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
 
 struct bf16 { unsigned short bits; };
@@ -71,4 +72,5 @@ template <class T> DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xff
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { atomicMin(p, v); }
 }  // namespace dev
+#include "device_cluster.cuh"
 #endif

@@ -53,7 +53,9 @@ struct Params {
   float logit_scale;
   float softcap;
   float result_scale;
+  uint32_t blocks_per_row;
+  uint32_t groups_per_block;
 };
-static_assert(sizeof(Params) == 18 * 8 + 2 * 72 + 16 + 40, "src/kernel_abi.rs has the same fields");
+static_assert(sizeof(Params) == 18 * 8 + 2 * 72 + 16 + 48, "src/kernel_abi.rs has the same fields");
 
 enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

@@ -65,7 +65,7 @@ struct Partial {
   float weighted;    // Σ d·2^d
   float squares;     // Σ 2^2d
   unsigned classes;  // how many
-  unsigned group;    // first group that has `largest`
+  unsigned at;       // first group that has `largest`; once `find_column` looked, its column
 };
 
 DEVICE Partial empty_partial() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, 0.f, 0u, 0u}; }
@@ -84,7 +84,7 @@ template <bool STATS> DEVICE void reshift(Partial& a, float shift) {
 }
 
 template <bool STATS> DEVICE Partial merge(Partial a, Partial b) {
-  const bool first = a.largest > b.largest || (a.largest == b.largest && a.group <= b.group);
+  const bool first = a.largest > b.largest || (a.largest == b.largest && a.at <= b.at);
   const float shift = first ? a.shift : b.shift;
   reshift<STATS>(a, shift);
   reshift<STATS>(b, shift);
@@ -96,7 +96,7 @@ template <bool STATS> DEVICE Partial merge(Partial a, Partial b) {
   c.weighted = a.weighted + b.weighted;
   c.squares = a.squares + b.squares;
   c.classes = a.classes + b.classes;
-  c.group = first ? a.group : b.group;
+  c.at = first ? a.at : b.at;
   return c;
 }
 
@@ -108,7 +108,7 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
   if (largest > a.largest) {  // rare after a thread's first groups
     reshift<STATS>(a, transform.shift(largest));
     a.largest = largest;
-    a.group = static_cast<unsigned>(group);
+    a.at = static_cast<unsigned>(group);
   }
   float exp = 0.f, linear = 0.f, weighted = 0.f, squares = 0.f;
   UNROLL for (int k = 0; k < N; k++) {
@@ -148,7 +148,7 @@ template <bool STATS> DEVICE Partial merge_warp(Partial a) {
     b.exp = dev::shuffle_xor(a.exp, lane);
     b.linear = dev::shuffle_xor(a.linear, lane);
     b.classes = dev::shuffle_xor(a.classes, lane);
-    b.group = dev::shuffle_xor(a.group, lane);
+    b.at = dev::shuffle_xor(a.at, lane);
     if constexpr (STATS) {
       b.weighted = dev::shuffle_xor(a.weighted, lane);
       b.squares = dev::shuffle_xor(a.squares, lane);

@@ -51,10 +51,31 @@ DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   return in;
 }
 
-// Loss, statistics and normaliser of a row whose classes but the target merge to `others`. One thread writes them.
-template <class T, bool STATS, bool SOFTCAP>
-DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, Partial others, const T* x, float x_y,
-                           const Transform<SOFTCAP>& transform) {
+// Columns `begin` to `begin + width` of a row, of which the first `classes` are classes and the rest is padding.
+struct Stretch {
+  int begin;
+  int classes;
+  int width;
+};
+
+DEVICE Stretch whole_row(const Params& p) { return {0, static_cast<int>(p.vocab), static_cast<int>(p.width)}; }
+
+// Sums keep no index: looks for `largest` in its group of the classes at `x` again, lowest index first.
+template <class T> DEVICE void find_column(Partial& a, const T* x, const Stretch& stretch) {
+  const int start = static_cast<int>(a.at) * kGroup<T>;
+  a.at = static_cast<unsigned>(stretch.begin + start);
+  for (int k = kGroup<T> - 1; k >= 0; k--) {
+    if (start + k < stretch.classes && widen_one(x[start + k]) == a.largest) {
+      a.at = static_cast<unsigned>(stretch.begin + start + k);
+    }
+  }
+}
+
+// Loss, statistics and normaliser of a row whose classes but the target merge to `others`. The thread with `writes`
+// writes them; with statistics it must know the column of the largest.
+template <bool STATS, bool SOFTCAP>
+DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, Partial others, float x_y,
+                           const Transform<SOFTCAP>& transform, bool writes) {
   const bool target_masked = x_y == -INFINITY;
   const bool target_largest = x_y >= others.largest;
   if (target_largest && !target_masked) reshift<STATS>(others, transform.shift(x_y));
@@ -71,7 +92,7 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
   const float lse = kLn2 * (others.shift + log2_sum);
   RowState state = {nan ? NAN : others.shift, log2_sum, inverse, classes};
   if (classes == 0) state = {0.f, 0.f, 0.f, 0u};
-  if (threadIdx.x != 0) return state;
+  if (!writes) return state;
 
   const float linear = others.linear + (target_masked ? 0.f : d_y);
   float loss = (1.f - in.smoothing) * nll;
@@ -95,16 +116,10 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
                               static_cast<float>(others.classes) * share * share;
     const float target_part = target_masked ? 0.f : in.smoothing - share - other_mass;
     p.grad_norm_sq[row] = nan ? NAN : empty ? 0.f : dev::fma(target_part, target_part, dev::max(others_norm, 0.f));
-    // The group keeps no index: look for the logit in it again, lowest index first.
-    int predicted = in.target;
-    if (others.largest >= x_y) {
-      const int start = static_cast<int>(others.group) * kGroup<T>;
-      for (int k = kGroup<T> - 1; k >= 0; k--) {
-        if (start + k < static_cast<int>(p.vocab) && widen_one(x[start + k]) == others.largest) predicted = start + k;
-      }
-      if (x_y == others.largest && in.target < predicted) predicted = in.target;
-    }
-    p.predicted[row] = nan || empty ? 0u : static_cast<uint32_t>(predicted);
+    const unsigned target = static_cast<unsigned>(in.target);
+    const bool target_first = x_y > others.largest || (x_y == others.largest && target < others.at);
+    const unsigned predicted = target_first ? target : others.at;
+    p.predicted[row] = nan || empty ? 0u : predicted;
   }
   return state;
 }
@@ -120,6 +135,14 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
   }
 }
 
+// Masks the target in its group; sums leave it out.
+template <class T> DEVICE void hide_target(float (&x)[kGroup<T>], int group, int target) {
+  if (target < group * kGroup<T> || target >= (group + 1) * kGroup<T>) return;
+  UNROLL for (int k = 0; k < kGroup<T>; k++) {
+    if (group * kGroup<T> + k == target) x[k] = -INFINITY;
+  }
+}
+
 // Sums over the row's classes, merged over the block.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
@@ -127,12 +150,8 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   Partial a = empty_partial();
   const RowReader<T> reader(x, vocab, 0);
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
-  for_each_group<T, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
-    if (group == target / kGroup<T>) {
-      UNROLL for (int k = 0; k < kGroup<T>; k++) {
-        if (group * kGroup<T> + k == target) x[k] = -INFINITY;
-      }
-    }
+  for_each_group<T, 4, STREAMING, false>(reader, 0, groups, [&](int group, float (&x)[kGroup<T>], bool) {
+    hide_target<T>(x, group, target);
     add_group<STATS, SOFTCAP>(a, x, group, transform);
   });
   return merge_block<STATS>(a, scratch);
@@ -144,37 +163,41 @@ template <class T> DEVICE int store_lead(const T* grad) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(grad) & 15u) / sizeof(T));
 }
 
-// Fills the row's gradient: `value` for classes, 0 for padding.
-template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, float value) {
-  const int vocab = static_cast<int>(p.vocab), width = static_cast<int>(p.width);
-  T* grad = static_cast<T*>(p.grad) + row_offset(p.grad_rows, row);
+template <class T> DEVICE T* gradient_at(const Params& p, uint64_t row, const Stretch& stretch) {
+  return static_cast<T*>(p.grad) + row_offset(p.grad_rows, row) + stretch.begin;
+}
+
+// Fills a stretch's gradient: `value` for classes, 0 for padding.
+template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, float value, const Stretch& stretch) {
+  const int classes = stretch.classes, width = stretch.width;
+  T* grad = gradient_at<T>(p, row, stretch);
   float g[kGroup<T>];
   UNROLL for (int k = 0; k < kGroup<T>; k++) g[k] = value;
   const uint4 whole = narrow<T>(g);
   const int lead = store_lead(grad);
   for (int start = static_cast<int>(threadIdx.x) * kGroup<T> - lead; start < width;
        start += static_cast<int>(blockDim.x) * kGroup<T>) {
-    if (start >= 0 && start + kGroup<T> <= vocab) {
+    if (start >= 0 && start + kGroup<T> <= classes) {
       dev::store16_streaming(grad + start, whole);
       continue;
     }
     for (int i = start < 0 ? 0 : start; i < start + kGroup<T> && i < width; i++) {
-      grad[i] = narrow_one<T>(i < vocab ? value : 0.f);
+      grad[i] = narrow_one<T>(i < classes ? value : 0.f);
     }
   }
 }
 
-// Writes the row's gradient; `scale` is everything that multiplies dz. The logits may be the gradient's own memory:
-// a thread reads the elements it writes and no others.
-template <class T, bool SOFTCAP>
-DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowInputs& in, const RowState& state,
-                           float scale, const Transform<SOFTCAP>& transform) {
+// Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz. `x` may be the
+// gradient's own memory: a thread reads the elements it writes and no others.
+template <class T, bool SOFTCAP, int AHEAD, bool STREAMING>
+DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, const RowInputs& in,
+                           const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
   if (in.weight == 0.f || state.classes == 0u) {
-    fill_gradient<T>(p, row, 0.f);
+    fill_gradient<T>(p, row, 0.f, stretch);
     return;
   }
-  const int vocab = static_cast<int>(p.vocab), width = static_cast<int>(p.width);
-  T* grad = static_cast<T*>(p.grad) + row_offset(p.grad_rows, row);
+  const int classes = stretch.classes, width = stretch.width, target = in.target - stretch.begin;
+  T* grad = gradient_at<T>(p, row, stretch);
   scale *= in.weight;
   if constexpr (!SOFTCAP) scale *= p.logit_scale;
   const float outer = SOFTCAP ? p.logit_scale : 1.f;
@@ -186,10 +209,10 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowI
   const bool any_masked = state.classes != p.vocab;
 
   const int lead = store_lead(grad);
-  const RowReader<T> reader(x, vocab, lead);
+  const RowReader<T> reader(x, classes, lead);
   const int groups = (width + lead + kGroup<T> - 1) / kGroup<T>;
   // Descending: what the sums read last is still in the cache.
-  for_each_group<T, true, true>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
+  for_each_group<T, AHEAD, STREAMING, true>(reader, 0, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
     const int start = reader.start(group);
     float g[kGroup<T>];
     UNROLL for (int k = 0; k < kGroup<T>; k++) {
@@ -199,9 +222,9 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowI
       if constexpr (SOFTCAP) g[k] *= slope * outer;
       if (any_masked && x[k] == -INFINITY) g[k] = masked_value;
     }
-    if (in.target >= start && in.target < start + kGroup<T>) {
+    if (target >= start && target < start + kGroup<T>) {
       UNROLL for (int k = 0; k < kGroup<T>; k++) {
-        if (start + k == in.target && x[k] != -INFINITY) {
+        if (start + k == target && x[k] != -INFINITY) {
           float slope;
           const float log2_p = transform(x[k], state.shift, slope) - state.log2_sum;
           const float p_minus_1 = dev::expm1(kLn2 * log2_p);
@@ -216,7 +239,7 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const RowI
     }
     UNROLL for (int k = 0; k < kGroup<T>; k++) {
       const int i = start + k;
-      if (i >= 0 && i < width) grad[i] = narrow_one<T>(i < vocab ? g[k] : 0.f);
+      if (i >= 0 && i < width) grad[i] = narrow_one<T>(i < classes ? g[k] : 0.f);
     }
   });
 }

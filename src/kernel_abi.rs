@@ -94,6 +94,9 @@ pub struct Params {
     pub softcap: f32,
     /// Constant factor of all gradients; of the reduced loss too.
     pub result_scale: f32,
+    /// On chip: blocks that share a row, and 16-byte groups of the row that each of them has.
+    pub blocks_per_row: u32,
+    pub groups_per_block: u32,
 }
 
 impl Params {
@@ -109,14 +112,6 @@ pub enum BadValue {
     Target = 0,
     Smoothing = 1,
     Weight = 2,
-}
-
-/// Threads a block for a row of `width` elements of `element_size` bytes: enough for about four
-/// 16-byte vectors a thread, a whole number of warps. Depends on nothing else, so that a row's
-/// bits do not depend on its neighbours.
-pub fn threads_per_row(width: usize, element_size: usize) -> u32 {
-    let vectors = (width * element_size).div_ceil(16);
-    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 256)
 }
 
 /// Threads of the single block that reduces row losses.
@@ -160,12 +155,10 @@ pub enum Kernel {
     },
     /// Gradient of every row from its [`RowState`]; one block a row.
     Backward { element: Element, softcap: bool },
-    /// Loss and gradient of every row; one block a row.
-    Fused {
-        element: Element,
-        stats: bool,
-        softcap: bool,
-    },
+    /// Loss, statistics and gradient of every row; one block a row.
+    Fused { element: Element, softcap: bool },
+    /// The same, a cluster of blocks a row, which stays on chip. Needs sm_90.
+    OnChip { element: Element, softcap: bool },
     /// Row losses to a scalar, or total weight; one block.
     Reduce,
 }
@@ -173,39 +166,20 @@ pub enum Kernel {
 impl Kernel {
     /// Symbol in the compiled module.
     pub fn symbol(self) -> String {
-        let flag = |on: bool, name: &'static str| if on { name } else { "" };
+        let name = |work: &str, element: Element, stats: bool, softcap: bool| {
+            let stats = if stats { "_stats" } else { "" };
+            let softcap = if softcap { "_softcap" } else { "" };
+            format!("ce_{work}_{}{stats}{softcap}", element.name())
+        };
         match self {
             Self::Forward {
                 element,
                 stats,
                 softcap,
-            } => {
-                format!(
-                    "ce_forward_{}{}{}",
-                    element.name(),
-                    flag(stats, "_stats"),
-                    flag(softcap, "_softcap")
-                )
-            }
-            Self::Backward { element, softcap } => {
-                format!(
-                    "ce_backward_{}{}",
-                    element.name(),
-                    flag(softcap, "_softcap")
-                )
-            }
-            Self::Fused {
-                element,
-                stats,
-                softcap,
-            } => {
-                format!(
-                    "ce_fused_{}{}{}",
-                    element.name(),
-                    flag(stats, "_stats"),
-                    flag(softcap, "_softcap")
-                )
-            }
+            } => name("forward", element, stats, softcap),
+            Self::Backward { element, softcap } => name("backward", element, false, softcap),
+            Self::Fused { element, softcap } => name("fused", element, false, softcap),
+            Self::OnChip { element, softcap } => name("onchip", element, false, softcap),
             Self::Reduce => "ce_reduce".into(),
         }
     }
@@ -216,13 +190,10 @@ impl Kernel {
         for element in Element::ALL {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });
+                all.push(Self::Fused { element, softcap });
+                all.push(Self::OnChip { element, softcap });
                 for stats in [false, true] {
                     all.push(Self::Forward {
-                        element,
-                        stats,
-                        softcap,
-                    });
-                    all.push(Self::Fused {
                         element,
                         stats,
                         softcap,

@@ -55,6 +55,8 @@ mod kernel_abi;
 mod loss;
 mod op;
 mod reference;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod select;
 pub mod ual;
 
 pub use loss::{CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing, cross_entropy};

@@ -17,13 +17,16 @@ mod mutants;
 mod problem;
 #[path = "emulation/rows.rs"]
 mod rows;
+#[path = "../src/select.rs"]
+#[allow(dead_code)]
+mod select;
 
 use std::{collections::BTreeSet, process::Command};
 
 use build::{Build, driver, self_test};
 use check::{Results, check, same_bits};
 use kernel_abi::{Element, Kernel};
-use problem::{Eps, Problem, View};
+use problem::{Eps, OnChip, Problem, View};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 
 macro_rules! in_every_build {
@@ -44,6 +47,8 @@ in_every_build! {
     padding_is_not_read_and_has_gradient_0
     bad_values_stay_in_their_row
     mean_and_many_rows
+    clusters_of_every_size
+    chunks_of_a_slice
     a_row_has_the_same_bits_anywhere
     faults_are_reported
 }
@@ -305,6 +310,7 @@ fn mean_and_many_rows(build: Build) {
             .collect();
         let mut problem = problem("many rows", element, 2, &rows);
         problem.mean = true;
+        problem.on_chip.clear(); // what is new here is the reduction
         problem.seeds = vec![0, 1];
         passes(&problem, build);
     }
@@ -324,6 +330,76 @@ fn mean_and_many_rows(build: Build) {
         let results = passes(&problem, build);
         assert_eq!(results.reduced, 0.0);
     }
+}
+
+/// As the crate launches them: apart and in place.
+fn on_chip(blocks: &[usize]) -> Vec<OnChip> {
+    let run = |&blocks_per_row: &usize| {
+        [false, true].map(|in_place| OnChip {
+            blocks_per_row,
+            in_place,
+            threads: 256,
+        })
+    };
+    blocks.iter().flat_map(run).collect()
+}
+
+/// Slices without a class, of one, cut at any distance from 16 bytes; the largest in each of them.
+fn clusters_of_every_size(build: Build) {
+    for element in Element::ALL {
+        for (vocab, offset) in [(1, 0), (17, 6), (130, 2), (1000, 14)] {
+            let rows = [
+                row(Kind::Flat, 0.1, 1.0),
+                row(Kind::Ignored, 0.0, 1.0),
+                row(Kind::Masked, 0.2, 1.5),
+                row(Kind::Confident, 0.0, 1.0),
+                row(Kind::BadTarget, 0.1, 1.0),
+            ];
+            let mut problem = problem("clusters", element, vocab, &rows);
+            problem.on_chip = on_chip(&[1, 2, 4, 8, 16]);
+            let offset = offset / element.size() * element.size();
+            (problem.logits_view.offset, problem.grad_view.offset) = (offset, offset);
+            problem.seeds = vec![0, 1];
+            passes(&problem, build);
+        }
+        // Padding is the last block's; a gradient that starts elsewhere than the logits is shifted.
+        let (vocab, width) = (300, 341);
+        let problem = Problem {
+            width,
+            logits_view: View::contiguous(3, width),
+            grad_view: View {
+                offset: 4,
+                ..View::contiguous(3, width)
+            },
+            on_chip: on_chip(&[2, 8]),
+            ..problem("padded clusters", element, vocab, &short_menu())
+        };
+        passes(&problem, build);
+    }
+}
+
+/// A chunk has 16 KiB: one element either side of it, at both ends of a word; several chunks; a real vocabulary.
+fn chunks_of_a_slice(build: Build) {
+    for element in Element::ALL {
+        let chunk = 16 * 1024 / element.size();
+        let sizes = [
+            (chunk - 1, 0),
+            (chunk, 12),
+            (chunk + 1, 0),
+            (2 * chunk + 7, 4),
+        ];
+        for (vocab, offset) in sizes {
+            let mut problem = problem("chunks", element, vocab, &short_menu()[..2]);
+            problem.on_chip = on_chip(&[1]);
+            (problem.logits_view.offset, problem.grad_view.offset) = (offset, offset);
+            problem.seeds = vec![0, 3];
+            passes(&problem, build);
+        }
+    }
+    let mut problem = problem("GPT-2 on chip", Element::BF16, 50257, &short_menu()[..2]);
+    problem.on_chip = on_chip(&[2]);
+    problem.seeds = vec![0, 2];
+    passes(&problem, build);
 }
 
 /// At any address, among any neighbours, in any number of rows.
@@ -373,6 +449,10 @@ fn a_row_has_the_same_bits_anywhere(build: Build) {
             same("fused loss", &results.fused.loss, &expected.fused.loss);
             same("gradient", &results.backward.grad, &expected.backward.grad);
             same("fused gradient", &results.fused.grad, &expected.fused.grad);
+            for (here, alone) in results.on_chip.iter().zip(&expected.on_chip) {
+                same("loss on chip", &here.loss, &alone.loss);
+                same("gradient on chip", &here.grad, &alone.grad);
+            }
             for (here, alone) in results.forward.stats.iter().zip(&expected.forward.stats) {
                 same("statistics", here, alone);
             }

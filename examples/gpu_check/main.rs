@@ -11,7 +11,7 @@ mod report;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
 
@@ -31,7 +31,10 @@ struct Args {
     /// No timings.
     #[arg(long)]
     no_timing: bool,
-    /// Writes the timings here as JSON, and what was checked.
+    /// Nothing but the timings, and a look at a few rows of each shape before it is timed.
+    #[arg(long, conflicts_with_all = ["reduced", "no_timing"])]
+    timing_only: bool,
+    /// Writes the timings here as JSON, and what was checked: after each shape that is timed, and at the end.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Commit that the JSON names.
@@ -55,15 +58,24 @@ fn main() -> Result<ExitCode> {
         #[cfg(feature = "cuda")]
         Where::Cuda => Device::new_cuda(0)?,
     };
+    ensure!(
+        !(args.timing_only && device.is_cpu()),
+        "--timing-only needs a GPU: `cargo bench --bench cpu` times the CPU path"
+    );
+    let out = args.out.as_deref();
     let mut report = Report::default();
-    cases::run(&device, args.reduced, &mut report);
-    properties::run(&device, args.reduced, &mut report);
+    if !args.timing_only {
+        cases::run(&device, args.reduced, &mut report);
+        properties::run(&device, args.reduced, &mut report);
+    }
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        device::check_graph(&device, &mut report);
+        if !args.timing_only {
+            device::check_graph(&device, &mut report);
+        }
         if !args.reduced && !args.no_timing {
-            device::time(&device, &args.commit, &mut report)?;
+            device::time(&device, &args.commit, &mut report, out)?;
         }
     }
-    report.finish(args.out.as_deref())
+    report.finish(out)
 }

@@ -66,37 +66,47 @@ impl Report {
             .push(json!({ "check": name, "pass": pass, "worst": worst, "detail": detail }));
     }
 
+    /// Writes everything so far, if there is a file to write it to.
+    pub fn write(&self, out: Option<&Path>) -> Result<()> {
+        let Some(path) = out else { return Ok(()) };
+        let all = json!({ "checks": self.checks, "timings": self.timings });
+        std::fs::write(path, serde_json::to_string_pretty(&all)? + "\n")
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
     pub fn finish(self, out: Option<&Path>) -> Result<ExitCode> {
         if !self.timings.is_empty() {
             println!(
-                "\n{:<26}{:<12}{:>7}{:>8} {:<6}{:>10}{:>9}{:>8}",
-                "work", "by", "n", "v", "type", "ms", "GB/s", "copy"
+                "\n{:<32}{:<12}{:>7}{:>8} {:<6}{:>10}{:>10}{:>10}{:>9}{:>8}",
+                "work", "by", "n", "v", "type", "median ms", "p10", "p90", "GB/s", "copy"
             );
-            for t in &self.timings {
-                let (text, number) = (
-                    |k: &str| t[k].as_str().unwrap_or("").to_string(),
-                    |k: &str| t[k].as_f64(),
-                );
-                println!(
-                    "{:<26}{:<12}{:>7}{:>8} {:<6}{:>10.3}{:>9.0}{:>7.0}%",
-                    text("bench"),
-                    text("impl"),
-                    t["n"],
-                    t["v"],
-                    text("dtype"),
-                    number("median_ms").unwrap_or(f64::NAN),
-                    number("gb_per_s").unwrap_or(f64::NAN),
-                    100.0 * number("fraction_of_copy").unwrap_or(f64::NAN),
-                );
+        }
+        for t in &self.timings {
+            let text = |k: &str| t[k].as_str().unwrap_or("").to_string();
+            let number = |k: &str| t[k].as_f64().unwrap_or(f64::NAN);
+            print!(
+                "{:<32}{:<12}{:>7}{:>8} {:<6}",
+                text("bench"),
+                text("impl"),
+                t["n"],
+                t["v"],
+                text("dtype")
+            );
+            match t["skipped"].as_str() {
+                Some(why) => println!("  skipped: {why}"),
+                None => println!(
+                    "{:>10.4}{:>10.4}{:>10.4}{:>9.0}{:>7.0}%",
+                    number("median_ms"),
+                    number("p10_ms"),
+                    number("p90_ms"),
+                    number("gb_per_s"),
+                    100.0 * number("fraction_of_copy")
+                ),
             }
         }
         let (total, failures) = (self.checks.len(), self.failures);
         println!("\n{} of {total} checks passed", total - failures);
-        if let Some(path) = out {
-            let all = json!({ "checks": self.checks, "timings": self.timings });
-            std::fs::write(path, serde_json::to_string_pretty(&all)? + "\n")
-                .with_context(|| format!("writing {}", path.display()))?;
-        }
+        self.write(out)?;
         Ok(if failures == 0 {
             ExitCode::SUCCESS
         } else {

@@ -55,6 +55,8 @@ class CaseReader {
       launch.symbol = text();
       launch.shape.grid = static_cast<unsigned>(word());
       launch.shape.block = static_cast<unsigned>(word());
+      launch.shape.cluster = static_cast<unsigned>(word());
+      launch.shape.dynamic_shared_bytes = word();
       launch.pointers = word();
       launch.params = block();
     }

@@ -30,7 +30,7 @@ static void run_thread() {
 
 static void check(const LaunchShape& shape) {
   bool good = shape.grid > 0 && shape.block > 0 && shape.block <= 1024 && shape.block % kWarp == 0;
-  good = good && shape.cluster >= 1 && shape.cluster <= 8 && shape.grid % shape.cluster == 0;
+  good = good && shape.cluster >= 1 && shape.cluster <= 16 && shape.grid % shape.cluster == 0;
   if (!good || shape.dynamic_shared_bytes > 227 * 1024) {
     throw std::runtime_error("launch of " + std::to_string(shape.grid) + " blocks of " + std::to_string(shape.block) +
                              " threads in clusters of " + std::to_string(shape.cluster));

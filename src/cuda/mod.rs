@@ -19,10 +19,10 @@ use candle_core::{
 use crate::{
     Reduction, RowStats,
     call::{Call, row_offsets},
-    kernel_abi::{BadValue, Element, Kernel, MAX_ROW_DIMS, Params, RowOffsets, RowState},
+    kernel_abi::{BadValue, Element, MAX_ROW_DIMS, Params, RowOffsets, RowState},
     op::{Forward, Fused},
 };
-use module::Launch;
+use module::{Launch, Work};
 
 /// What the backward needs of the forward, on the device.
 pub(crate) struct Saved {
@@ -54,17 +54,15 @@ pub(crate) fn forward(
         inputs.set(&mut launch)?;
         launch.params.loss = launch.write(&mut row_loss);
         launch.params.state = launch.write(&mut state);
-        let kernel = Kernel::Forward {
-            element,
+        let work = Work::Forward {
             stats: stats.is_some(),
-            softcap: call.softcap.is_some(),
         };
         if let Some(stats) = &mut stats {
             stats.set(&mut launch);
         }
         first_error.set(&mut launch);
         // SAFETY: the logits cover their layout, and all other memory has an element for each of `call.rows`.
-        unsafe { launch.start(kernel) }?;
+        unsafe { launch.start(work, element, call.softcap.is_some()) }?;
     }
     first_error.check(call, device)?;
     let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
@@ -168,12 +166,7 @@ fn run_backward(
     launch.params.divisor = saved.total_weight.as_ref().map_or(0, |w| launch.read(w));
     // SAFETY: logits and gradient cover their layouts, `upstream` has the number of values checked above, and the
     // rest an element for each of `call.rows`.
-    unsafe {
-        launch.start(Kernel::Backward {
-            element,
-            softcap: call.softcap.is_some(),
-        })
-    }
+    unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }
 }
 
 fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> {
@@ -198,13 +191,7 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> 
         first_error.set(&mut launch);
         // SAFETY: logits and gradient cover their layouts, and all other memory has an element for each of
         // `call.rows`, but for the scalar divisor.
-        unsafe {
-            launch.start(Kernel::Fused {
-                element,
-                stats: true,
-                softcap: call.softcap.is_some(),
-            })
-        }?;
+        unsafe { launch.start(Work::LossAndGradient, element, call.softcap.is_some()) }?;
     }
     first_error.check(call, &device)?;
     let (loss, _) = reduce(call, &device, &inputs, row_loss)?;
@@ -267,7 +254,7 @@ fn launch_reduce(
     launch.params.total_weight = launch.write(&mut reduced.total_weight);
     // SAFETY: targets, weights and losses have an element for each of `call.rows`, results are scalars. The kernel
     // reads no logits.
-    unsafe { launch.start(Kernel::Reduce) }?;
+    unsafe { launch.start_reduction() }?;
     Ok(reduced)
 }
 

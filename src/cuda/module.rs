@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use candle_core::{
@@ -12,14 +12,21 @@ use candle_core::{
         cudarc::{
             driver::{
                 CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut,
-                DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
+                DeviceRepr, DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+                sys::{
+                    self, CUdevice_attribute as DeviceAttribute,
+                    CUfunction_attribute_enum as FunctionAttribute,
+                },
             },
             nvrtc::Ptx,
         },
     },
 };
 
-use crate::kernel_abi::{Kernel, Params, REDUCE_THREADS, RowState, threads_per_row};
+use crate::{
+    kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState},
+    select::{self, Forced, Geometry, Gpu},
+};
 
 /// Machine code for the architectures in `ARCHS`, and PTX for newer ones.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cross_entropy.fatbin"));
@@ -29,18 +36,22 @@ const ARCHS: &str = env!("CROSS_ENTROPY_ARCHS");
 unsafe impl DeviceRepr for Params {}
 unsafe impl DeviceRepr for RowState {}
 
-type Functions = Arc<HashMap<Kernel, CudaFunction>>;
+struct Loaded {
+    functions: HashMap<Kernel, CudaFunction>,
+    gpu: Gpu,
+}
 
-/// All kernels in the context. Loading a module may synchronise the context, so the first step must not be captured
-/// in a graph; every later one finds them here.
-fn functions(context: &Arc<CudaContext>) -> Result<Functions> {
+/// All kernels in the stream's context. Loading a module may synchronise the context, so the first step must not be
+/// captured in a graph; every later one finds them here.
+fn loaded(stream: &CudaStream) -> Result<Arc<Loaded>> {
     // Never emptied: a module keeps its context alive, so an entry cannot be mistaken for a later context's.
-    static LOADED: Mutex<Vec<(Arc<CudaContext>, Functions)>> = Mutex::new(Vec::new());
-    let mut loaded = LOADED
+    static LOADED: Mutex<Vec<(Arc<CudaContext>, Arc<Loaded>)>> = Mutex::new(Vec::new());
+    let context = stream.context();
+    let mut all = LOADED
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Some((_, functions)) = loaded.iter().find(|(of, _)| of == context) {
-        return Ok(functions.clone());
+    if let Some((_, loaded)) = all.iter().find(|(of, _)| of == context) {
+        return Ok(loaded.clone());
     }
     let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(|error| {
         let (major, minor) = context.compute_capability().unwrap_or_default();
@@ -52,14 +63,118 @@ fn functions(context: &Arc<CudaContext>) -> Result<Functions> {
         .bt()
     })?;
     let function = |kernel: Kernel| Ok((kernel, module.load_function(&kernel.symbol()).w()?));
-    let functions = Arc::new(
-        Kernel::all()
-            .into_iter()
-            .map(function)
-            .collect::<Result<HashMap<_, _>>>()?,
-    );
-    loaded.push((context.clone(), functions.clone()));
-    Ok(functions)
+    let functions = Kernel::all()
+        .into_iter()
+        .map(function)
+        .collect::<Result<HashMap<_, _>>>()?;
+    let gpu = describe(context, stream, &functions).w()?;
+    let loaded = Arc::new(Loaded { functions, gpu });
+    all.push((context.clone(), loaded.clone()));
+    Ok(loaded)
+}
+
+/// What the choice of kernels depends on; lets kernels have the shared memory that the choice may give them.
+fn describe(
+    context: &Arc<CudaContext>,
+    stream: &CudaStream,
+    functions: &HashMap<Kernel, CudaFunction>,
+) -> std::result::Result<Gpu, DriverError> {
+    let attribute = |which| context.attribute(which).map(|value| value.max(0) as usize);
+    let mut gpu = Gpu {
+        multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        l2: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+        shared_per_multiprocessor: attribute(
+            DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+        )?,
+        shared_per_block: attribute(
+            DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?,
+        shared_reserved: attribute(
+            DeviceAttribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK,
+        )?,
+        max_cluster: 0,
+    };
+    let clusters = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0;
+    let dynamic = (gpu.shared_per_block - select::STATIC_SHARED) as i32;
+    let most = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    for (kernel, function) in functions {
+        match kernel {
+            Kernel::Fused { .. } => function.set_attribute(most, dynamic)?,
+            // Code made from PTX of an older architecture holds a trap instead.
+            Kernel::OnChip { .. }
+                if clusters
+                    && function
+                        .get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
+                        >= 90 =>
+            {
+                function.set_attribute(most, dynamic)?;
+                function.set_attribute(
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                    100,
+                )?;
+                function.set_attribute(
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+                    1,
+                )?;
+                // Of the largest slice that the choice gives, or one block would be all that fits.
+                let config = LaunchConfig {
+                    grid_dim: (16, 1, 1),
+                    block_dim: (select::ON_CHIP_THREADS, 1, 1),
+                    shared_mem_bytes: (gpu.shared_per_multiprocessor / 3) as u32,
+                };
+                let largest = function.occupancy_max_potential_cluster_size(config, stream)?;
+                gpu.max_cluster = largest as usize;
+            }
+            _ => {}
+        }
+    }
+    Ok(gpu)
+}
+
+/// What the user chose in the environment, read once.
+fn forced() -> Result<Option<Forced>> {
+    static FORCED: LazyLock<std::result::Result<Option<Forced>, String>> =
+        LazyLock::new(|| match std::env::var(select::OVERRIDE) {
+            Ok(value) => Forced::parse(&value).map(Some),
+            Err(_) => Ok(None),
+        });
+    FORCED.clone().map_err(|error| Error::Msg(error).bt())
+}
+
+/// What a launch computes, over rows of the parameters' width.
+#[derive(Clone, Copy)]
+pub(super) enum Work {
+    Forward { stats: bool },
+    Backward,
+    LossAndGradient,
+}
+
+fn choose(
+    work: Work,
+    element: Element,
+    softcap: bool,
+    params: &Params,
+    gpu: &Gpu,
+) -> Result<(Kernel, Geometry)> {
+    let (vocab, width) = (params.vocab as usize, params.width as usize);
+    Ok(match work {
+        Work::Forward { stats } => (
+            Kernel::Forward {
+                element,
+                stats,
+                softcap,
+            },
+            select::once(element, width),
+        ),
+        Work::Backward => (
+            Kernel::Backward { element, softcap },
+            select::once(element, width),
+        ),
+        Work::LossAndGradient => {
+            select::loss_and_gradient(element, softcap, vocab, width, gpu, forced()?)
+                .map_err(|error| Error::Msg(error).bt())?
+        }
+    })
 }
 
 /// A launch being prepared: its argument, and what orders the memory behind it with other streams.
@@ -95,13 +210,61 @@ impl<'a> Launch<'a> {
         address
     }
 
-    /// Starts the kernel, one block a row or a single block for the reduction.
+    /// Starts the kernel that `work` on rows of this type takes.
     ///
     /// # Safety
     ///
-    /// Every address in the parameters that `kernel` uses has the extent that [`Params`] states, for its rows, width
+    /// Every address in the parameters that the work uses has the extent that [`Params`] states, for its rows, width
     /// and offsets, and comes from [`read`](Self::read) or [`write`](Self::write) of this launch.
-    pub unsafe fn start(self, kernel: Kernel) -> Result<()> {
+    pub unsafe fn start(mut self, work: Work, element: Element, softcap: bool) -> Result<()> {
+        let loaded = loaded(self.stream)?;
+        let (kernel, geometry) = choose(work, element, softcap, &self.params, &loaded.gpu)?;
+        self.params.blocks_per_row = geometry.blocks_per_row;
+        self.params.groups_per_block = geometry.groups_per_block;
+        let blocks = self.params.rows * u64::from(geometry.blocks_per_row);
+        let blocks = i32::try_from(blocks).map_err(|_| {
+            Error::Msg(format!(
+                "logits: {} rows, too many for a launch",
+                self.params.rows
+            ))
+            .bt()
+        })?;
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch(
+                &loaded,
+                kernel,
+                LaunchConfig {
+                    grid_dim: (blocks as u32, 1, 1),
+                    block_dim: (geometry.threads, 1, 1),
+                    shared_mem_bytes: geometry.dynamic_shared,
+                },
+            )
+        }
+    }
+
+    /// Starts the reduction of row losses.
+    ///
+    /// # Safety
+    ///
+    /// As of [`start`](Self::start).
+    pub unsafe fn start_reduction(self) -> Result<()> {
+        let loaded = loaded(self.stream)?;
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch(
+                &loaded,
+                Kernel::Reduce,
+                LaunchConfig {
+                    grid_dim: (1, 1, 1),
+                    block_dim: (REDUCE_THREADS, 1, 1),
+                    shared_mem_bytes: 0,
+                },
+            )
+        }
+    }
+
+    unsafe fn launch(self, loaded: &Loaded, kernel: Kernel, config: LaunchConfig) -> Result<()> {
         let Self {
             params,
             stream,
@@ -109,32 +272,62 @@ impl<'a> Launch<'a> {
         } = self;
         #[cfg(feature = "nvtx")]
         let _range = nvtx::LocalRange::new(nvtx::Str::from_str_lossy(&label(kernel, &params)));
-        let functions = functions(stream.context())?;
-        let (blocks, threads) = match kernel {
-            Kernel::Forward { element, .. }
-            | Kernel::Backward { element, .. }
-            | Kernel::Fused { element, .. } => (
-                params.rows as u32,
-                threads_per_row(params.width as usize, element.size()),
-            ),
-            Kernel::Reduce => (1, REDUCE_THREADS),
-        };
-        let config = LaunchConfig {
-            grid_dim: (blocks, 1, 1),
-            block_dim: (threads, 1, 1),
-            shared_mem_bytes: 0,
-        };
-        // SAFETY: every kernel takes one `Params` by value; the caller vouches for the addresses in it.
-        unsafe {
-            stream
-                .launch_builder(&functions[&kernel])
-                .arg(&params)
-                .launch(config)
+        let function = &loaded.functions[&kernel];
+        if matches!(kernel, Kernel::OnChip { .. }) && params.blocks_per_row > 1 {
+            // SAFETY: as below.
+            unsafe { launch_clusters(stream, function, &params, config) }.w()?;
+        } else {
+            // SAFETY: every kernel takes one `Params` by value; the caller vouches for the addresses in it.
+            unsafe { stream.launch_builder(function).arg(&params).launch(config) }.w()?;
         }
-        .w()?;
         drop(uses);
         Ok(())
     }
+}
+
+/// Launches clusters of `blocks_per_row` blocks, for which cudarc has no safe function.
+///
+/// # Safety
+///
+/// `function` takes one `Params` by value, and the addresses in it are good.
+unsafe fn launch_clusters(
+    stream: &CudaStream,
+    function: &CudaFunction,
+    params: &Params,
+    config: LaunchConfig,
+) -> std::result::Result<(), DriverError> {
+    stream.context().bind_to_thread()?;
+    // SAFETY: an attribute of integers only, for which zeros are valid.
+    let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+        x: params.blocks_per_row,
+        y: 1,
+        z: 1,
+    };
+    let launch = sys::CUlaunchConfig {
+        gridDimX: config.grid_dim.0,
+        gridDimY: config.grid_dim.1,
+        gridDimZ: config.grid_dim.2,
+        blockDimX: config.block_dim.0,
+        blockDimY: config.block_dim.1,
+        blockDimZ: config.block_dim.2,
+        sharedMemBytes: config.shared_mem_bytes,
+        hStream: stream.cu_stream(),
+        attrs: &raw mut cluster,
+        numAttrs: 1,
+    };
+    let mut arguments = [std::ptr::from_ref(params).cast_mut().cast()];
+    // SAFETY: the argument is what the kernel takes, and is copied before the call returns.
+    unsafe {
+        sys::cuLaunchKernelEx(
+            &raw const launch,
+            function.cu_function(),
+            arguments.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
+    }
+    .result()
 }
 
 /// What a timeline shows, such as "cross-entropy forward bf16 8192×50257".
@@ -144,6 +337,7 @@ fn label(kernel: Kernel, params: &Params) -> String {
         Kernel::Forward { element, .. } => ("forward", element),
         Kernel::Backward { element, .. } => ("backward", element),
         Kernel::Fused { element, .. } => ("forward+backward", element),
+        Kernel::OnChip { element, .. } => ("forward+backward on chip", element),
         Kernel::Reduce => return format!("cross-entropy reduction of {} rows", params.rows),
     };
     format!(

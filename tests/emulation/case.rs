@@ -33,8 +33,27 @@ struct Contents {
 struct Launch {
     kernel: Kernel,
     params: Params,
-    grid: u32,
-    block: u32,
+    shape: Shape,
+}
+
+/// Blocks, threads a block, blocks a cluster, bytes of dynamic shared memory.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub grid: u32,
+    pub block: u32,
+    pub cluster: u32,
+    pub dynamic_shared: u32,
+}
+
+impl Shape {
+    pub fn plain(grid: u32, block: u32) -> Self {
+        Self {
+            grid,
+            block,
+            cluster: 1,
+            dynamic_shared: 0,
+        }
+    }
 }
 
 pub struct Case {
@@ -76,12 +95,11 @@ impl Case {
         Buffer(self.buffers.len() - 1)
     }
 
-    pub fn launch(&mut self, kernel: Kernel, params: Params, grid: u32, block: u32) {
+    pub fn launch(&mut self, kernel: Kernel, params: Params, shape: Shape) {
         self.launches.push(Launch {
             kernel,
             params,
-            grid,
-            block,
+            shape,
         });
     }
 
@@ -130,8 +148,10 @@ impl Case {
         word(&mut file, self.launches.len());
         for launch in &self.launches {
             block(&mut file, launch.kernel.symbol().as_bytes());
-            word(&mut file, launch.grid as usize);
-            word(&mut file, launch.block as usize);
+            let shape = launch.shape;
+            for value in [shape.grid, shape.block, shape.cluster, shape.dynamic_shared] {
+                word(&mut file, value as usize);
+            }
             word(&mut file, Params::POINTERS);
             block(&mut file, bytemuck::bytes_of(&launch.params));
         }

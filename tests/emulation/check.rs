@@ -6,10 +6,13 @@ use half::{bf16, f16};
 
 use super::{
     build::{Build, driver},
-    case::{Buffer, Case, Outputs, POISON},
+    case::{Buffer, Case, Outputs, POISON, Shape},
     problem::{Eps, Problem, View, from_bytes, to_bytes},
 };
-use crate::kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, threads_per_row};
+use crate::{
+    kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState},
+    select::{self, Forced, Gpu},
+};
 
 const STATS: [&str; 5] = ["nll", "lse", "entropy", "max_prob", "grad_norm_sq"];
 
@@ -27,6 +30,7 @@ pub struct Results {
     pub forward: RowResults,
     pub fused: RowResults,
     pub backward: RowResults,
+    pub on_chip: Vec<RowResults>,
     pub reduced: f32,
 }
 
@@ -43,7 +47,7 @@ pub fn check_with(problem: &Problem, driver: &std::path::Path) -> Result<Results
 }
 
 struct RowRun {
-    label: &'static str,
+    label: String,
     loss: Option<Buffer>,
     /// With its view, and what the gaps between rows hold.
     grad: Option<(Buffer, View, Vec<u8>)>,
@@ -72,17 +76,13 @@ impl Runs {
             total_weight: total_weight.start(),
             ..params
         };
-        case.launch(Kernel::Reduce, weigh, 1, REDUCE_THREADS);
+        case.launch(Kernel::Reduce, weigh, Shape::plain(1, REDUCE_THREADS));
         let divisor = if p.mean { total_weight.start() } else { 0 };
 
         let mut rows = Vec::new();
         let mut launch = |case: &mut Case, kernel, params, run| {
-            case.launch(
-                kernel,
-                params,
-                p.rows() as u32,
-                threads_per_row(p.width, element.size()),
-            );
+            let threads = select::once(element, p.width).threads;
+            case.launch(kernel, params, Shape::plain(p.rows() as u32, threads));
             rows.push(run);
         };
 
@@ -123,7 +123,7 @@ impl Runs {
             reduced: reduced.start(),
             ..weigh
         };
-        case.launch(Kernel::Reduce, reduce, 1, REDUCE_THREADS);
+        case.launch(Kernel::Reduce, reduce, Shape::plain(1, REDUCE_THREADS));
 
         for (label, in_place) in [("backward", false), ("backward in place", true)] {
             let upstream = case.input("upstream", &p.upstream, 0);
@@ -136,7 +136,7 @@ impl Runs {
             };
             let (grad, params) = gradient(&mut case, p, in_place, params);
             let run = RowRun {
-                label,
+                label: label.into(),
                 loss: None,
                 grad: Some(grad),
                 stats: None,
@@ -150,26 +150,32 @@ impl Runs {
                 run,
             );
         }
-        for (label, in_place, stats) in [
-            ("fused with statistics", false, true),
-            ("fused with statistics in place", true, true),
-            ("fused in place", true, false),
-            ("fused", false, false),
-        ] {
-            let (mut run, params) =
-                row_outputs(&mut case, label, p, stats, Params { divisor, ..params });
-            let (grad, params) = gradient(&mut case, p, in_place, params);
-            run.grad = Some(grad);
-            launch(
-                &mut case,
-                Kernel::Fused {
-                    element,
-                    stats,
-                    softcap,
-                },
-                params,
-                run,
-            );
+        for (label, in_place) in [("fused", false), ("fused in place", true)] {
+            let (run, params) = fused(&mut case, label, p, in_place, Params { divisor, ..params });
+            launch(&mut case, Kernel::Fused { element, softcap }, params, run);
+        }
+        for run in &p.on_chip {
+            let place = if run.in_place { " in place" } else { "" };
+            let label = format!("on chip, {} blocks a row{place}", run.blocks_per_row);
+            let forced = Some(Forced::OnChip(Some(run.blocks_per_row)));
+            let (kernel, geometry) =
+                select::loss_and_gradient(element, softcap, p.vocab, p.width, &GPU, forced)
+                    .unwrap_or_else(|error| panic!("{error}"));
+            let params = Params {
+                divisor,
+                blocks_per_row: geometry.blocks_per_row,
+                groups_per_block: geometry.groups_per_block,
+                ..params
+            };
+            let (row_run, params) = fused(&mut case, &label, p, run.in_place, params);
+            let shape = Shape {
+                grid: p.rows() as u32 * geometry.blocks_per_row,
+                block: run.threads,
+                cluster: geometry.blocks_per_row,
+                dynamic_shared: geometry.dynamic_shared,
+            };
+            case.launch(kernel, params, shape);
+            rows.push(row_run);
         }
         Self {
             case,
@@ -178,6 +184,30 @@ impl Runs {
             reduced,
         }
     }
+}
+
+/// An H200, as far as the choice of kernels goes.
+const GPU: Gpu = Gpu {
+    multiprocessors: 132,
+    l2: 50 << 20,
+    shared_per_multiprocessor: 228 << 10,
+    shared_per_block: 227 << 10,
+    shared_reserved: 1 << 10,
+    max_cluster: 16,
+};
+
+/// Outputs of loss, statistics and gradient in one launch.
+fn fused(
+    case: &mut Case,
+    label: &str,
+    p: &Problem,
+    in_place: bool,
+    params: Params,
+) -> (RowRun, Params) {
+    let (mut run, params) = row_outputs(case, label, p, true, params);
+    let (grad, params) = gradient(case, p, in_place, params);
+    run.grad = Some(grad);
+    (run, params)
 }
 
 fn inputs(case: &mut Case, p: &Problem) -> Params {
@@ -232,7 +262,7 @@ fn stored_logits(p: &Problem) -> Vec<u8> {
 
 fn row_outputs(
     case: &mut Case,
-    label: &'static str,
+    label: &str,
     p: &Problem,
     stats: bool,
     params: Params,
@@ -245,7 +275,7 @@ fn row_outputs(
         ..params
     };
     let mut run = RowRun {
-        label,
+        label: label.into(),
         loss: Some(loss),
         grad: None,
         stats: None,
@@ -392,10 +422,11 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         backward,
         backward_in_place,
         fused,
-        others @ ..,
+        fused_in_place,
+        on_chip @ ..,
     ] = &results[..]
     else {
-        unreachable!("eight launches over rows");
+        unreachable!("six launches over rows, and those on chip");
     };
     same_bits(
         "loss with and without statistics",
@@ -407,26 +438,27 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
     for (name, (a, b)) in STATS.iter().zip(forward.stats.iter().zip(&fused.stats)) {
         same_bits(&format!("{name} with and without gradient"), a, b)?;
     }
-    for other in others {
-        same_bits(
-            "fused loss in place or without statistics",
-            &fused.loss,
-            &other.loss,
-        )?;
-        same_bits(
-            "fused gradient in place or without statistics",
-            &fused.grad,
-            &other.grad,
-        )?;
+    same_bits("fused loss in place", &fused.loss, &fused_in_place.loss)?;
+    same_bits("fused gradient in place", &fused.grad, &fused_in_place.grad)?;
+    for (i, a) in p.on_chip.iter().enumerate() {
+        for (j, b) in p.on_chip[..i].iter().enumerate() {
+            if (a.blocks_per_row, a.threads) == (b.blocks_per_row, b.threads) {
+                let (a, b) = (&on_chip[i], &on_chip[j]);
+                same_bits("loss on chip in place", &a.loss, &b.loss)?;
+                same_bits("gradient on chip in place", &a.grad, &b.grad)?;
+            }
+        }
     }
+    let on_chip = results.split_off(6);
     let mut results = results.into_iter();
     let (forward, backward, fused) = (results.next(), results.nth(1), results.nth(1));
     let all = forward.zip(backward).zip(fused);
-    let ((forward, backward), fused) = all.expect("eight launches over rows");
+    let ((forward, backward), fused) = all.expect("six launches over rows");
     Ok(Results {
         forward,
         fused,
         backward,
+        on_chip,
         reduced,
     })
 }

@@ -87,7 +87,17 @@ pub struct Problem {
     pub upstream: Vec<f32>,
     pub mean: bool,
     pub result_scale: f32,
+    /// Runs of the on-chip kernel.
+    pub on_chip: Vec<OnChip>,
     pub seeds: Vec<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OnChip {
+    pub blocks_per_row: usize,
+    pub in_place: bool,
+    /// A block's. The crate launches 256; fewer cost less here.
+    pub threads: u32,
 }
 
 impl Problem {

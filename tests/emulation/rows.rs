@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-use super::problem::{Eps, Problem, View, round};
+use super::problem::{Eps, OnChip, Problem, View, round};
 use crate::kernel_abi::Element;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -106,6 +106,13 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
         upstream: vec![0.5],
         mean: false,
         result_scale: 1.5,
+        on_chip: [(1, false), (4, true)]
+            .map(|(blocks_per_row, in_place)| OnChip {
+                blocks_per_row,
+                in_place,
+                threads: 64,
+            })
+            .to_vec(),
         seeds: vec![0, 1, 2],
     };
     for (i, row) in rows.iter().enumerate() {

@@ -1,0 +1,56 @@
+// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies. Below, a kernel that uses it traps.
+#pragma once
+
+namespace dev {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+DEVICE void sync_cluster() { __trap(); }
+template <class T> DEVICE T* map_to_rank(T* shared, unsigned) { __trap(); return shared; }
+DEVICE void mbarrier_init(uint64_t*, unsigned) { __trap(); }
+DEVICE void mbarrier_fence_init() { __trap(); }
+DEVICE void mbarrier_arrive_expect(uint64_t*, unsigned) { __trap(); }
+DEVICE void mbarrier_wait(uint64_t*, unsigned) { __trap(); }
+DEVICE void bulk_copy(void*, const void*, unsigned, uint64_t*) { __trap(); }
+#else
+DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// All threads of the cluster; orders shared memory among them.
+DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// The same place in the shared memory of another block of the cluster.
+template <class T> DEVICE T* map_to_rank(T* shared, unsigned rank) {
+  uint64_t mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(mapped);
+}
+DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(arrivals) : "memory");
+}
+// Lets bulk copies see the mbarriers that this thread initialised.
+DEVICE void mbarrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended.
+DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
+  asm volatile(
+      "{\n\t.reg .pred ended;\n"
+      "again_%=:\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n\t@!ended bra again_%=;\n\t}" ::"r"(
+          shared_address(mbarrier)),
+      "r"(parity)
+      : "memory");
+}
+// Starts a copy of global memory, multiples of 16 bytes, that completes on the mbarrier. The L2 need not keep it.
+DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(mbarrier)), "l"(policy)
+      : "memory");
+}
+#endif
+}  // namespace dev

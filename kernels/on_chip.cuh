@@ -1,0 +1,120 @@
+// A row on chip (sm_90): each block of a cluster holds a slice of the row in shared memory, so that device memory is
+// read once and written once. src/select.rs says how many blocks and how much of a row each.
+//
+// Bulk copies bring a slice in chunks, and sums start with the first. A slice keeps its distance from a 16-byte boundary,
+// so that copies and, later, the gradient's 16-byte stores need no shifting; only sums, whose groups are counted from
+// the row's first element, straddle words. Partial results of the blocks are exchanged through each other's shared memory.
+#pragma once
+#include "row.cuh"
+
+constexpr int kMaxBlocksPerRow = 16;
+constexpr int kMaxChunks = 16;
+// Groups a chunk. A multiple of the threads a block, or the order of sums would depend on it.
+constexpr int kChunkGroups = 1024;
+
+struct alignas(128) OnChip {
+  uint64_t filled[kMaxChunks];         // one mbarrier a chunk
+  Partial slices[kMaxBlocksPerRow];    // every block has all of them
+};
+static_assert(sizeof(OnChip) == 640, "src/select.rs counts it");
+
+// The slice of block `rank`; the last one has the padding.
+template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {
+  const int vocab = static_cast<int>(p.vocab), length = static_cast<int>(p.groups_per_block) * kGroup<T>;
+  const long long first = static_cast<long long>(rank) * length;
+  const int begin = first < vocab ? static_cast<int>(first) : vocab;
+  const int classes = vocab - begin < length ? vocab - begin : length;
+  const bool last = rank + 1 == static_cast<int>(p.blocks_per_row);
+  return {begin, classes, last ? static_cast<int>(p.width) - begin : classes};
+}
+
+DEVICE int chunks_of(int groups) { return (groups + kChunkGroups - 1) / kChunkGroups; }
+
+// Starts the copies of a slice into `image`, whose first word holds the 16 bytes that the slice starts in. One thread.
+//
+// Chunk c brings what its groups need that earlier chunks did not: as a group may straddle two words, the word after
+// its last group too. Words that are not wholly in the slice are left out.
+template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const T* x, int count, unsigned phase) {
+  const int groups = (count + kGroup<T> - 1) / kGroup<T>;
+  const int words = static_cast<int>((phase + count * sizeof(T)) / 16);
+  const char* from = reinterpret_cast<const char*>(x) - phase;
+  const int chunks = chunks_of(groups);
+  for (int c = 0; c < chunks; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
+  dev::mbarrier_fence_init();
+  int begin = phase == 0 ? 0 : 1;
+  for (int c = 0; c < chunks; c++) {
+    const int limit = (c + 1) * kChunkGroups + 1, end = limit < words ? limit : words;
+    const unsigned bytes = end > begin ? static_cast<unsigned>(end - begin) * 16 : 0;
+    dev::mbarrier_arrive_expect(&on_chip->filled[c], bytes);
+    if (bytes != 0) dev::bulk_copy(image + begin * 16, from + begin * 16, bytes, &on_chip->filled[c]);
+    begin = end > begin ? end : begin;
+  }
+}
+
+// Copies the elements of the slice that share a word with others: fewer than a word at either end.
+template <class T> DEVICE void copy_edges(T* on_chip, const T* x, int count, unsigned phase, int lane) {
+  const int before = phase == 0 ? 0 : kGroup<T> - static_cast<int>(phase / sizeof(T));
+  const int head = before < count ? before : count;
+  const int tail = (count - head) % kGroup<T>;
+  if (lane < head) on_chip[lane] = x[lane];
+  if (lane < tail) on_chip[count - 1 - lane] = x[count - 1 - lane];
+}
+
+DEVICE void sync_row(bool one_block) {
+  if (one_block) dev::sync_block();
+  else dev::sync_cluster();
+}
+
+template <class T, bool SOFTCAP> DEVICE void row_on_chip(const Params& p) {
+  DYNAMIC_SHARED(memory);
+  SHARED_ARRAY(Partial, scratch, 32);
+  const uint64_t row = blockIdx.x / p.blocks_per_row;
+  const int rank = static_cast<int>(blockIdx.x % p.blocks_per_row);
+  const bool one_block = p.blocks_per_row == 1;
+  const Stretch slice = slice_of_row<T>(p, rank);
+  const RowInputs in = read_inputs(p, row);
+  if (in.kind != RowKind::kCounted) {  // the whole cluster
+    const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
+    if (rank == 0) finish_unused_row<true>(p, row, value);
+    fill_gradient<T>(p, row, value, slice);
+    return;
+  }
+  OnChip* on_chip = reinterpret_cast<OnChip*>(memory);
+  const T* logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
+  char* image = reinterpret_cast<char*>(memory) + sizeof(OnChip);
+  T* x = reinterpret_cast<T*>(image + phase);
+  // The two warps do this at once; only the second waits for the memory.
+  if (threadIdx.x == 0) start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
+  if (threadIdx.x / 32 == 1) {
+    copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
+  }
+  const float x_y = widen_one(logits[in.target]);
+  const Transform<SOFTCAP> transform(p);
+  sync_row(one_block);  // edges and mbarriers are there; the other blocks have started, so their memory may be written
+
+  Partial a = empty_partial();
+  const RowReader<T> reader(x, slice.classes, 0);
+  const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
+  for (int c = 0; c < chunks_of(groups); c++) {
+    dev::mbarrier_wait(&on_chip->filled[c], 0);
+    const int begin = c * kChunkGroups, end = begin + kChunkGroups < groups ? begin + kChunkGroups : groups;
+    for_each_group<T, 2, false, false>(reader, begin, end, [&](int group, float (&x)[kGroup<T>], bool) {
+      hide_target<T>(x, group, target);
+      add_group<true, SOFTCAP>(a, x, group, transform);
+    });
+  }
+  a = merge_block<true>(a, scratch);
+  if (threadIdx.x < p.blocks_per_row) {
+    find_column(a, x, slice);
+    if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
+  }
+  if (!one_block) {
+    // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
+    dev::sync_cluster();
+    const unsigned lane = threadIdx.x % 32;
+    a = merge_warp<true>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
+  }
+  const RowState state = finish_row<true, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
+  write_gradient<T, SOFTCAP, 2, false>(p, row, x, slice, in, state, gradient_scale(p, row), transform);
+}

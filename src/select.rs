@@ -1,0 +1,296 @@
+//! Which kernel computes loss and gradient of a row, and in which geometry: one function of the row's length and type
+//! and of the GPU. It sees neither the number of rows nor an address, so that a row's bits depend on neither.
+//!
+//! Also compiled into the emulation tests, so nothing here may depend on CUDA.
+
+use crate::kernel_abi::{Element, Kernel};
+
+/// What the choice depends on of a GPU. Bytes, unless it says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    pub multiprocessors: usize,
+    pub l2: usize,
+    pub shared_per_multiprocessor: usize,
+    /// Most that a block may have, if it asks.
+    pub shared_per_block: usize,
+    /// What the system takes of every block's.
+    pub shared_reserved: usize,
+    /// Blocks a cluster may have; 0 where the on-chip kernels are not compiled for this GPU or cannot run on it.
+    pub max_cluster: usize,
+}
+
+/// A user's choice, for experiments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forced {
+    General,
+    /// With so many blocks a row, or as many as would be chosen.
+    OnChip(Option<usize>),
+}
+
+impl Forced {
+    /// From the value of [`OVERRIDE`]: `general`, `on-chip`, or `on-chip:4` for clusters of 4.
+    pub fn parse(value: &str) -> Result<Self, String> {
+        let cluster = |text: &str| match text.parse() {
+            Ok(blocks @ (1 | 2 | 4 | 8 | 16)) => Some(Self::OnChip(Some(blocks))),
+            _ => None,
+        };
+        match value {
+            "general" => Some(Self::General),
+            "on-chip" => Some(Self::OnChip(None)),
+            _ => value.strip_prefix("on-chip:").and_then(cluster),
+        }
+        .ok_or_else(|| {
+            format!("{OVERRIDE}: {value:?}, must be general, on-chip, or on-chip:N with N 1, 2, 4, 8 or 16")
+        })
+    }
+}
+
+/// Environment variable with a [`Forced`].
+pub const OVERRIDE: &str = "CANDLE_CROSS_ENTROPY_KERNEL";
+
+/// Shape of a launch over rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    pub threads: u32,
+    /// Blocks that share a row, and 16-byte groups of the row that each has. General kernels: 1, and all.
+    pub blocks_per_row: u32,
+    pub groups_per_block: u32,
+    pub dynamic_shared: u32,
+}
+
+/// Threads a block of the on-chip kernels.
+pub const ON_CHIP_THREADS: u32 = 256;
+/// Mbarriers and partial results before a slice in shared memory (`OnChip` in kernels/on_chip.cuh), and what the
+/// on-chip and the fused kernels have besides, to merge the warps' partial results.
+const ON_CHIP_HEADER: usize = 640;
+pub const STATIC_SHARED: usize = 1024;
+/// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
+const BLOCKS_A_MULTIPROCESSOR: usize = 3;
+/// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
+const SHORTEST_ON_CHIP: usize = 16 * 1024;
+/// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
+const CHUNK_GROUPS: usize = 1024;
+const MAX_CHUNKS: usize = 16;
+
+/// Threads a block of the general kernels for a row of `width` elements of `element_size` bytes: enough for about four
+/// 16-byte vectors a thread, a whole number of warps.
+pub fn threads_per_row(width: usize, element_size: usize) -> u32 {
+    let vectors = (width * element_size).div_ceil(16);
+    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 256)
+}
+
+/// For the kernels that go over a row once.
+pub fn once(element: Element, width: usize) -> Geometry {
+    Geometry {
+        threads: threads_per_row(width, element.size()),
+        blocks_per_row: 1,
+        groups_per_block: (width * element.size()).div_ceil(16) as u32,
+        dynamic_shared: 0,
+    }
+}
+
+/// For loss and gradient of rows of `width` elements, `vocab` of them classes. An error where the forced kernel cannot
+/// run.
+pub fn loss_and_gradient(
+    element: Element,
+    softcap: bool,
+    vocab: usize,
+    width: usize,
+    gpu: &Gpu,
+    forced: Option<Forced>,
+) -> Result<(Kernel, Geometry), String> {
+    let on_chip = match forced {
+        Some(Forced::General) => None,
+        Some(Forced::OnChip(blocks)) => {
+            let found = on_chip(element, vocab, gpu, blocks);
+            Some(found.ok_or_else(|| {
+                format!(
+                    "{OVERRIDE}: a row of {vocab} {} does not fit on this GPU's chip so",
+                    element.name()
+                )
+            })?)
+        }
+        None if vocab * element.size() < SHORTEST_ON_CHIP => None,
+        None => on_chip(element, vocab, gpu, None),
+    };
+    Ok(match on_chip {
+        Some(geometry) => (Kernel::OnChip { element, softcap }, geometry),
+        None => (
+            Kernel::Fused { element, softcap },
+            twice(element, width, gpu),
+        ),
+    })
+}
+
+/// The smallest cluster of which several blocks fit on a multiprocessor, else the largest there may be, if it fits.
+fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> Option<Geometry> {
+    let groups = (vocab * element.size()).div_ceil(16);
+    // A slice may start inside a word, and then ends in one more.
+    let dynamic = |blocks: usize| ON_CHIP_HEADER + (groups.div_ceil(blocks) + 1) * 16;
+    let several_fit = |blocks: usize| {
+        let block = dynamic(blocks) + STATIC_SHARED + gpu.shared_reserved;
+        BLOCKS_A_MULTIPROCESSOR * block <= gpu.shared_per_multiprocessor
+    };
+    let mut allowed = [1, 2, 4, 8, 16]
+        .into_iter()
+        .filter(|&b| b <= gpu.max_cluster);
+    let largest = allowed.clone().next_back()?;
+    let blocks = match blocks {
+        Some(blocks) => allowed.find(|&b| b == blocks)?,
+        None => allowed.find(|&b| several_fit(b)).unwrap_or(largest),
+    };
+    let fits = dynamic(blocks) + STATIC_SHARED <= gpu.shared_per_block
+        && groups.div_ceil(blocks) <= CHUNK_GROUPS * MAX_CHUNKS;
+    fits.then(|| Geometry {
+        threads: ON_CHIP_THREADS,
+        blocks_per_row: blocks as u32,
+        groups_per_block: groups.div_ceil(blocks) as u32,
+        dynamic_shared: dynamic(blocks) as u32,
+    })
+}
+
+/// For the general kernel that goes over a row twice: no more rows at work than half of the L2 holds, so that the
+/// second read finds them there. Unused shared memory keeps further blocks away.
+fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
+    let rows = gpu.l2 / 2 / (width * element.size()).max(1);
+    let blocks = (rows / gpu.multiprocessors.max(1)).max(1);
+    let per_block = gpu.shared_per_multiprocessor / blocks;
+    // Where more blocks fit than ever run at once, nothing is to be kept away.
+    let keeps_away = if blocks < 8 { per_block } else { 0 };
+    let most = gpu.shared_per_block.saturating_sub(STATIC_SHARED);
+    Geometry {
+        dynamic_shared: keeps_away
+            .saturating_sub(STATIC_SHARED + gpu.shared_reserved)
+            .min(most) as u32,
+        ..once(element, width)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: Gpu = Gpu {
+        multiprocessors: 132,
+        l2: 50 << 20,
+        shared_per_multiprocessor: 228 << 10,
+        shared_per_block: 227 << 10,
+        shared_reserved: 1 << 10,
+        max_cluster: 16,
+    };
+    const A100: Gpu = Gpu {
+        multiprocessors: 108,
+        l2: 40 << 20,
+        shared_per_multiprocessor: 164 << 10,
+        shared_per_block: 163 << 10,
+        shared_reserved: 1 << 10,
+        max_cluster: 0,
+    };
+
+    fn choose(element: Element, vocab: usize, gpu: &Gpu) -> (Kernel, Geometry) {
+        loss_and_gradient(element, false, vocab, vocab, gpu, None).expect("nothing is forced")
+    }
+
+    /// Blocks a row; 0 for the general kernel.
+    fn blocks(element: Element, vocab: usize, gpu: &Gpu) -> u32 {
+        match choose(element, vocab, gpu) {
+            (Kernel::OnChip { .. }, geometry) => geometry.blocks_per_row,
+            _ => 0,
+        }
+    }
+
+    #[test]
+    fn table_for_an_h200() {
+        let vocabularies = [
+            1000, 8191, 8192, 32000, 50257, 128256, 151936, 202048, 262144,
+        ];
+        let table = |element| vocabularies.map(|vocab| blocks(element, vocab, &H200));
+        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 4, 8, 8, 8]);
+        assert_eq!(table(Element::F16), table(Element::BF16));
+        assert_eq!(table(Element::F32), [0, 1, 1, 2, 4, 8, 16, 16, 16]);
+    }
+
+    #[test]
+    fn every_choice_fits() {
+        for element in Element::ALL {
+            for vocab in (1..20)
+                .map(|i| 3 * i)
+                .chain((12..23).flat_map(|i| [(1 << i) - 1, 1 << i, (1 << i) + 1]))
+            {
+                for max_cluster in [0, 1, 8, 16] {
+                    let gpu = Gpu {
+                        max_cluster,
+                        ..H200
+                    };
+                    let (kernel, g) = choose(element, vocab, &gpu);
+                    let row = (vocab * element.size()).div_ceil(16);
+                    assert!(
+                        (g.blocks_per_row * g.groups_per_block) as usize >= row,
+                        "{vocab}"
+                    );
+                    assert!(
+                        g.dynamic_shared as usize + STATIC_SHARED <= gpu.shared_per_block,
+                        "{vocab}"
+                    );
+                    assert!(g.blocks_per_row as usize <= max_cluster.max(1), "{vocab}");
+                    if let Kernel::OnChip { .. } = kernel {
+                        let image = ON_CHIP_HEADER + 16 * (g.groups_per_block as usize + 1);
+                        assert!(image <= g.dynamic_shared as usize, "{vocab}");
+                        assert!(
+                            g.groups_per_block as usize <= CHUNK_GROUPS * MAX_CHUNKS,
+                            "{vocab}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// With 16 blocks not allowed, rows that are too long for 8 go the general way.
+    #[test]
+    fn rows_that_do_not_fit() {
+        let gpu = Gpu {
+            max_cluster: 8,
+            ..H200
+        };
+        assert_eq!(blocks(Element::F32, 262144, &gpu), 8);
+        assert_eq!(blocks(Element::F32, 1 << 20, &gpu), 0);
+        assert_eq!(blocks(Element::F32, 1 << 19, &H200), 16);
+        assert_eq!(blocks(Element::BF16, 50257, &A100), 0);
+    }
+
+    /// What is at work of the general kernel stays in half of the L2 where that is possible at all.
+    #[test]
+    fn rows_at_work_fit_in_the_l2() {
+        let at_work = |element, vocab| {
+            let (_, g) = choose(element, vocab, &A100);
+            let block = g.dynamic_shared as usize + STATIC_SHARED + A100.shared_reserved;
+            A100.shared_per_multiprocessor / block
+        };
+        assert_eq!(at_work(Element::BF16, 32000), 3);
+        assert_eq!(at_work(Element::BF16, 50257), 1);
+        assert_eq!(at_work(Element::F32, 262144), 1);
+        assert_eq!(choose(Element::BF16, 4096, &A100).1.dynamic_shared, 0);
+    }
+
+    #[test]
+    fn forced() {
+        let force = |value: &str, vocab| {
+            let forced = Some(Forced::parse(value)?);
+            loss_and_gradient(Element::BF16, false, vocab, vocab, &H200, forced)
+        };
+        assert!(matches!(
+            force("general", 50257),
+            Ok((Kernel::Fused { .. }, _))
+        ));
+        assert_eq!(force("on-chip", 100).expect("fits").1.blocks_per_row, 1);
+        assert_eq!(force("on-chip:8", 50257).expect("fits").1.blocks_per_row, 8);
+        assert!(force("on-chip:1", 262144).is_err_and(|error| error.contains("262144")));
+        for bad in ["", "fused", "on-chip:", "on-chip:3", "on-chip:32"] {
+            assert!(
+                force(bad, 100).is_err_and(|error| error.contains(OVERRIDE)),
+                "{bad}"
+            );
+        }
+    }
+}
