@@ -139,13 +139,15 @@ impl Inputs {
         })
     }
 
-    /// The first and last rows' losses and gradients, from each entry point that is timed, against the reference.
+    /// The first four and the last four rows' losses and gradients, from each entry point that is timed, against the
+    /// reference.
     fn check(&self) -> Result<Worst> {
-        let (n, device) = (self.n, self.logits.device());
-        let rows: Vec<usize> = (0..n).filter(|&i| i < 4 || i + 4 >= n).collect();
-        let index = rows.iter().map(|&i| i as u32).collect::<Vec<_>>();
-        let index = Tensor::from_vec(index, rows.len(), device)?;
-        let pick = |tensor: &Tensor| tensor.index_select(&index, 0);
+        let first = self.n.min(4);
+        let last = (self.n - first).min(4);
+        let pick = |t: &Tensor| {
+            let parts = [t.narrow(0, 0, first)?, t.narrow(0, self.n - last, last)?];
+            Tensor::cat(&parts[..1 + usize::from(last > 0)], 0)
+        };
         let plain = CrossEntropy::new().reduction(Reduction::None);
         let expected = plain
             .clone()

@@ -61,7 +61,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "one gradient too many is written", file: "row.cuh", builds: PLAIN, times: 1,
         find: "if (i >= 0 && i < width) grad[i]", replace: "if (i >= 0 && i <= width) grad[i]" },
     Mutant { name: "padding is read", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "reader(x, vocab, lead)", replace: "reader(x, width, lead)" },
+        find: "reader(x, classes, lead)", replace: "reader(x, width, lead)" },
     Mutant { name: "no smoothing in the loss", file: "row.cuh", builds: PLAIN, times: 1,
         find: "if (in.smoothing != 0.f) loss", replace: "if (false) loss" },
     Mutant { name: "no smoothing in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
@@ -89,13 +89,13 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "0 times infinity", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "  if (a.classes == 0) return;\n", replace: "" },
     Mutant { name: "the target is read again when it is overwritten", file: "cross_entropy.cu", builds: PLAIN, times: 1,
-        find: "gradient_scale(p, row), transform);\n  }",
-        replace: "gradient_scale(p, row), transform);\n    dev::sync_block();\n    \
-                  finish_row<T, STATS, SOFTCAP>(p, row, in, others, x, widen_one(x[in.target]), transform);\n  }" },
+        find: "in, state, gradient_scale(p, row), transform);\n  }",
+        replace: "in, state, gradient_scale(p, row), transform);\n    dev::sync_block();\n    \
+                  finish_row<STATS, SOFTCAP>(p, row, in, others, widen_one(x[in.target]), transform, writes);\n  }" },
     Mutant { name: "p − 1 by a difference", file: "row.cuh", builds: PLAIN, times: 1,
         find: "dev::expm1(kLn2 * log2_p)", replace: "dev::exp2_approx(log2_p) - 1.f" },
     Mutant { name: "the last of equal logits is predicted", file: "partial.cuh", builds: PLAIN, times: 1,
-        find: "a.group <= b.group", replace: "a.group >= b.group" },
+        find: "a.at <= b.at", replace: "a.at >= b.at" },
     Mutant { name: "the wrong stride", file: "row.cuh", builds: PLAIN, times: 1,
         find: "rows.strides[rows.dims - 1]", replace: "rows.strides[0]" },
     Mutant { name: "ignored rows count", file: "row.cuh", builds: PLAIN, times: 1,
@@ -104,6 +104,40 @@ const MUTANTS: &[Mutant] = &[
         find: "target >= 0 && target < static_cast<long long>(p.vocab)", replace: "target >= 0" },
     Mutant { name: "the wrong bad row is reported", file: "row.cuh", builds: PLAIN, times: 1,
         find: "row * 4 + kind", replace: "row + kind" },
+    Mutant { name: "a cluster that does not meet before it works", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "  sync_row(one_block);  // edges", replace: "  // edges" },
+    Mutant { name: "no barrier after the blocks' results are sent", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "    dev::sync_cluster();\n    const unsigned lane", replace: "    const unsigned lane" },
+    Mutant { name: "all blocks' results in one place", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "&on_chip->slices[rank]", replace: "&on_chip->slices[0]" },
+    Mutant { name: "every block writes the loss", file: "on_chip.cuh", builds: RACES, times: 1,
+        find: "rank == 0 && threadIdx.x == 0", replace: "threadIdx.x == 0" },
+    Mutant { name: "a slice's first elements are not copied", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "if (lane < head)", replace: "if (lane < head - 1)" },
+    Mutant { name: "a slice's last elements are not copied", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "if (lane < tail)", replace: "if (lane < tail - 1)" },
+    Mutant { name: "the word before a row is copied", file: "on_chip.cuh", builds: SANITIZED, times: 1,
+        find: "int begin = phase == 0 ? 0 : 1;", replace: "int begin = 0;" },
+    Mutant { name: "a word that a chunk straddles comes with the next", file: "on_chip.cuh", builds: RACES, times: 1,
+        find: "(c + 1) * kChunkGroups + 1,", replace: "(c + 1) * kChunkGroups," },
+    Mutant { name: "chunks are not waited for", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "dev::mbarrier_wait(&on_chip->filled[c], 0);", replace: "" },
+    Mutant { name: "the first chunk is waited for, over and over", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "dev::mbarrier_wait(&on_chip->filled[c], 0);", replace: "dev::mbarrier_wait(&on_chip->filled[0], 0);" },
+    Mutant { name: "copies that may not see their mbarrier", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "dev::mbarrier_fence_init();", replace: "" },
+    Mutant { name: "a block without classes leaves", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "  const RowInputs in = read_inputs(p, row);",
+        replace: "  const RowInputs in = read_inputs(p, row);\n  if (slice.classes == 0) return;" },
+    Mutant { name: "padding of a cluster's row is left as it is", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "last ? static_cast<int>(p.width) - begin : classes", replace: "classes" },
+    Mutant { name: "the target's place in the row, not in the slice", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "target = in.target - slice.begin;", replace: "target = in.target;" },
+    Mutant { name: "the column in the slice, not in the row", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "static_cast<unsigned>(stretch.begin + start + k)", replace: "static_cast<unsigned>(start + k)" },
+    Mutant { name: "a slice is a group too long", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "const int classes = vocab - begin < length ? vocab - begin : length;",
+        replace: "const int classes = vocab - begin < length + kGroup<T> ? vocab - begin : length + kGroup<T>;" },
 ];
 
 /// Enough of the grid to find every mutant, and little.
@@ -142,7 +176,11 @@ fn problems() -> Vec<Problem> {
         grad_view: View { offset: 4, ..view },
         ..problem("strided and padded", Element::F32, 41, &rows)
     };
-    vec![small, precise, softcap, warps, padded]
+    // Two chunks, and words that groups straddle.
+    let mut chunks = problem("chunks", Element::F32, 4200, &rows[..1]);
+    (chunks.logits_view.offset, chunks.grad_view.offset) = (4, 4);
+    chunks.seeds = vec![0, 1, 2, 3];
+    vec![small, precise, softcap, warps, padded, chunks]
 }
 
 /// The first complaint, if any.
