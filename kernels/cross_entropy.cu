@@ -4,7 +4,7 @@
 //   ce_forward_*   row losses (and statistics) from one read of the logits
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
 //   ce_fused_*     both, with statistics, in one launch: the second read of a row finds it in the cache
-//   ce_onchip_*    the same for sm_90, a cluster of blocks a row: no second read (on_chip.cuh)
+//   ce_onchip_*    forward and fused for sm_90, a cluster of blocks a row: no second read (on_chip.cuh)
 //   ce_reduce      row losses to the result, in a fixed order
 //
 // Line by line the mathematics is that of src/reference.rs.
@@ -53,7 +53,9 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
   ROW_KERNEL ce_forward_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, false>(p); }                    \
   ROW_KERNEL ce_forward_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, false>(p); }             \
   ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                        \
-  ON_CHIP_KERNEL ce_onchip_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, SOFTCAP>(p); }                            \
+  ON_CHIP_KERNEL ce_onchip_forward_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, false, SOFTCAP, false>(p); }       \
+  ON_CHIP_KERNEL ce_onchip_forward_##TYPE##_stats##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, false>(p); } \
+  ON_CHIP_KERNEL ce_onchip_fused_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, true>(p); }           \
   ROW_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
 #define INSTANTIATE(TYPE)              \
   INSTANTIATE_SOFTCAP(TYPE, , false)   \

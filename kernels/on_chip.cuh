@@ -1,5 +1,5 @@
 // A row on chip (sm_90): each block of a cluster holds a slice of the row in shared memory, so that device memory is
-// read once and written once. src/select.rs says how many blocks and how much of a row each.
+// read once and, for the gradient, written once. src/select.rs says how many blocks and how much of a row each.
 //
 // Bulk copies bring a slice in chunks, and sums start with the first. A slice keeps its distance from a 16-byte boundary,
 // so that copies and, later, the gradient's 16-byte stores need no shifting; only sums, whose groups are counted from
@@ -65,7 +65,7 @@ DEVICE void sync_row(bool one_block) {
   else dev::sync_cluster();
 }
 
-template <class T, bool SOFTCAP> DEVICE void row_on_chip(const Params& p) {
+template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(Partial, scratch, 32);
   const uint64_t row = blockIdx.x / p.blocks_per_row;
@@ -75,8 +75,8 @@ template <class T, bool SOFTCAP> DEVICE void row_on_chip(const Params& p) {
   const RowInputs in = read_inputs(p, row);
   if (in.kind != RowKind::kCounted) {  // the whole cluster
     const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
-    if (rank == 0) finish_unused_row<true>(p, row, value);
-    fill_gradient<T>(p, row, value, slice);
+    if (rank == 0) finish_unused_row<STATS>(p, row, value);
+    if constexpr (GRAD) fill_gradient<T>(p, row, value, slice);
     return;
   }
   OnChip* on_chip = reinterpret_cast<OnChip*>(memory);
@@ -101,20 +101,22 @@ template <class T, bool SOFTCAP> DEVICE void row_on_chip(const Params& p) {
     const int begin = c * kChunkGroups, end = begin + kChunkGroups < groups ? begin + kChunkGroups : groups;
     for_each_group<T, 2, false, false>(reader, begin, end, [&](int group, float (&x)[kGroup<T>], bool) {
       hide_target<T>(x, group, target);
-      add_group<true, SOFTCAP>(a, x, group, transform);
+      add_group<STATS, SOFTCAP>(a, x, group, transform);
     });
   }
-  a = merge_block<true>(a, scratch);
+  a = merge_block<STATS>(a, scratch);
   if (threadIdx.x < p.blocks_per_row) {
-    find_column(a, x, slice);
+    if constexpr (STATS) find_column(a, x, slice);
     if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
   }
   if (!one_block) {
     // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
     dev::sync_cluster();
     const unsigned lane = threadIdx.x % 32;
-    a = merge_warp<true>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
+    a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
   }
-  const RowState state = finish_row<true, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
-  write_gradient<T, SOFTCAP, 2, false>(p, row, x, slice, in, state, gradient_scale(p, row), transform);
+  const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
+  if constexpr (GRAD) {
+    write_gradient<T, SOFTCAP, 2, false>(p, row, x, slice, in, state, gradient_scale(p, row), transform);
+  }
 }

@@ -154,11 +154,25 @@ pub enum Kernel {
         softcap: bool,
     },
     /// Gradient of every row from its [`RowState`]; one block a row.
-    Backward { element: Element, softcap: bool },
+    Backward {
+        element: Element,
+        softcap: bool,
+    },
     /// Loss, statistics and gradient of every row; one block a row.
-    Fused { element: Element, softcap: bool },
-    /// The same, a cluster of blocks a row, which stays on chip. Needs sm_90.
-    OnChip { element: Element, softcap: bool },
+    Fused {
+        element: Element,
+        softcap: bool,
+    },
+    /// The same two, a cluster of blocks a row, which stays on chip. They need sm_90.
+    OnChipForward {
+        element: Element,
+        stats: bool,
+        softcap: bool,
+    },
+    OnChipFused {
+        element: Element,
+        softcap: bool,
+    },
     /// Row losses to a scalar, or total weight; one block.
     Reduce,
 }
@@ -179,9 +193,18 @@ impl Kernel {
             } => name("forward", element, stats, softcap),
             Self::Backward { element, softcap } => name("backward", element, false, softcap),
             Self::Fused { element, softcap } => name("fused", element, false, softcap),
-            Self::OnChip { element, softcap } => name("onchip", element, false, softcap),
+            Self::OnChipForward {
+                element,
+                stats,
+                softcap,
+            } => name("onchip_forward", element, stats, softcap),
+            Self::OnChipFused { element, softcap } => name("onchip_fused", element, false, softcap),
             Self::Reduce => "ce_reduce".into(),
         }
+    }
+
+    pub fn is_on_chip(self) -> bool {
+        matches!(self, Self::OnChipForward { .. } | Self::OnChipFused { .. })
     }
 
     /// Every kernel there is.
@@ -191,9 +214,14 @@ impl Kernel {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });
                 all.push(Self::Fused { element, softcap });
-                all.push(Self::OnChip { element, softcap });
+                all.push(Self::OnChipFused { element, softcap });
                 for stats in [false, true] {
                     all.push(Self::Forward {
+                        element,
+                        stats,
+                        softcap,
+                    });
+                    all.push(Self::OnChipForward {
                         element,
                         stats,
                         softcap,

@@ -1,5 +1,5 @@
-//! Which kernel computes loss and gradient of a row, and in which geometry: one function of the row's length and type
-//! and of the GPU. It sees neither the number of rows nor an address, so that a row's bits depend on neither.
+//! Which kernel computes a row, and in which geometry: functions of the row's length and type and of the GPU. They see
+//! neither the number of rows nor an address, so that a row's bits depend on neither.
 //!
 //! Also compiled into the emulation tests, so nothing here may depend on CUDA.
 
@@ -74,52 +74,87 @@ const MAX_CHUNKS: usize = 16;
 
 /// Threads a block of the general kernels for a row of `width` elements of `element_size` bytes: enough for about four
 /// 16-byte vectors a thread, a whole number of warps.
-pub fn threads_per_row(width: usize, element_size: usize) -> u32 {
+fn threads_per_row(width: usize, element_size: usize) -> u32 {
     let vectors = (width * element_size).div_ceil(16);
     (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 256)
 }
 
-/// For the kernels that go over a row once.
-pub fn once(element: Element, width: usize) -> Geometry {
+/// For loss and statistics of rows of `width` elements, `vocab` of them classes. An error where the forced kernel cannot
+/// run.
+pub fn forward(
+    (element, stats, softcap): (Element, bool, bool),
+    (vocab, width): (usize, usize),
+    gpu: &Gpu,
+    forced: Option<Forced>,
+) -> Result<(Kernel, Geometry), String> {
+    Ok(match on_chip_if_chosen(element, vocab, gpu, forced)? {
+        Some(geometry) => (
+            Kernel::OnChipForward {
+                element,
+                stats,
+                softcap,
+            },
+            geometry,
+        ),
+        None => (
+            Kernel::Forward {
+                element,
+                stats,
+                softcap,
+            },
+            once(element, width),
+        ),
+    })
+}
+
+/// For the gradient given the forward's normalisers: no row needs to stay anywhere.
+pub fn backward(element: Element, softcap: bool, width: usize) -> (Kernel, Geometry) {
+    (Kernel::Backward { element, softcap }, once(element, width))
+}
+
+/// For loss, statistics and gradient, as [`forward`].
+pub fn loss_and_gradient(
+    (element, softcap): (Element, bool),
+    (vocab, width): (usize, usize),
+    gpu: &Gpu,
+    forced: Option<Forced>,
+) -> Result<(Kernel, Geometry), String> {
+    Ok(match on_chip_if_chosen(element, vocab, gpu, forced)? {
+        Some(geometry) => (Kernel::OnChipFused { element, softcap }, geometry),
+        None => (
+            Kernel::Fused { element, softcap },
+            twice(element, width, gpu),
+        ),
+    })
+}
+
+fn on_chip_if_chosen(
+    element: Element,
+    vocab: usize,
+    gpu: &Gpu,
+    forced: Option<Forced>,
+) -> Result<Option<Geometry>, String> {
+    match forced {
+        Some(Forced::General) => Ok(None),
+        Some(Forced::OnChip(blocks)) => match on_chip(element, vocab, gpu, blocks) {
+            Some(geometry) => Ok(Some(geometry)),
+            None => Err(format!(
+                "{OVERRIDE}: a row of {vocab} {} does not fit on this GPU's chip so",
+                element.name()
+            )),
+        },
+        None if vocab * element.size() < SHORTEST_ON_CHIP => Ok(None),
+        None => Ok(on_chip(element, vocab, gpu, None)),
+    }
+}
+
+fn once(element: Element, width: usize) -> Geometry {
     Geometry {
         threads: threads_per_row(width, element.size()),
         blocks_per_row: 1,
         groups_per_block: (width * element.size()).div_ceil(16) as u32,
         dynamic_shared: 0,
     }
-}
-
-/// For loss and gradient of rows of `width` elements, `vocab` of them classes. An error where the forced kernel cannot
-/// run.
-pub fn loss_and_gradient(
-    element: Element,
-    softcap: bool,
-    vocab: usize,
-    width: usize,
-    gpu: &Gpu,
-    forced: Option<Forced>,
-) -> Result<(Kernel, Geometry), String> {
-    let on_chip = match forced {
-        Some(Forced::General) => None,
-        Some(Forced::OnChip(blocks)) => {
-            let found = on_chip(element, vocab, gpu, blocks);
-            Some(found.ok_or_else(|| {
-                format!(
-                    "{OVERRIDE}: a row of {vocab} {} does not fit on this GPU's chip so",
-                    element.name()
-                )
-            })?)
-        }
-        None if vocab * element.size() < SHORTEST_ON_CHIP => None,
-        None => on_chip(element, vocab, gpu, None),
-    };
-    Ok(match on_chip {
-        Some(geometry) => (Kernel::OnChip { element, softcap }, geometry),
-        None => (
-            Kernel::Fused { element, softcap },
-            twice(element, width, gpu),
-        ),
-    })
 }
 
 /// The smallest cluster of which several blocks fit on a multiprocessor, else the largest there may be, if it fits.
@@ -188,13 +223,13 @@ mod tests {
     };
 
     fn choose(element: Element, vocab: usize, gpu: &Gpu) -> (Kernel, Geometry) {
-        loss_and_gradient(element, false, vocab, vocab, gpu, None).expect("nothing is forced")
+        loss_and_gradient((element, false), (vocab, vocab), gpu, None).expect("nothing is forced")
     }
 
     /// Blocks a row; 0 for the general kernel.
     fn blocks(element: Element, vocab: usize, gpu: &Gpu) -> u32 {
         match choose(element, vocab, gpu) {
-            (Kernel::OnChip { .. }, geometry) => geometry.blocks_per_row,
+            (Kernel::OnChipFused { .. }, geometry) => geometry.blocks_per_row,
             _ => 0,
         }
     }
@@ -233,7 +268,7 @@ mod tests {
                         "{vocab}"
                     );
                     assert!(g.blocks_per_row as usize <= max_cluster.max(1), "{vocab}");
-                    if let Kernel::OnChip { .. } = kernel {
+                    if kernel.is_on_chip() {
                         let image = ON_CHIP_HEADER + 16 * (g.groups_per_block as usize + 1);
                         assert!(image <= g.dynamic_shared as usize, "{vocab}");
                         assert!(
@@ -273,11 +308,35 @@ mod tests {
         assert_eq!(choose(Element::BF16, 4096, &A100).1.dynamic_shared, 0);
     }
 
+    /// So that the loss has the same bits with and without a gradient.
+    #[test]
+    fn forward_divides_rows_as_the_gradient_does() {
+        for element in Element::ALL {
+            for vocab in [1000, 32000, 50257, 262144] {
+                let kind = (element, true, false);
+                let (kernel, geometry) =
+                    forward(kind, (vocab, vocab), &H200, None).expect("nothing is forced");
+                assert_eq!((kernel.is_on_chip(), geometry), {
+                    let (kernel, geometry) = choose(element, vocab, &H200);
+                    let no_throttle = Geometry {
+                        dynamic_shared: if kernel.is_on_chip() {
+                            geometry.dynamic_shared
+                        } else {
+                            0
+                        },
+                        ..geometry
+                    };
+                    (kernel.is_on_chip(), no_throttle)
+                });
+            }
+        }
+    }
+
     #[test]
     fn forced() {
         let force = |value: &str, vocab| {
             let forced = Some(Forced::parse(value)?);
-            loss_and_gradient(Element::BF16, false, vocab, vocab, &H200, forced)
+            loss_and_gradient((Element::BF16, false), (vocab, vocab), &H200, forced)
         };
         assert!(matches!(
             force("general", 50257),

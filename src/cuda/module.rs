@@ -101,8 +101,9 @@ fn describe(
         match kernel {
             Kernel::Fused { .. } => function.set_attribute(most, dynamic)?,
             // Code made from PTX of an older architecture holds a trap instead.
-            Kernel::OnChip { .. }
-                if clusters
+            kernel
+                if kernel.is_on_chip()
+                    && clusters
                     && function
                         .get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
                         >= 90 =>
@@ -123,7 +124,11 @@ fn describe(
                     shared_mem_bytes: (gpu.shared_per_multiprocessor / 3) as u32,
                 };
                 let largest = function.occupancy_max_potential_cluster_size(config, stream)?;
-                gpu.max_cluster = largest as usize;
+                // The smallest, should they differ: the choice is one for all.
+                gpu.max_cluster = match gpu.max_cluster {
+                    0 => largest as usize,
+                    other => other.min(largest as usize),
+                };
             }
             _ => {}
         }
@@ -156,25 +161,17 @@ fn choose(
     params: &Params,
     gpu: &Gpu,
 ) -> Result<(Kernel, Geometry)> {
-    let (vocab, width) = (params.vocab as usize, params.width as usize);
-    Ok(match work {
-        Work::Forward { stats } => (
-            Kernel::Forward {
-                element,
-                stats,
-                softcap,
-            },
-            select::once(element, width),
-        ),
-        Work::Backward => (
-            Kernel::Backward { element, softcap },
-            select::once(element, width),
-        ),
-        Work::LossAndGradient => {
-            select::loss_and_gradient(element, softcap, vocab, width, gpu, forced()?)
-                .map_err(|error| Error::Msg(error).bt())?
+    let shape = (params.vocab as usize, params.width as usize);
+    match work {
+        Work::Forward { stats } => {
+            select::forward((element, stats, softcap), shape, gpu, forced()?)
         }
-    })
+        Work::Backward => Ok(select::backward(element, softcap, shape.1)),
+        Work::LossAndGradient => {
+            select::loss_and_gradient((element, softcap), shape, gpu, forced()?)
+        }
+    }
+    .map_err(|error| Error::Msg(error).bt())
 }
 
 /// A launch being prepared: its argument, and what orders the memory behind it with other streams.
@@ -273,7 +270,7 @@ impl<'a> Launch<'a> {
         #[cfg(feature = "nvtx")]
         let _range = nvtx::LocalRange::new(nvtx::Str::from_str_lossy(&label(kernel, &params)));
         let function = &loaded.functions[&kernel];
-        if matches!(kernel, Kernel::OnChip { .. }) && params.blocks_per_row > 1 {
+        if params.blocks_per_row > 1 {
             // SAFETY: as below.
             unsafe { launch_clusters(stream, function, &params, config) }.w()?;
         } else {
@@ -337,7 +334,8 @@ fn label(kernel: Kernel, params: &Params) -> String {
         Kernel::Forward { element, .. } => ("forward", element),
         Kernel::Backward { element, .. } => ("backward", element),
         Kernel::Fused { element, .. } => ("forward+backward", element),
-        Kernel::OnChip { element, .. } => ("forward+backward on chip", element),
+        Kernel::OnChipForward { element, .. } => ("forward on chip", element),
+        Kernel::OnChipFused { element, .. } => ("forward+backward on chip", element),
         Kernel::Reduce => return format!("cross-entropy reduction of {} rows", params.rows),
     };
     format!(

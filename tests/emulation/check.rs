@@ -7,11 +7,11 @@ use half::{bf16, f16};
 use super::{
     build::{Build, driver},
     case::{Buffer, Case, Outputs, POISON, Shape},
-    problem::{Eps, Problem, View, from_bytes, to_bytes},
+    problem::{Eps, OnChip, Problem, View, from_bytes, to_bytes},
 };
 use crate::{
     kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState},
-    select::{self, Forced, Gpu},
+    select::{self, Forced, Geometry, Gpu},
 };
 
 const STATS: [&str; 5] = ["nll", "lse", "entropy", "max_prob", "grad_norm_sq"];
@@ -48,6 +48,7 @@ pub fn check_with(problem: &Problem, driver: &std::path::Path) -> Result<Results
 
 struct RowRun {
     label: String,
+    has_upstream: bool,
     loss: Option<Buffer>,
     /// With its view, and what the gaps between rows hold.
     grad: Option<(Buffer, View, Vec<u8>)>,
@@ -81,7 +82,7 @@ impl Runs {
 
         let mut rows = Vec::new();
         let mut launch = |case: &mut Case, kernel, params, run| {
-            let threads = select::once(element, p.width).threads;
+            let (_, Geometry { threads, .. }) = select::backward(element, softcap, p.width);
             case.launch(kernel, params, Shape::plain(p.rows() as u32, threads));
             rows.push(run);
         };
@@ -137,6 +138,7 @@ impl Runs {
             let (grad, params) = gradient(&mut case, p, in_place, params);
             let run = RowRun {
                 label: label.into(),
+                has_upstream: true,
                 loss: None,
                 grad: Some(grad),
                 stats: None,
@@ -155,27 +157,7 @@ impl Runs {
             launch(&mut case, Kernel::Fused { element, softcap }, params, run);
         }
         for run in &p.on_chip {
-            let place = if run.in_place { " in place" } else { "" };
-            let label = format!("on chip, {} blocks a row{place}", run.blocks_per_row);
-            let forced = Some(Forced::OnChip(Some(run.blocks_per_row)));
-            let (kernel, geometry) =
-                select::loss_and_gradient(element, softcap, p.vocab, p.width, &GPU, forced)
-                    .unwrap_or_else(|error| panic!("{error}"));
-            let params = Params {
-                divisor,
-                blocks_per_row: geometry.blocks_per_row,
-                groups_per_block: geometry.groups_per_block,
-                ..params
-            };
-            let (row_run, params) = fused(&mut case, &label, p, run.in_place, params);
-            let shape = Shape {
-                grid: p.rows() as u32 * geometry.blocks_per_row,
-                block: run.threads,
-                cluster: geometry.blocks_per_row,
-                dynamic_shared: geometry.dynamic_shared,
-            };
-            case.launch(kernel, params, shape);
-            rows.push(row_run);
+            on_chip(&mut case, p, run, Params { divisor, ..params }, &mut rows);
         }
         Self {
             case,
@@ -195,6 +177,67 @@ const GPU: Gpu = Gpu {
     shared_reserved: 1 << 10,
     max_cluster: 16,
 };
+
+/// The launches of an on-chip run: loss with gradient, a forward, and the backward that goes with that.
+fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mut Vec<RowRun>) {
+    let (element, softcap) = (p.element, p.softcap.is_some());
+    let shape = (p.vocab, p.width);
+    let forced = Some(Forced::OnChip(Some(run.blocks_per_row)));
+    let launch = |case: &mut Case, (kernel, geometry): (Kernel, Geometry), params| {
+        let params = Params {
+            blocks_per_row: geometry.blocks_per_row,
+            groups_per_block: geometry.groups_per_block,
+            ..params
+        };
+        let shape = Shape {
+            grid: p.rows() as u32 * geometry.blocks_per_row,
+            block: run.threads,
+            cluster: geometry.blocks_per_row,
+            dynamic_shared: geometry.dynamic_shared,
+        };
+        case.launch(kernel, params, shape);
+    };
+    let chosen = |choice: Result<_, String>| choice.unwrap_or_else(|error| panic!("{error}"));
+
+    let place = if run.in_place { " in place" } else { "" };
+    let label = format!("on chip, {} blocks a row{place}", run.blocks_per_row);
+    let (row_run, fused_params) = fused(case, &label, p, run.in_place, params);
+    rows.push(row_run);
+    let kernel = select::loss_and_gradient((element, softcap), shape, &GPU, forced);
+    launch(case, chosen(kernel), fused_params);
+    // One of the two forwards, in turn.
+    let stats = run.in_place;
+    let (row_run, forward_params) =
+        row_outputs(case, &format!("forward {label}"), p, stats, params);
+    rows.push(row_run);
+    let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+    let forward_params = Params {
+        state: state.start(),
+        ..forward_params
+    };
+    let kernel = select::forward((element, stats, softcap), shape, &GPU, forced);
+    launch(case, chosen(kernel), forward_params);
+    let params = Params {
+        state: state.start(),
+        ..params
+    };
+    let (grad, params) = gradient(case, p, false, params);
+    rows.push(RowRun {
+        label: format!("backward after {label}"),
+        has_upstream: false,
+        loss: None,
+        grad: Some(grad),
+        stats: None,
+        predicted: None,
+        first_error: None,
+    });
+    let (kernel, geometry) = select::backward(element, softcap, p.width);
+    case.launch(
+        kernel,
+        params,
+        Shape::plain(p.rows() as u32, geometry.threads),
+    );
+}
 
 /// Outputs of loss, statistics and gradient in one launch.
 fn fused(
@@ -276,6 +319,7 @@ fn row_outputs(
     };
     let mut run = RowRun {
         label: label.into(),
+        has_upstream: false,
         loss: Some(loss),
         grad: None,
         stats: None,
@@ -393,7 +437,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         let of_run = |error: String| format!("{}: {error}", run.label);
         let result = read(p, run, outputs).map_err(of_run)?;
         let upstream = |i| {
-            if run.loss.is_none() {
+            if run.has_upstream {
                 f64::from(p.upstream(i))
             } else {
                 1.0
@@ -440,12 +484,19 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
     }
     same_bits("fused loss in place", &fused.loss, &fused_in_place.loss)?;
     same_bits("fused gradient in place", &fused.grad, &fused_in_place.grad)?;
-    for (i, a) in p.on_chip.iter().enumerate() {
-        for (j, b) in p.on_chip[..i].iter().enumerate() {
-            if (a.blocks_per_row, a.threads) == (b.blocks_per_row, b.threads) {
-                let (a, b) = (&on_chip[i], &on_chip[j]);
-                same_bits("loss on chip in place", &a.loss, &b.loss)?;
-                same_bits("gradient on chip in place", &a.grad, &b.grad)?;
+    let (on_chip, _) = on_chip.as_chunks::<3>();
+    for (i, [fused, forward, _]) in on_chip.iter().enumerate() {
+        same_bits("loss on chip without gradient", &fused.loss, &forward.loss)?;
+        for (name, (a, b)) in STATS.iter().zip(forward.stats.iter().zip(&fused.stats)) {
+            if !a.is_empty() {
+                same_bits(&format!("{name} on chip without gradient"), a, b)?;
+            }
+        }
+        for (j, [other, ..]) in on_chip[..i].iter().enumerate() {
+            let of = |run: usize| (p.on_chip[run].blocks_per_row, p.on_chip[run].threads);
+            if of(i) == of(j) {
+                same_bits("loss on chip in place", &fused.loss, &other.loss)?;
+                same_bits("gradient on chip in place", &fused.grad, &other.grad)?;
             }
         }
     }
