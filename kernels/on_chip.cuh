@@ -1,9 +1,11 @@
 // A row on chip (sm_90): each block of a cluster holds a slice of the row in shared memory, so that device memory is
 // read once and, for the gradient, written once. src/select.rs says how many blocks and how much of a row each.
 //
-// Bulk copies bring a slice in chunks, and sums start with the first. A slice keeps its distance from a 16-byte boundary,
-// so that copies and, later, the gradient's 16-byte stores need no shifting; only sums, whose groups are counted from
-// the row's first element, straddle words. Partial results of the blocks are exchanged through each other's shared memory.
+// Bulk copies bring a slice in chunks, and sums start with the first. The image of a slice keeps its distance from a
+// 16-byte boundary, its phase, so that copies and, later, the gradient's 16-byte stores need no shifting; only sums,
+// whose groups are counted from the row's first element, straddle words. Behind its end the image is filled up with
+// masked classes, so that loops over groups meet no edge. Partial results of the blocks are exchanged through each
+// other's shared memory.
 #pragma once
 #include "row.cuh"
 
@@ -51,13 +53,77 @@ template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const 
   }
 }
 
-// Copies the elements of the slice that share a word with others: fewer than a word at either end.
-template <class T> DEVICE void copy_edges(T* on_chip, const T* x, int count, unsigned phase, int lane) {
+// Copies the elements of the slice that share a word with others, fewer than a word at either end, and fills the
+// slice's last group up. One warp.
+template <class T> DEVICE void copy_edges(T* image, const T* x, int count, unsigned phase, int lane) {
   const int before = phase == 0 ? 0 : kGroup<T> - static_cast<int>(phase / sizeof(T));
   const int head = before < count ? before : count;
-  const int tail = (count - head) % kGroup<T>;
-  if (lane < head) on_chip[lane] = x[lane];
-  if (lane < tail) on_chip[count - 1 - lane] = x[count - 1 - lane];
+  const int tail = (count - head) % kGroup<T>, missing = (kGroup<T> - count % kGroup<T>) % kGroup<T>;
+  if (lane < head) image[lane] = x[lane];
+  if (lane < tail) image[count - 1 - lane] = x[count - 1 - lane];
+  if (lane < missing) image[count + lane] = narrow_one<T>(-INFINITY);
+}
+
+// Sums over the classes of a slice as its chunks arrive.
+template <class T, bool STATS, bool SOFTCAP, bool ALIGNED>
+DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int target, unsigned phase,
+                         const Transform<SOFTCAP>& transform) {
+  Partial a = empty_partial();
+  const int target_group = target >= 0 ? target / kGroup<T> : -1;
+  for (int c = 0; c < chunks_of(groups); c++) {
+    dev::mbarrier_wait(&on_chip->filled[c], 0);
+    const int end = (c + 1) * kChunkGroups < groups ? (c + 1) * kChunkGroups : groups;
+    for (int group = c * kChunkGroups + static_cast<int>(threadIdx.x); group < end;
+         group += static_cast<int>(blockDim.x)) {
+      float x[kGroup<T>];
+      const uint4 low = dev::load16(image + group * 16);
+      if constexpr (ALIGNED) widen<T>(low, x);
+      else widen<T>(straddle<T>(low, dev::load16(image + group * 16 + 16), phase), x);
+      if (group == target_group) hide_target(x, target % kGroup<T>);
+      add_group<STATS, SOFTCAP>(a, x, group, transform);
+    }
+  }
+  return a;
+}
+
+// Gradient of the slice's classes where its 16-byte words lie as the image's do.
+template <class T, bool SOFTCAP, bool MASKED>
+DEVICE void write_words(T* grad, const char* image, int count, int target, unsigned phase, const GradientFactors& f,
+                        const Transform<SOFTCAP>& transform) {
+  const int lead = static_cast<int>(phase / sizeof(T)), words = (count + lead + kGroup<T> - 1) / kGroup<T>;
+  const int target_word = target >= 0 ? (target + lead) / kGroup<T> : -1;
+  for (int word = static_cast<int>(threadIdx.x); word < words; word += static_cast<int>(blockDim.x)) {
+    float x[kGroup<T>], g[kGroup<T>];
+    widen<T>(dev::load16(image + word * 16), x);
+    gradient_of_group<SOFTCAP, MASKED>(x, g, f, transform);
+    if (word == target_word) gradient_of_target(x, g, (target + lead) % kGroup<T>, f, transform);
+    const int start = word * kGroup<T> - lead;
+    if (start >= 0 && start + kGroup<T> <= count) {
+      dev::store16_streaming(grad + start, narrow<T>(g));
+      continue;
+    }
+    UNROLL for (int k = 0; k < kGroup<T>; k++) {
+      if (start + k >= 0 && start + k < count) grad[start + k] = narrow_one<T>(g[k]);
+    }
+  }
+}
+
+// Gradient of a slice from its image.
+template <class T, bool SOFTCAP>
+DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsigned phase, const Stretch& slice,
+                        const RowInputs& in, const RowState& state, const Transform<SOFTCAP>& transform) {
+  T* grad = gradient_at<T>(p, row, slice);
+  const T* x = reinterpret_cast<const T*>(image + phase);
+  const float scale = gradient_scale(p, row);
+  const bool same_words = (reinterpret_cast<uintptr_t>(grad) & 15u) == phase;
+  if (!same_words || slice.width != slice.classes || in.weight == 0.f || state.classes == 0u) {
+    write_gradient<T, SOFTCAP, 1, false>(p, row, x, slice, in, state, scale, transform);
+    return;
+  }
+  const int target = in.target - slice.begin;
+  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale);
+  if (state.classes != p.vocab) write_words<T, SOFTCAP, true>(grad, image, slice.classes, target, phase, f, transform);
+  else write_words<T, SOFTCAP, false>(grad, image, slice.classes, target, phase, f, transform);
 }
 
 DEVICE void sync_row(bool one_block) {
@@ -93,17 +159,9 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const Transform<SOFTCAP> transform(p);
   sync_row(one_block);  // edges and mbarriers are there; the other blocks have started, so their memory may be written
 
-  Partial a = empty_partial();
-  const RowReader<T> reader(x, slice.classes, 0);
   const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
-  for (int c = 0; c < chunks_of(groups); c++) {
-    dev::mbarrier_wait(&on_chip->filled[c], 0);
-    const int begin = c * kChunkGroups, end = begin + kChunkGroups < groups ? begin + kChunkGroups : groups;
-    for_each_group<T, 2, false, false>(reader, begin, end, [&](int group, float (&x)[kGroup<T>], bool) {
-      hide_target<T>(x, group, target);
-      add_group<STATS, SOFTCAP>(a, x, group, transform);
-    });
-  }
+  Partial a = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
+                         : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
   a = merge_block<STATS>(a, scratch);
   if (threadIdx.x < p.blocks_per_row) {
     if constexpr (STATS) find_column(a, x, slice);
@@ -116,7 +174,5 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
   }
   const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
-  if constexpr (GRAD) {
-    write_gradient<T, SOFTCAP, 2, false>(p, row, x, slice, in, state, gradient_scale(p, row), transform);
-  }
+  if constexpr (GRAD) write_slice<T, SOFTCAP>(p, row, image, phase, slice, in, state, transform);
 }

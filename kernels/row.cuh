@@ -135,12 +135,9 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
   }
 }
 
-// Masks the target in its group; sums leave it out.
-template <class T> DEVICE void hide_target(float (&x)[kGroup<T>], int group, int target) {
-  if (target < group * kGroup<T> || target >= (group + 1) * kGroup<T>) return;
-  UNROLL for (int k = 0; k < kGroup<T>; k++) {
-    if (group * kGroup<T> + k == target) x[k] = -INFINITY;
-  }
+// Masks element `target` of a group; sums leave it out.
+template <int N> DEVICE void hide_target(float (&x)[N], int target) {
+  UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
 }
 
 // Sums over the row's classes, merged over the block.
@@ -150,8 +147,9 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   Partial a = empty_partial();
   const RowReader<T> reader(x, vocab, 0);
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
-  for_each_group<T, 4, STREAMING, false>(reader, 0, groups, [&](int group, float (&x)[kGroup<T>], bool) {
-    hide_target<T>(x, group, target);
+  const int target_group = target / kGroup<T>;
+  for_each_group<T, 4, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
+    if (group == target_group) hide_target(x, target % kGroup<T>);
     add_group<STATS, SOFTCAP>(a, x, group, transform);
   });
   return merge_block<STATS>(a, scratch);
@@ -187,8 +185,87 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
   }
 }
 
-// Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz. `x` may be the
-// gradient's own memory: a thread reads the elements it writes and no others.
+// What a row's gradient takes beside its logits: dx = (2^d·factor − offset)·slope, and the target's own.
+struct GradientFactors {
+  float shift;
+  float log2_sum;
+  float factor;
+  float offset;
+  float outer;  // with a softcap: the logit scale
+  float scale;
+  float smoothing_but_share;
+  float lse_slope;
+  float masked_value;  // 0, but NaN in a row that is NaN
+};
+
+// `scale` is everything that multiplies dz but the row's weight.
+template <bool SOFTCAP>
+DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, const RowState& state, float scale) {
+  GradientFactors f;
+  f.shift = state.shift;
+  f.log2_sum = state.log2_sum;
+  f.scale = scale * in.weight * (SOFTCAP ? 1.f : p.logit_scale);
+  f.outer = SOFTCAP ? p.logit_scale : 1.f;
+  f.lse_slope = 2.f * p.z_loss * kLn2 * (state.shift + state.log2_sum);
+  const float share = in.smoothing / static_cast<float>(state.classes);
+  f.factor = f.scale * (1.f + f.lse_slope) * state.inverse_sum;
+  f.offset = f.scale * share;
+  f.smoothing_but_share = in.smoothing - share;
+  f.masked_value = state.shift == state.shift ? 0.f : NAN;
+  return f;
+}
+
+// Gradient of a group, wrong for the target's. MASKED says that classes of the row may be masked.
+template <bool SOFTCAP, bool MASKED, int N>
+DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
+                              const Transform<SOFTCAP>& transform) {
+  UNROLL for (int k = 0; k < N; k++) {
+    float slope;
+    const float e = dev::exp2_approx(transform(x[k], f.shift, slope));
+    g[k] = dev::fma(e, f.factor, -f.offset);
+    if constexpr (SOFTCAP) g[k] *= slope * f.outer;
+    if (MASKED && x[k] == -INFINITY) g[k] = f.masked_value;
+  }
+}
+
+// Puts the gradient of the target, element `target` of the group, right.
+template <bool SOFTCAP, int N>
+DEVICE void gradient_of_target(const float (&x)[N], float (&g)[N], int target, const GradientFactors& f,
+                               const Transform<SOFTCAP>& transform) {
+  float x_y = -INFINITY, slope;
+  UNROLL for (int k = 0; k < N; k++) x_y = k == target ? x[k] : x_y;
+  if (x_y == -INFINITY) return;
+  const float p_minus_1 = dev::expm1(kLn2 * (transform(x_y, f.shift, slope) - f.log2_sum));
+  float g_y = f.scale * (p_minus_1 + f.smoothing_but_share + f.lse_slope * (1.f + p_minus_1));
+  if constexpr (SOFTCAP) g_y *= slope * f.outer;
+  UNROLL for (int k = 0; k < N; k++) g[k] = k == target ? g_y : g[k];
+}
+
+template <class T, bool SOFTCAP, bool MASKED, int AHEAD, bool STREAMING>
+DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target, const GradientFactors& f,
+                         const Transform<SOFTCAP>& transform) {
+  const int lead = store_lead(grad);
+  const RowReader<T> reader(x, stretch.classes, lead);
+  const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
+  // Descending: what the sums read last is still in the cache.
+  for_each_group<T, AHEAD, STREAMING, true>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
+    const int start = reader.start(group);
+    float g[kGroup<T>];
+    gradient_of_group<SOFTCAP, MASKED>(x, g, f, transform);
+    if (target >= start && target < start + kGroup<T>) gradient_of_target(x, g, target - start, f, transform);
+    if (!at_edge) {  // whole and inside the vocabulary
+      dev::store16_streaming(grad + start, narrow<T>(g));
+      return;
+    }
+    UNROLL for (int k = 0; k < kGroup<T>; k++) {
+      const int i = start + k;
+      if (i >= 0 && i < stretch.width) grad[i] = narrow_one<T>(i < stretch.classes ? g[k] : 0.f);
+    }
+  });
+}
+
+// Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz but the weight.
+// `x` may be the gradient's own memory: a thread reads the elements it writes and no others.
 template <class T, bool SOFTCAP, int AHEAD, bool STREAMING>
 DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, const RowInputs& in,
                            const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
@@ -196,52 +273,11 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stre
     fill_gradient<T>(p, row, 0.f, stretch);
     return;
   }
-  const int classes = stretch.classes, width = stretch.width, target = in.target - stretch.begin;
   T* grad = gradient_at<T>(p, row, stretch);
-  scale *= in.weight;
-  if constexpr (!SOFTCAP) scale *= p.logit_scale;
-  const float outer = SOFTCAP ? p.logit_scale : 1.f;
-  const float lse_slope = 2.f * p.z_loss * kLn2 * (state.shift + state.log2_sum);
-  const float share = in.smoothing / static_cast<float>(state.classes);
-  const float factor = scale * (1.f + lse_slope) * state.inverse_sum, offset = scale * share;
-  // 0 but in a row that is NaN: there shift is.
-  const float masked_value = state.shift == state.shift ? 0.f : NAN;
-  const bool any_masked = state.classes != p.vocab;
-
-  const int lead = store_lead(grad);
-  const RowReader<T> reader(x, classes, lead);
-  const int groups = (width + lead + kGroup<T> - 1) / kGroup<T>;
-  // Descending: what the sums read last is still in the cache.
-  for_each_group<T, AHEAD, STREAMING, true>(reader, 0, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
-    const int start = reader.start(group);
-    float g[kGroup<T>];
-    UNROLL for (int k = 0; k < kGroup<T>; k++) {
-      float slope;
-      const float e = dev::exp2_approx(transform(x[k], state.shift, slope));
-      g[k] = dev::fma(e, factor, -offset);
-      if constexpr (SOFTCAP) g[k] *= slope * outer;
-      if (any_masked && x[k] == -INFINITY) g[k] = masked_value;
-    }
-    if (target >= start && target < start + kGroup<T>) {
-      UNROLL for (int k = 0; k < kGroup<T>; k++) {
-        if (start + k == target && x[k] != -INFINITY) {
-          float slope;
-          const float log2_p = transform(x[k], state.shift, slope) - state.log2_sum;
-          const float p_minus_1 = dev::expm1(kLn2 * log2_p);
-          g[k] = scale * (p_minus_1 + in.smoothing - share + lse_slope * (1.f + p_minus_1));
-          if constexpr (SOFTCAP) g[k] *= slope * outer;
-        }
-      }
-    }
-    if (!at_edge) {  // whole and inside the vocabulary
-      dev::store16_streaming(grad + start, narrow<T>(g));
-      return;
-    }
-    UNROLL for (int k = 0; k < kGroup<T>; k++) {
-      const int i = start + k;
-      if (i >= 0 && i < width) grad[i] = narrow_one<T>(i < classes ? g[k] : 0.f);
-    }
-  });
+  const int target = in.target - stretch.begin;
+  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale);
+  if (state.classes != p.vocab) write_groups<T, SOFTCAP, true, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
+  else write_groups<T, SOFTCAP, false, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
 }
 
 // What gradients are multiplied by, but for the row's weight.

@@ -117,20 +117,20 @@ template <class T> DEVICE void load_edge(const RowReader<T>& reader, int group, 
   }
 }
 
-// Calls use(group, x, at_edge) for every group of this thread from `begin` to `end`, in ascending or descending order,
-// with AHEAD loads in flight. The order, and so every sum taken in it, does not depend on the alignment.
+// Calls use(group, x, at_edge) for every group of this thread, in ascending or descending order, with AHEAD loads in
+// flight. The order, and so every sum taken in it, does not depend on the alignment.
 template <class T, bool ALIGNED, int AHEAD, bool STREAMING, bool DESCENDING, class Use>
-DEVICE void for_each_group_aligned(const RowReader<T>& reader, int begin, int end, Use use) {
+DEVICE void for_each_group_aligned(const RowReader<T>& reader, int groups, Use use) {
   const int threads = static_cast<int>(blockDim.x);
-  for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += AHEAD * threads) {
+  for (int first = static_cast<int>(threadIdx.x); first < groups; first += AHEAD * threads) {
     GroupWords<T, ALIGNED> words[AHEAD];
     UNROLL for (int u = 0; u < AHEAD; u++) {
-      const int at = first + u * threads, group = DESCENDING ? end - 1 - (at - begin) : at;
-      if (at < end && reader.template inside<ALIGNED>(group)) words[u].template load<STREAMING>(reader, group);
+      const int at = first + u * threads, group = DESCENDING ? groups - 1 - at : at;
+      if (at < groups && reader.template inside<ALIGNED>(group)) words[u].template load<STREAMING>(reader, group);
     }
     UNROLL for (int u = 0; u < AHEAD; u++) {
-      const int at = first + u * threads, group = DESCENDING ? end - 1 - (at - begin) : at;
-      if (at < end) {
+      const int at = first + u * threads, group = DESCENDING ? groups - 1 - at : at;
+      if (at < groups) {
         float x[kGroup<T>];
         const bool inside = reader.template inside<ALIGNED>(group);
         if (inside) words[u].widen_to(x, reader.phase);
@@ -142,7 +142,7 @@ DEVICE void for_each_group_aligned(const RowReader<T>& reader, int begin, int en
 }
 
 template <class T, int AHEAD, bool STREAMING, bool DESCENDING, class Use>
-DEVICE void for_each_group(const RowReader<T>& reader, int begin, int end, Use use) {
-  if (reader.phase == 0) for_each_group_aligned<T, true, AHEAD, STREAMING, DESCENDING>(reader, begin, end, use);
-  else for_each_group_aligned<T, false, AHEAD, STREAMING, DESCENDING>(reader, begin, end, use);
+DEVICE void for_each_group(const RowReader<T>& reader, int groups, Use use) {
+  if (reader.phase == 0) for_each_group_aligned<T, true, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
+  else for_each_group_aligned<T, false, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
 }
