@@ -47,7 +47,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
 
 // Threads a row at the most (src/kernel_abi.rs chooses), and how many such blocks an SM must hold.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
-#define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 3)
+#define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 4)
 
 #define INSTANTIATE_SOFTCAP(TYPE, SUFFIX, SOFTCAP)                                                                 \
   ROW_KERNEL ce_forward_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, false>(p); }                    \
@@ -71,11 +71,21 @@ KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
   SHARED_ARRAY(double, losses, 32);
   SHARED_ARRAY(double, weights, 32);
   double loss = 0.0, weight = 0.0;
-  for (uint64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
-    if (read_target(p, row) == p.ignore_index) continue;
-    const float w = p.weights ? p.weights[row] : 1.f;
-    if (w >= 0.f && w < INFINITY) weight += w;
-    if (p.reduced) loss += p.loss[row];
+  constexpr int kAhead = 4;  // rows whose loads are in flight: this kernel is nothing but latency
+  for (uint64_t first = threadIdx.x; first < p.rows; first += kAhead * blockDim.x) {
+    long long target[kAhead];
+    float w[kAhead], l[kAhead];
+    UNROLL for (int u = 0; u < kAhead; u++) {
+      const uint64_t row = first + u * blockDim.x;
+      target[u] = row < p.rows ? read_target(p, row) : p.ignore_index;
+      w[u] = row < p.rows && p.weights ? p.weights[row] : 1.f;
+      l[u] = row < p.rows && p.reduced ? p.loss[row] : 0.f;
+    }
+    UNROLL for (int u = 0; u < kAhead; u++) {
+      if (target[u] == p.ignore_index) continue;
+      if (w[u] >= 0.f && w[u] < INFINITY) weight += w[u];
+      loss += l[u];
+    }
   }
   UNROLL for (int lane = 16; lane > 0; lane >>= 1) {
     loss += dev::shuffle_xor(loss, lane);

@@ -1,5 +1,6 @@
-// Every PTX instruction and CUDA builtin the kernels use, one function each. The host twin, which runs the
-// kernels on the CPU, is emulation/cuda_host.h; the rules that make this possible are in emulation/README.md.
+// Every PTX instruction and CUDA builtin the kernels use, one function each; those of sm_90 are in device_cluster.cuh.
+// The host twin, which runs the kernels on the CPU, is emulation/cuda_host.h; the rules that make this possible are in
+// emulation/README.md.
 #pragma once
 #ifdef EMULATE_CUDA
 #include "emulation/cuda_host.h"

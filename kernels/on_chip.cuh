@@ -116,7 +116,7 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
   const T* x = reinterpret_cast<const T*>(image + phase);
   const float scale = gradient_scale(p, row);
   const bool same_words = (reinterpret_cast<uintptr_t>(grad) & 15u) == phase;
-  if (!same_words || slice.width != slice.classes || in.weight == 0.f || state.classes == 0u) {
+  if (!same_words || in.weight == 0.f || state.classes == 0u) {
     write_gradient<T, SOFTCAP, 1, false>(p, row, x, slice, in, state, scale, transform);
     return;
   }
@@ -124,6 +124,8 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
   const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale);
   if (state.classes != p.vocab) write_words<T, SOFTCAP, true>(grad, image, slice.classes, target, phase, f, transform);
   else write_words<T, SOFTCAP, false>(grad, image, slice.classes, target, phase, f, transform);
+  const int padding = slice.width - slice.classes;
+  if (padding > 0) fill_gradient<T>(p, row, 0.f, {slice.begin + slice.classes, 0, padding});
 }
 
 DEVICE void sync_row(bool one_block) {

@@ -175,8 +175,9 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
   const int lead = store_lead(grad);
   for (int start = static_cast<int>(threadIdx.x) * kGroup<T> - lead; start < width;
        start += static_cast<int>(blockDim.x) * kGroup<T>) {
-    if (start >= 0 && start + kGroup<T> <= classes) {
-      dev::store16_streaming(grad + start, whole);
+    const bool all_classes = start + kGroup<T> <= classes, all_padding = start >= classes && start + kGroup<T> <= width;
+    if (start >= 0 && (all_classes || all_padding)) {
+      dev::store16_streaming(grad + start, all_classes ? whole : uint4{0u, 0u, 0u, 0u});
       continue;
     }
     for (int i = start < 0 ? 0 : start; i < start + kGroup<T> && i < width; i++) {

@@ -3,7 +3,10 @@
 #
 #   gpu-run.sh EXECUTABLE FOLDER      # EXECUTABLE from gpu-check.sh; everything goes to FOLDER
 #
-# FOLDER gets machine.txt, check.txt, check.json and sanitizer-TOOL.txt. Fails if a check or a tool does, after running
+# The checks run as the crate chooses kernels, timings last, and without timings with the general kernels everywhere and,
+# on sm_90, with the on-chip kernels everywhere.
+#
+# FOLDER gets machine.txt, check*.txt, check.json and sanitizer-TOOL.txt. Fails if a check or a tool does, after running
 # all of them; says so where there is no compute-sanitizer.
 set -euo pipefail
 program=$(realpath "$1")
@@ -12,6 +15,14 @@ here=$(dirname "$(realpath "$0")")
 mkdir -p "$out"
 nvidia-smi >"$out/machine.txt" 2>&1 || { echo "gpu-run: nvidia-smi finds no GPU" >&2; exit 1; }
 failed=()
+kernels=(general)
+if [[ $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) == 9.* ]]; then
+  kernels+=(on-chip on-chip:2 on-chip:16)
+fi
+for kernel in "${kernels[@]}"; do
+  CANDLE_CROSS_ENTROPY_KERNEL=$kernel "$here/cuda-run.sh" "$program" --reduced 2>&1 | tee "$out/check-$kernel.txt" ||
+    failed+=("checks with $kernel")
+done
 "$here/cuda-run.sh" "$program" --out "$out/check.json" 2>&1 | tee "$out/check.txt" || failed+=(checks)
 
 sanitizer=$(command -v compute-sanitizer ||

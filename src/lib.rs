@@ -42,7 +42,7 @@
 //!
 //! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside: `call` validates
 //! arguments, `op` ties the loss into candle's graph, `reference` is the oracle, `cpu` the vectorised CPU path, `cuda`
-//! launches the kernels in `kernels/`, and `kernel_abi` is what they are given.
+//! launches the kernels in `kernels/`, `select` chooses among them, and `kernel_abi` is what they are given.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
 

@@ -1,5 +1,5 @@
 // self_test NAME: one small kernel, right or with the named fault, so that tests/emulation can require each fault to
-// be reported. It also keeps the parts alive that no kernel of the crate uses yet: clusters and bulk copies.
+// be reported.
 #include "cuda_host.h"
 #include <stdexcept>
 #include <stdio.h>

@@ -333,9 +333,9 @@ fn label(kernel: Kernel, params: &Params) -> String {
     let (name, element) = match kernel {
         Kernel::Forward { element, .. } => ("forward", element),
         Kernel::Backward { element, .. } => ("backward", element),
-        Kernel::Fused { element, .. } => ("forward+backward", element),
+        Kernel::Fused { element, .. } => ("forward and backward", element),
         Kernel::OnChipForward { element, .. } => ("forward on chip", element),
-        Kernel::OnChipFused { element, .. } => ("forward+backward on chip", element),
+        Kernel::OnChipFused { element, .. } => ("forward and backward on chip", element),
         Kernel::Reduce => return format!("cross-entropy reduction of {} rows", params.rows),
     };
     format!(
