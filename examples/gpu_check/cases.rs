@@ -9,18 +9,19 @@ use crate::report::{Report, Worst};
 
 /// Row lengths, padding not counted, each with its reason.
 const WIDTHS: &[usize] = &[
-    1,     // softmax of one class: loss and gradient exactly 0
-    2,     // less than any vector
-    7,     // one 16-byte vector of 16-bit elements, less one
-    9,     // and plus one
-    31,    // a warp less one
-    33,    // a warp plus one
-    257,   // a whole number of vectors plus one element
-    1000,  // a multiple of 8 that is no power of two
-    1025,  // one more than the largest block
-    4099,  // prime: every row begins at another alignment
-    32000, // Llama 2
-    50257, // GPT-2: odd, so rows are misaligned
+    1,      // softmax of one class: loss and gradient exactly 0
+    2,      // less than any vector
+    7,      // one 16-byte vector of 16-bit elements, less one
+    9,      // and plus one
+    31,     // a warp less one
+    33,     // a warp plus one
+    257,    // a whole number of vectors plus one element
+    1000,   // a multiple of 8 that is no power of two
+    1025,   // one more than the largest block
+    4099,   // prime: every row begins at another alignment
+    32000,  // Llama 2
+    50257,  // GPT-2: odd, so rows are misaligned
+    200003, // prime, and on Hopper a cluster of 8 or 16 blocks a row
 ];
 const REDUCED_WIDTHS: &[usize] = &[1, 7, 33, 1000, 4099];
 
