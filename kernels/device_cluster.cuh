@@ -4,6 +4,8 @@
 namespace dev {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 DEVICE void sync_cluster() { __trap(); }
+DEVICE void cluster_arrive_relaxed() { __trap(); }
+DEVICE void cluster_wait() { __trap(); }
 template <class T> DEVICE T* map_to_rank(T* shared, unsigned) { __trap(); return shared; }
 DEVICE void mbarrier_init(uint64_t*, unsigned) { __trap(); }
 DEVICE void mbarrier_fence_init() { __trap(); }
@@ -17,6 +19,9 @@ DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__c
 DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The same in two halves, which order no memory: they only say that all have started.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The same place in the shared memory of another block of the cluster.
 template <class T> DEVICE T* map_to_rank(T* shared, unsigned rank) {
   uint64_t mapped;
@@ -49,7 +54,7 @@ DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(mbarrier)), "l"(policy)
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(mbarrier)), "l"(policy)
       : "memory");
 }
 #endif

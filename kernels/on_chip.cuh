@@ -111,10 +111,9 @@ DEVICE void write_words(T* grad, const char* image, int count, int target, unsig
 // Gradient of a slice from its image.
 template <class T, bool SOFTCAP>
 DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsigned phase, const Stretch& slice,
-                        const RowInputs& in, const RowState& state, const Transform<SOFTCAP>& transform) {
+                        const RowInputs& in, const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
   T* grad = gradient_at<T>(p, row, slice);
   const T* x = reinterpret_cast<const T*>(image + phase);
-  const float scale = gradient_scale(p, row);
   const bool same_words = (reinterpret_cast<uintptr_t>(grad) & 15u) == phase;
   if (!same_words || in.weight == 0.f || state.classes == 0u) {
     write_gradient<T, SOFTCAP, 1, false>(p, row, x, slice, in, state, scale, transform);
@@ -126,11 +125,6 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
   else write_words<T, SOFTCAP, false>(grad, image, slice.classes, target, phase, f, transform);
   const int padding = slice.width - slice.classes;
   if (padding > 0) fill_gradient<T>(p, row, 0.f, {slice.begin + slice.classes, 0, padding});
-}
-
-DEVICE void sync_row(bool one_block) {
-  if (one_block) dev::sync_block();
-  else dev::sync_cluster();
 }
 
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
@@ -152,19 +146,23 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
   char* image = reinterpret_cast<char*>(memory) + sizeof(OnChip);
   T* x = reinterpret_cast<T*>(image + phase);
+  // Loaded here, where the copies hide the wait.
+  const T target_logit = logits[in.target];
+  const float scale = GRAD ? gradient_scale(p, row) : 0.f;
   // The two warps do this at once; only the second waits for the memory.
   if (threadIdx.x == 0) start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
   if (threadIdx.x / 32 == 1) {
     copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
   }
-  const float x_y = widen_one(logits[in.target]);
   const Transform<SOFTCAP> transform(p);
-  sync_row(one_block);  // edges and mbarriers are there; the other blocks have started, so their memory may be written
+  if (!one_block) dev::cluster_arrive_relaxed();
+  dev::sync_block();  // edges and mbarriers are there
 
   const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
   Partial a = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
                          : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
   a = merge_block<STATS>(a, scratch);
+  if (!one_block) dev::cluster_wait();  // the other blocks have started, so their memory may be written
   if (threadIdx.x < p.blocks_per_row) {
     if constexpr (STATS) find_column(a, x, slice);
     if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
@@ -175,6 +173,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     const unsigned lane = threadIdx.x % 32;
     a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
   }
+  const float x_y = widen_one(target_logit);
   const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
-  if constexpr (GRAD) write_slice<T, SOFTCAP>(p, row, image, phase, slice, in, state, transform);
+  if constexpr (GRAD) write_slice<T, SOFTCAP>(p, row, image, phase, slice, in, state, scale, transform);
 }

@@ -57,7 +57,7 @@ template <bool SOFTCAP> struct Transform {
 // Sums over classes that are neither masked nor the target, relative to `shift`, with d = z·log2 e − shift.
 //
 // The target is left out so that a probability near 1 keeps its digits: 1 − p_y is then a sum, not a difference.
-struct Partial {
+struct alignas(16) Partial {
   float largest;     // largest logit, before scale and softcap
   float shift;       // its z·log2 e
   float exp;         // Σ 2^d

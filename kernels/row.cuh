@@ -28,13 +28,13 @@ DEVICE long long read_target(const Params& p, uint64_t row) {
 
 DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   const long long target = read_target(p, row);
-  RowInputs in = {RowKind::kCounted, 0, 0.f, 0.f};
+  // All loads before the first use.
+  RowInputs in = {RowKind::kCounted, 0, p.smoothing ? p.smoothing[row] : p.uniform_smoothing,
+                  p.weights ? p.weights[row] : 1.f};
   if (target == p.ignore_index) {
     in.kind = RowKind::kIgnored;
     return in;
   }
-  in.smoothing = p.smoothing ? p.smoothing[row] : p.uniform_smoothing;
-  in.weight = p.weights ? p.weights[row] : 1.f;
   // Comparisons that NaN fails.
   const bool target_good = target >= 0 && target < static_cast<long long>(p.vocab);
   const bool smoothing_good = in.smoothing >= 0.f && in.smoothing <= 1.f;

@@ -43,6 +43,9 @@ pub(crate) struct Row {
     pub weight: f64,
 }
 
+/// Kernels count columns in 32 bits, and some way beyond a row's end.
+const MAX_WIDTH: usize = i32::MAX as usize - (1 << 14);
+
 impl Call {
     pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Self> {
         let (shape, width) = match logits.dims() {
@@ -50,8 +53,8 @@ impl Call {
             [shape @ .., width] => (shape.to_vec(), *width),
         };
         let rows: usize = shape.iter().product();
-        if width == 0 || width > i32::MAX as usize {
-            bail!("logits: rows of length {width}, must be 1 to {}", i32::MAX);
+        if width == 0 || width > MAX_WIDTH {
+            bail!("logits: rows of length {width}, must be 1 to {MAX_WIDTH}");
         }
         if rows > i32::MAX as usize {
             bail!("logits: {rows} rows, must be at most {}", i32::MAX);

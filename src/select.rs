@@ -17,6 +17,8 @@ pub struct Gpu {
     pub shared_reserved: usize,
     /// Blocks a cluster may have; 0 where the on-chip kernels are not compiled for this GPU or cannot run on it.
     pub max_cluster: usize,
+    /// The same for blocks so large that each has a multiprocessor to itself.
+    pub max_cluster_alone: usize,
 }
 
 /// A user's choice, for experiments.
@@ -67,7 +69,7 @@ pub const STATIC_SHARED: usize = 1024;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
 const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 /// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
-const SHORTEST_ON_CHIP: usize = 16 * 1024;
+pub const SHORTEST_ON_CHIP: usize = 16 * 1024;
 /// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
 const CHUNK_GROUPS: usize = 1024;
 const MAX_CHUNKS: usize = 16;
@@ -157,30 +159,43 @@ fn once(element: Element, width: usize) -> Geometry {
     }
 }
 
+/// Dynamic shared memory of a block with so many groups. A slice may start inside a word, and then ends in one more.
+pub fn on_chip_dynamic_shared(groups_per_block: usize) -> usize {
+    ON_CHIP_HEADER + (groups_per_block + 1) * 16
+}
+
 /// The smallest cluster of which several blocks fit on a multiprocessor, else the largest there may be, if it fits.
 fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> Option<Geometry> {
     let groups = (vocab * element.size()).div_ceil(16);
-    // A slice may start inside a word, and then ends in one more.
-    let dynamic = |blocks: usize| ON_CHIP_HEADER + (groups.div_ceil(blocks) + 1) * 16;
-    let several_fit = |blocks: usize| {
-        let block = dynamic(blocks) + STATIC_SHARED + gpu.shared_reserved;
-        BLOCKS_A_MULTIPROCESSOR * block <= gpu.shared_per_multiprocessor
+    // Whole cache lines: slices of an aligned row are aligned to them.
+    let slice = |blocks: usize| groups.div_ceil(blocks).next_multiple_of(8);
+    let block_size =
+        |blocks: usize| on_chip_dynamic_shared(slice(blocks)) + STATIC_SHARED + gpu.shared_reserved;
+    let fit_at_once = |blocks: usize| gpu.shared_per_multiprocessor / block_size(blocks);
+    let allowed = |&blocks: &usize| {
+        let largest = if fit_at_once(blocks) >= BLOCKS_A_MULTIPROCESSOR {
+            gpu.max_cluster
+        } else {
+            gpu.max_cluster_alone
+        };
+        blocks <= largest
+            && block_size(blocks) - gpu.shared_reserved <= gpu.shared_per_block
+            && slice(blocks) <= CHUNK_GROUPS * MAX_CHUNKS
     };
-    let mut allowed = [1, 2, 4, 8, 16]
-        .into_iter()
-        .filter(|&b| b <= gpu.max_cluster);
-    let largest = allowed.clone().next_back()?;
+    let mut possible = [1, 2, 4, 8, 16].into_iter().filter(allowed);
     let blocks = match blocks {
-        Some(blocks) => allowed.find(|&b| b == blocks)?,
-        None => allowed.find(|&b| several_fit(b)).unwrap_or(largest),
+        Some(blocks) => possible.find(|&b| b == blocks)?,
+        None => {
+            let largest = possible.clone().next_back()?;
+            let several = possible.find(|&b| fit_at_once(b) >= BLOCKS_A_MULTIPROCESSOR);
+            several.unwrap_or(largest)
+        }
     };
-    let fits = dynamic(blocks) + STATIC_SHARED <= gpu.shared_per_block
-        && groups.div_ceil(blocks) <= CHUNK_GROUPS * MAX_CHUNKS;
-    fits.then(|| Geometry {
+    Some(Geometry {
         threads: ON_CHIP_THREADS,
         blocks_per_row: blocks as u32,
-        groups_per_block: groups.div_ceil(blocks) as u32,
-        dynamic_shared: dynamic(blocks) as u32,
+        groups_per_block: slice(blocks) as u32,
+        dynamic_shared: on_chip_dynamic_shared(slice(blocks)) as u32,
     })
 }
 
@@ -188,13 +203,15 @@ fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> 
 /// second read finds them there. Unused shared memory keeps further blocks away.
 fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
     let rows = gpu.l2 / 2 / (width * element.size()).max(1);
-    let blocks = (rows / gpu.multiprocessors.max(1)).max(1);
-    let per_block = gpu.shared_per_multiprocessor / blocks;
-    // Where more blocks fit than ever run at once, nothing is to be kept away.
-    let keeps_away = if blocks < 8 { per_block } else { 0 };
+    let per_block = match rows / gpu.multiprocessors.max(1) {
+        // Where not even a row a multiprocessor fits, there is nothing to gain; where more fit than ever run at once,
+        // nothing to keep away.
+        0 | 8.. => 0,
+        blocks => gpu.shared_per_multiprocessor / blocks,
+    };
     let most = gpu.shared_per_block.saturating_sub(STATIC_SHARED);
     Geometry {
-        dynamic_shared: keeps_away
+        dynamic_shared: per_block
             .saturating_sub(STATIC_SHARED + gpu.shared_reserved)
             .min(most) as u32,
         ..once(element, width)
@@ -212,6 +229,7 @@ mod tests {
         shared_per_block: 227 << 10,
         shared_reserved: 1 << 10,
         max_cluster: 16,
+        max_cluster_alone: 16,
     };
     const A100: Gpu = Gpu {
         multiprocessors: 108,
@@ -220,6 +238,7 @@ mod tests {
         shared_per_block: 163 << 10,
         shared_reserved: 1 << 10,
         max_cluster: 0,
+        max_cluster_alone: 0,
     };
 
     fn choose(element: Element, vocab: usize, gpu: &Gpu) -> (Kernel, Geometry) {
@@ -255,6 +274,7 @@ mod tests {
                 for max_cluster in [0, 1, 8, 16] {
                     let gpu = Gpu {
                         max_cluster,
+                        max_cluster_alone: max_cluster,
                         ..H200
                     };
                     let (kernel, g) = choose(element, vocab, &gpu);
@@ -281,16 +301,18 @@ mod tests {
         }
     }
 
-    /// With 16 blocks not allowed, rows that are too long for 8 go the general way.
+    /// With 16 blocks not allowed, or not with a multiprocessor each, rows that are too long for 8 go the general way.
     #[test]
     fn rows_that_do_not_fit() {
         let gpu = Gpu {
-            max_cluster: 8,
+            max_cluster_alone: 8,
             ..H200
         };
-        assert_eq!(blocks(Element::F32, 262144, &gpu), 8);
-        assert_eq!(blocks(Element::F32, 1 << 20, &gpu), 0);
+        assert_eq!(blocks(Element::F32, 262144, &gpu), 16);
+        assert_eq!(blocks(Element::F32, 400_000, &gpu), 8);
+        assert_eq!(blocks(Element::F32, 1 << 19, &gpu), 0);
         assert_eq!(blocks(Element::F32, 1 << 19, &H200), 16);
+        assert_eq!(blocks(Element::F32, 1 << 20, &H200), 0);
         assert_eq!(blocks(Element::BF16, 50257, &A100), 0);
     }
 
@@ -304,7 +326,8 @@ mod tests {
         };
         assert_eq!(at_work(Element::BF16, 32000), 3);
         assert_eq!(at_work(Element::BF16, 50257), 1);
-        assert_eq!(at_work(Element::F32, 262144), 1);
+        // 108 such rows are more than the L2: nothing is kept away.
+        assert_eq!(choose(Element::F32, 262144, &A100).1.dynamic_shared, 0);
         assert_eq!(choose(Element::BF16, 4096, &A100).1.dynamic_shared, 0);
     }
 

@@ -13,6 +13,29 @@ void sync_cluster(Site site) {
     for (Block& block : machine.blocks) block.epoch++;
   }
   yield();
+  machine.current->met_cluster = true;
+}
+
+void cluster_arrive_relaxed(Site site) {
+  if (machine.current->arrived) fail(site, "a second arrival at the cluster's barrier without a wait");
+  machine.current->arrived = true;
+  if (++machine.cluster_arrivals < machine.threads.size()) return;
+  for (const Thread& thread : machine.threads) {
+    if (thread.wait == Wait::kClusterBarrier) wake(thread.index);
+  }
+}
+
+// Once a launch: arrivals are not counted anew.
+void cluster_wait(Site site) {
+  Thread& self = *machine.current;
+  if (!self.arrived) fail(site, "a wait at the cluster's barrier without an arrival");
+  while (machine.cluster_arrivals < machine.threads.size()) {
+    self.wait = Wait::kClusterBarrier;
+    self.site = site;
+    yield();
+  }
+  self.arrived = false;
+  self.met_cluster = true;
 }
 
 unsigned cluster_rank() { return machine.current->block; }
@@ -21,6 +44,9 @@ void* map_to_rank(const void* shared, unsigned rank, Site site) {
   const SharedArray& own = machine.blocks[machine.current->block].dynamic;
   size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(shared) - own.begin);
   if (offset >= own.bytes) fail(site, "only dynamic shared memory has a twin in another block");
+  if (rank != machine.current->block && !machine.current->met_cluster) {
+    fail(site, "another block's memory, before that block is known to have started");
+  }
   if (rank >= machine.blocks.size()) fail(site, "rank %u of %zu blocks", rank, machine.blocks.size());
   return machine.blocks[rank].dynamic.begin + offset;
 }

@@ -37,6 +37,9 @@ Dim3 grid_dim();
 // Blocks until all threads of the block, or of the cluster, have come to the same place in the source.
 void sync_block(Site site);
 void sync_cluster(Site site);
+// The same in two halves, which order no memory: says that the calling thread has started; waits until all have.
+void cluster_arrive_relaxed(Site site);
+void cluster_wait(Site site);
 
 // Every lane of the warp gives its value and gets that of the lane it names.
 uint64_t exchange(uint64_t value, unsigned source_lane, Site site);

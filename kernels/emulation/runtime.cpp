@@ -47,6 +47,7 @@ static void set_up_cluster(unsigned cluster) {
   machine.cluster_number++;
   machine.cluster_epoch = 0;
   machine.cluster_rendezvous = {};
+  machine.cluster_arrivals = 0;
   machine.copies.clear();
   machine.runnable.clear();
   machine.running = threads;
@@ -64,6 +65,7 @@ static void set_up_cluster(unsigned cluster) {
       Thread& thread = machine.threads[i];
       thread.index = i;
       thread.block = i / shape.block;
+      thread.arrived = thread.met_cluster = false;
       thread.thread_index = {i % shape.block, 0, 0};
       thread.block_index = {cluster * shape.cluster + thread.block, 0, 0};
       prepare(thread.fiber, machine.stacks[i], run_thread);

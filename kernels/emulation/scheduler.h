@@ -28,6 +28,8 @@ struct Thread {
   Wait wait;
   Site site;  // of the wait
   const uint64_t* mbarrier;
+  bool arrived;      // at the cluster's barrier, and has not waited yet
+  bool met_cluster;  // all threads of the cluster are known to have started
 };
 
 // A point that a group of threads leaves only together.
@@ -75,6 +77,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<Block> blocks;
   Rendezvous cluster_rendezvous;
+  unsigned cluster_arrivals;
   uint32_t cluster_epoch;
   uint32_t cluster_number;  // over all launches, for the race detector
   std::deque<unsigned> runnable;

@@ -18,6 +18,8 @@ use crate::{
 
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
+/// Up to so many logits in all, the calling thread is done before others would be awake.
+const SMALL: usize = 1 << 16;
 /// Pieces a task where they are shared out.
 const PIECES_PER_TASK: usize = 8;
 
@@ -80,19 +82,21 @@ fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>
         .fold(Partial::EMPTY, Partial::merge)
 }
 
-/// Runs `f` on every row and its result, in parallel unless rows are few, when `f` is told to share its work out.
+/// Runs `f` on every row and its result: in parallel, or, where rows are few, one by one, and `f` is told to share its
+/// work out. Little work stays with the calling thread.
 fn for_each_row<R: Send, S>(
     call: &Call,
     results: &mut [R],
     scratch: impl Fn() -> S + Sync + Send,
     f: impl Fn(usize, &mut R, &mut S, bool) + Sync + Send,
 ) {
-    if rows_are_few(call) {
+    let small = call.rows * call.vocab <= SMALL;
+    if small || rows_are_few(call) {
         let mut scratch = scratch();
         results
             .iter_mut()
             .enumerate()
-            .for_each(|(i, r)| f(i, r, &mut scratch, true));
+            .for_each(|(i, r)| f(i, r, &mut scratch, !small));
     } else {
         // Few enough tasks that making their scratch memory costs nothing, enough to balance threads.
         let rows_per_task = call.rows.div_ceil(16 * rayon::current_num_threads()).max(1);

@@ -67,7 +67,7 @@ fn loaded(stream: &CudaStream) -> Result<Arc<Loaded>> {
         .into_iter()
         .map(function)
         .collect::<Result<HashMap<_, _>>>()?;
-    let gpu = describe(context, stream, &functions).w()?;
+    let gpu = describe(stream, &functions).w()?;
     let loaded = Arc::new(Loaded { functions, gpu });
     all.push((context.clone(), loaded.clone()));
     Ok(loaded)
@@ -75,11 +75,13 @@ fn loaded(stream: &CudaStream) -> Result<Arc<Loaded>> {
 
 /// What the choice of kernels depends on; lets kernels have the shared memory that the choice may give them.
 fn describe(
-    context: &Arc<CudaContext>,
     stream: &CudaStream,
     functions: &HashMap<Kernel, CudaFunction>,
 ) -> std::result::Result<Gpu, DriverError> {
-    let attribute = |which| context.attribute(which).map(|value| value.max(0) as usize);
+    let attribute = |which| {
+        let value = stream.context().attribute(which)?;
+        Ok::<usize, DriverError>(value.max(0) as usize)
+    };
     let mut gpu = Gpu {
         multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         l2: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
@@ -93,47 +95,72 @@ fn describe(
             DeviceAttribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK,
         )?,
         max_cluster: 0,
+        max_cluster_alone: 0,
     };
-    let clusters = attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0;
-    let dynamic = (gpu.shared_per_block - select::STATIC_SHARED) as i32;
-    let most = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     for (kernel, function) in functions {
-        match kernel {
-            Kernel::Fused { .. } => function.set_attribute(most, dynamic)?,
-            // Code made from PTX of an older architecture holds a trap instead.
-            kernel
-                if kernel.is_on_chip()
-                    && clusters
-                    && function
-                        .get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
-                        >= 90 =>
-            {
-                function.set_attribute(most, dynamic)?;
-                function.set_attribute(
-                    FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                    100,
-                )?;
-                function.set_attribute(
-                    FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
-                    1,
-                )?;
-                // Of the largest slice that the choice gives, or one block would be all that fits.
-                let config = LaunchConfig {
-                    grid_dim: (16, 1, 1),
-                    block_dim: (select::ON_CHIP_THREADS, 1, 1),
-                    shared_mem_bytes: (gpu.shared_per_multiprocessor / 3) as u32,
-                };
-                let largest = function.occupancy_max_potential_cluster_size(config, stream)?;
-                // The smallest, should they differ: the choice is one for all.
-                gpu.max_cluster = match gpu.max_cluster {
-                    0 => largest as usize,
-                    other => other.min(largest as usize),
-                };
-            }
-            _ => {}
+        if let Kernel::Fused { .. } = kernel {
+            allow_shared_memory(function, &gpu)?;
         }
     }
+    // A GPU or driver that refuses any of it has the general kernels.
+    if let Ok((several, alone)) = largest_clusters(stream, functions, &gpu) {
+        (gpu.max_cluster, gpu.max_cluster_alone) = (several, alone);
+    }
     Ok(gpu)
+}
+
+fn allow_shared_memory(function: &CudaFunction, gpu: &Gpu) -> std::result::Result<(), DriverError> {
+    let most = gpu.shared_per_block.saturating_sub(select::STATIC_SHARED);
+    function.set_attribute(
+        FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        most as i32,
+    )
+}
+
+/// Blocks a cluster of the on-chip kernels may have, with several blocks a multiprocessor and with one: the least over
+/// the kernels, as the choice is one for all. 0 where they cannot run.
+fn largest_clusters(
+    stream: &CudaStream,
+    functions: &HashMap<Kernel, CudaFunction>,
+    gpu: &Gpu,
+) -> std::result::Result<(usize, usize), DriverError> {
+    let clusters = DeviceAttribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH;
+    if stream.context().attribute(clusters)? == 0 {
+        return Ok((0, 0));
+    }
+    let mut least = (16, 16);
+    for (_, function) in functions.iter().filter(|(kernel, _)| kernel.is_on_chip()) {
+        // Code made from PTX of an older architecture holds a trap instead.
+        if function.get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? < 90 {
+            return Ok((0, 0));
+        }
+        allow_shared_memory(function, gpu)?;
+        for (attribute, value) in [
+            (
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                100,
+            ),
+            (
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+                1,
+            ),
+        ] {
+            function.set_attribute(attribute, value)?;
+        }
+        let largest = |shared: usize| {
+            let config = LaunchConfig {
+                grid_dim: (16, 1, 1),
+                block_dim: (select::ON_CHIP_THREADS, 1, 1),
+                shared_mem_bytes: shared as u32,
+            };
+            function.occupancy_max_potential_cluster_size(config, stream)
+        };
+        let used = select::STATIC_SHARED + gpu.shared_reserved;
+        let several = largest((gpu.shared_per_multiprocessor / 3).saturating_sub(used))? as usize;
+        let alone = largest(gpu.shared_per_block.saturating_sub(select::STATIC_SHARED))? as usize;
+        least = (least.0.min(several), least.1.min(alone));
+    }
+    Ok(least)
 }
 
 /// What the user chose in the environment, read once.

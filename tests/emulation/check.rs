@@ -176,6 +176,7 @@ const GPU: Gpu = Gpu {
     shared_per_block: 227 << 10,
     shared_reserved: 1 << 10,
     max_cluster: 16,
+    max_cluster_alone: 16,
 };
 
 /// The launches of an on-chip run: loss with gradient, a forward, and the backward that goes with that.
@@ -183,7 +184,14 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
     let (element, softcap) = (p.element, p.softcap.is_some());
     let shape = (p.vocab, p.width);
     let forced = Some(Forced::OnChip(Some(run.blocks_per_row)));
-    let launch = |case: &mut Case, (kernel, geometry): (Kernel, Geometry), params| {
+    let launch = |case: &mut Case, (kernel, mut geometry): (Kernel, Geometry), params| {
+        // Rows that the crate would not take on chip are cut as finely as can be, so that slices have edges.
+        if p.vocab * element.size() < select::SHORTEST_ON_CHIP {
+            let groups = (p.vocab * element.size()).div_ceil(16);
+            let slice = groups.div_ceil(run.blocks_per_row);
+            geometry.groups_per_block = slice as u32;
+            geometry.dynamic_shared = select::on_chip_dynamic_shared(slice) as u32;
+        }
         let params = Params {
             blocks_per_row: geometry.blocks_per_row,
             groups_per_block: geometry.groups_per_block,
