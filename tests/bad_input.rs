@@ -64,7 +64,7 @@ fn logits_of_a_wrong_shape() {
         &loss,
         &no_classes,
         &y([0; 4]),
-        &["logits: rows of length 0", "must be 1 to 2147483647"],
+        &["logits: rows of length 0", "must be 1 to 2147467263"],
     );
 }
 
