@@ -19,7 +19,7 @@ use crate::{
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
 /// Up to so many logits in all, the calling thread is done before others would be awake.
-const SMALL: usize = 1 << 16;
+const SMALL: usize = 1 << 15;
 /// Pieces a task where they are shared out.
 const PIECES_PER_TASK: usize = 8;
 
