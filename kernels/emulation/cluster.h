@@ -38,8 +38,6 @@ void cluster_wait(Site site) {
   self.met_cluster = true;
 }
 
-unsigned cluster_rank() { return machine.current->block; }
-
 void* map_to_rank(const void* shared, unsigned rank, Site site) {
   const SharedArray& own = machine.blocks[machine.current->block].dynamic;
   size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(shared) - own.begin);

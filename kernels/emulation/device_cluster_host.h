@@ -7,7 +7,6 @@ namespace dev {
 DEVICE void sync_cluster(emu::Site site = emu::Site::current()) { emu::sync_cluster(site); }
 DEVICE void cluster_arrive_relaxed(emu::Site site = emu::Site::current()) { emu::cluster_arrive_relaxed(site); }
 DEVICE void cluster_wait(emu::Site site = emu::Site::current()) { emu::cluster_wait(site); }
-DEVICE unsigned cluster_rank() { return emu::cluster_rank(); }
 template <class T> DEVICE T* map_to_rank(T* shared, unsigned rank, emu::Site site = emu::Site::current()) {
   return static_cast<T*>(emu::map_to_rank(shared, rank, site));
 }

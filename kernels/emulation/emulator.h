@@ -49,7 +49,6 @@ void* shared_array(const void* key, size_t bytes, size_t alignment);
 unsigned char* dynamic_shared();
 // The same place in another block of the cluster.
 void* map_to_rank(const void* shared, unsigned rank, Site site);
-unsigned cluster_rank();
 
 void mbarrier_init(uint64_t* mbarrier, unsigned arrivals, Site site);
 void mbarrier_fence_init();
