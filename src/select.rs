@@ -21,6 +21,31 @@ pub struct Gpu {
     pub max_cluster_alone: usize,
 }
 
+impl Gpu {
+    /// Most dynamic shared memory that a block of the on-chip and the fused kernels may have.
+    pub fn most_dynamic_shared(&self) -> usize {
+        self.shared_per_block.saturating_sub(STATIC_SHARED)
+    }
+
+    /// Dynamic shared memory with which so many of their blocks fit on a multiprocessor.
+    pub fn dynamic_shared_for(&self, blocks: usize) -> usize {
+        (self.shared_per_multiprocessor / blocks)
+            .saturating_sub(STATIC_SHARED + self.shared_reserved)
+    }
+}
+
+/// What tests choose for.
+#[cfg(test)]
+pub const H200: Gpu = Gpu {
+    multiprocessors: 132,
+    l2: 50 << 20,
+    shared_per_multiprocessor: 228 << 10,
+    shared_per_block: 227 << 10,
+    shared_reserved: 1 << 10,
+    max_cluster: 16,
+    max_cluster_alone: 16,
+};
+
 /// A user's choice, for experiments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forced {
@@ -65,9 +90,9 @@ pub const ON_CHIP_THREADS: u32 = 256;
 /// Mbarriers and partial results before a slice in shared memory (`OnChip` in kernels/on_chip.cuh), and what the
 /// on-chip and the fused kernels have besides, to merge the warps' partial results.
 const ON_CHIP_HEADER: usize = 640;
-pub const STATIC_SHARED: usize = 1024;
+const STATIC_SHARED: usize = 1024;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
-const BLOCKS_A_MULTIPROCESSOR: usize = 3;
+pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 /// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
 pub const SHORTEST_ON_CHIP: usize = 16 * 1024;
 /// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
@@ -203,17 +228,16 @@ fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> 
 /// second read finds them there. Unused shared memory keeps further blocks away.
 fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
     let rows = gpu.l2 / 2 / (width * element.size()).max(1);
-    let per_block = match rows / gpu.multiprocessors.max(1) {
+    let dynamic_shared = match rows / gpu.multiprocessors.max(1) {
         // Where not even a row a multiprocessor fits, there is nothing to gain; where more fit than ever run at once,
         // nothing to keep away.
         0 | 8.. => 0,
-        blocks => gpu.shared_per_multiprocessor / blocks,
+        blocks => gpu
+            .dynamic_shared_for(blocks)
+            .min(gpu.most_dynamic_shared()),
     };
-    let most = gpu.shared_per_block.saturating_sub(STATIC_SHARED);
     Geometry {
-        dynamic_shared: per_block
-            .saturating_sub(STATIC_SHARED + gpu.shared_reserved)
-            .min(most) as u32,
+        dynamic_shared: dynamic_shared as u32,
         ..once(element, width)
     }
 }
@@ -222,15 +246,6 @@ fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
 mod tests {
     use super::*;
 
-    const H200: Gpu = Gpu {
-        multiprocessors: 132,
-        l2: 50 << 20,
-        shared_per_multiprocessor: 228 << 10,
-        shared_per_block: 227 << 10,
-        shared_reserved: 1 << 10,
-        max_cluster: 16,
-        max_cluster_alone: 16,
-    };
     const A100: Gpu = Gpu {
         multiprocessors: 108,
         l2: 40 << 20,

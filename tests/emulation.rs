@@ -17,6 +17,8 @@ mod mutants;
 mod problem;
 #[path = "emulation/rows.rs"]
 mod rows;
+#[path = "emulation/runs.rs"]
+mod runs;
 #[path = "../src/select.rs"]
 #[allow(dead_code)]
 mod select;

@@ -110,10 +110,9 @@ fn describe(
 }
 
 fn allow_shared_memory(function: &CudaFunction, gpu: &Gpu) -> std::result::Result<(), DriverError> {
-    let most = gpu.shared_per_block.saturating_sub(select::STATIC_SHARED);
     function.set_attribute(
         FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-        most as i32,
+        gpu.most_dynamic_shared() as i32,
     )
 }
 
@@ -153,11 +152,11 @@ fn largest_clusters(
                 block_dim: (select::ON_CHIP_THREADS, 1, 1),
                 shared_mem_bytes: shared as u32,
             };
-            function.occupancy_max_potential_cluster_size(config, stream)
+            let blocks = function.occupancy_max_potential_cluster_size(config, stream)?;
+            Ok::<usize, DriverError>(blocks as usize)
         };
-        let used = select::STATIC_SHARED + gpu.shared_reserved;
-        let several = largest((gpu.shared_per_multiprocessor / 3).saturating_sub(used))? as usize;
-        let alone = largest(gpu.shared_per_block.saturating_sub(select::STATIC_SHARED))? as usize;
+        let several = gpu.dynamic_shared_for(select::BLOCKS_A_MULTIPROCESSOR);
+        let (several, alone) = (largest(several)?, largest(gpu.most_dynamic_shared())?);
         least = (least.0.min(several), least.1.min(alone));
     }
     Ok(least)

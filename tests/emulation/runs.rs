@@ -1,0 +1,341 @@
+//! The launches of a problem: every kernel of its element type, with the buffers they read and write.
+
+use bytemuck::Zeroable as _;
+
+use super::{
+    case::{Buffer, Case, POISON, Shape},
+    problem::{Eps, OnChip, Problem, View, to_bytes},
+};
+use crate::{
+    kernel_abi::{Kernel, Params, REDUCE_THREADS, RowState},
+    select::{self, Forced, Geometry, H200},
+};
+
+pub const STATS: [&str; 5] = ["nll", "lse", "entropy", "max_prob", "grad_norm_sq"];
+
+/// A launch over the rows, and the buffers of its outputs.
+pub struct RowRun {
+    pub label: String,
+    pub has_upstream: bool,
+    pub loss: Option<Buffer>,
+    /// With its view, and what the gaps between rows hold.
+    pub grad: Option<(Buffer, View, Vec<u8>)>,
+    pub stats: Option<[Buffer; 5]>,
+    pub predicted: Option<Buffer>,
+    pub first_error: Option<Buffer>,
+}
+
+/// Every launch of a problem.
+pub struct Runs {
+    pub case: Case,
+    pub rows: Vec<RowRun>,
+    pub total_weight: Buffer,
+    pub reduced: Buffer,
+}
+
+impl Runs {
+    pub fn new(p: &Problem) -> Self {
+        let mut case = Case::new(&p.seeds);
+        let params = inputs(&mut case, p);
+        let (element, softcap) = (p.element, p.softcap.is_some());
+
+        let total_weight = case.poisoned("total_weight", 4, 0);
+        let weigh = Params {
+            loss: 0,
+            reduced: 0,
+            total_weight: total_weight.start(),
+            ..params
+        };
+        case.launch(Kernel::Reduce, weigh, Shape::plain(1, REDUCE_THREADS));
+        let divisor = if p.mean { total_weight.start() } else { 0 };
+
+        let mut rows = Vec::new();
+        let mut launch = |case: &mut Case, kernel, params, run| {
+            let (_, Geometry { threads, .. }) = select::backward(element, softcap, p.width);
+            case.launch(kernel, params, Shape::plain(p.rows() as u32, threads));
+            rows.push(run);
+        };
+
+        let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+        let (run, stats_params) =
+            row_outputs(&mut case, "forward with statistics", p, true, params);
+        let loss = run.loss.expect("a forward has a loss");
+        let kernel = Kernel::Forward {
+            element,
+            stats: true,
+            softcap,
+        };
+        launch(
+            &mut case,
+            kernel,
+            Params {
+                state: state.start(),
+                ..stats_params
+            },
+            run,
+        );
+
+        let (run, plain_params) = row_outputs(&mut case, "forward", p, false, params);
+        launch(
+            &mut case,
+            Kernel::Forward {
+                element,
+                stats: false,
+                softcap,
+            },
+            plain_params,
+            run,
+        );
+
+        let reduced = case.poisoned("reduced", 4, 0);
+        let reduce = Params {
+            loss: loss.start(),
+            reduced: reduced.start(),
+            ..weigh
+        };
+        case.launch(Kernel::Reduce, reduce, Shape::plain(1, REDUCE_THREADS));
+
+        for (label, in_place) in [("backward", false), ("backward in place", true)] {
+            let upstream = case.input("upstream", &p.upstream, 0);
+            let params = Params {
+                state: state.start(),
+                upstream: upstream.start(),
+                upstream_per_row: u32::from(p.upstream.len() > 1),
+                divisor,
+                ..params
+            };
+            let (grad, params) = gradient(&mut case, p, in_place, params);
+            let run = RowRun {
+                label: label.into(),
+                has_upstream: true,
+                loss: None,
+                grad: Some(grad),
+                stats: None,
+                predicted: None,
+                first_error: None,
+            };
+            launch(
+                &mut case,
+                Kernel::Backward { element, softcap },
+                params,
+                run,
+            );
+        }
+        for (label, in_place) in [("fused", false), ("fused in place", true)] {
+            let (run, params) = fused(&mut case, label, p, in_place, Params { divisor, ..params });
+            launch(&mut case, Kernel::Fused { element, softcap }, params, run);
+        }
+        for run in &p.on_chip {
+            on_chip(&mut case, p, run, Params { divisor, ..params }, &mut rows);
+        }
+        Self {
+            case,
+            rows,
+            total_weight,
+            reduced,
+        }
+    }
+}
+
+/// The launches of an on-chip run: loss with gradient, a forward, and the backward that goes with that.
+fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mut Vec<RowRun>) {
+    let (element, softcap) = (p.element, p.softcap.is_some());
+    let shape = (p.vocab, p.width);
+    let forced = Some(Forced::OnChip(Some(run.blocks_per_row)));
+    let launch = |case: &mut Case, (kernel, mut geometry): (Kernel, Geometry), params| {
+        // Rows that the crate would not take on chip are cut as finely as can be, so that slices have edges.
+        if p.vocab * element.size() < select::SHORTEST_ON_CHIP {
+            let groups = (p.vocab * element.size()).div_ceil(16);
+            let slice = groups.div_ceil(run.blocks_per_row);
+            geometry.groups_per_block = slice as u32;
+            geometry.dynamic_shared = select::on_chip_dynamic_shared(slice) as u32;
+        }
+        let params = Params {
+            blocks_per_row: geometry.blocks_per_row,
+            groups_per_block: geometry.groups_per_block,
+            ..params
+        };
+        let shape = Shape {
+            grid: p.rows() as u32 * geometry.blocks_per_row,
+            block: run.threads,
+            cluster: geometry.blocks_per_row,
+            dynamic_shared: geometry.dynamic_shared,
+        };
+        case.launch(kernel, params, shape);
+    };
+    let chosen = |choice: Result<_, String>| choice.unwrap_or_else(|error| panic!("{error}"));
+
+    let place = if run.in_place { " in place" } else { "" };
+    let label = format!("on chip, {} blocks a row{place}", run.blocks_per_row);
+    let (row_run, fused_params) = fused(case, &label, p, run.in_place, params);
+    rows.push(row_run);
+    let kernel = select::loss_and_gradient((element, softcap), shape, &H200, forced);
+    launch(case, chosen(kernel), fused_params);
+    // One of the two forwards, in turn.
+    let stats = run.in_place;
+    let (row_run, forward_params) =
+        row_outputs(case, &format!("forward {label}"), p, stats, params);
+    rows.push(row_run);
+    let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+    let forward_params = Params {
+        state: state.start(),
+        ..forward_params
+    };
+    let kernel = select::forward((element, stats, softcap), shape, &H200, forced);
+    launch(case, chosen(kernel), forward_params);
+    let params = Params {
+        state: state.start(),
+        ..params
+    };
+    let (grad, params) = gradient(case, p, false, params);
+    rows.push(RowRun {
+        label: format!("backward after {label}"),
+        has_upstream: false,
+        loss: None,
+        grad: Some(grad),
+        stats: None,
+        predicted: None,
+        first_error: None,
+    });
+    let (kernel, geometry) = select::backward(element, softcap, p.width);
+    case.launch(
+        kernel,
+        params,
+        Shape::plain(p.rows() as u32, geometry.threads),
+    );
+}
+
+/// Outputs of loss, statistics and gradient in one launch.
+fn fused(
+    case: &mut Case,
+    label: &str,
+    p: &Problem,
+    in_place: bool,
+    params: Params,
+) -> (RowRun, Params) {
+    let (mut run, params) = row_outputs(case, label, p, true, params);
+    let (grad, params) = gradient(case, p, in_place, params);
+    run.grad = Some(grad);
+    (run, params)
+}
+
+fn inputs(case: &mut Case, p: &Problem) -> Params {
+    let logits = case.input("logits", &stored_logits(p), p.logits_view.offset);
+    let targets = if p.targets_are_i64 {
+        case.input("targets", &p.targets, 8)
+    } else {
+        case.input(
+            "targets",
+            &p.targets.iter().map(|&t| t as u32).collect::<Vec<_>>(),
+            4,
+        )
+    };
+    let (smoothing, uniform_smoothing) = match &p.eps {
+        Eps::Uniform(eps) => (0, *eps),
+        Eps::PerRow(eps) => (case.input("smoothing", eps, 12).start(), f32::NAN),
+    };
+    Params {
+        logits: logits.start(),
+        targets: targets.start(),
+        smoothing,
+        weights: p
+            .weights
+            .as_ref()
+            .map_or(0, |weights| case.input("weights", weights, 4).start()),
+        logits_rows: p.logits_view.abi(),
+        grad_rows: p.grad_view.abi(),
+        rows: p.rows() as u64,
+        ignore_index: p.ignore_index(),
+        vocab: p.vocab as u32,
+        width: p.width as u32,
+        targets_are_i64: u32::from(p.targets_are_i64),
+        mean: u32::from(p.mean),
+        uniform_smoothing,
+        z_loss: p.z_loss,
+        logit_scale: p.logit_scale,
+        softcap: p.softcap.unwrap_or(f32::NAN),
+        result_scale: p.result_scale,
+        ..Params::zeroed()
+    }
+}
+
+/// Padding and the gaps between rows hold NaN: who reads them shows it.
+fn stored_logits(p: &Problem) -> Vec<u8> {
+    let mut values = vec![f32::NAN; p.logits_view.extent(p.rows(), p.width)];
+    for i in 0..p.rows() {
+        let begin = p.logits_view.row(i);
+        values[begin..begin + p.vocab].copy_from_slice(p.row(i));
+    }
+    to_bytes(p.element, &values)
+}
+
+fn row_outputs(
+    case: &mut Case,
+    label: &str,
+    p: &Problem,
+    stats: bool,
+    params: Params,
+) -> (RowRun, Params) {
+    let loss = case.poisoned(&format!("loss of {label}"), p.rows() * 4, 4);
+    let first_error = case.output(&format!("first_error of {label}"), &[u64::MAX], 8);
+    let mut params = Params {
+        loss: loss.start(),
+        first_error: first_error.start(),
+        ..params
+    };
+    let mut run = RowRun {
+        label: label.into(),
+        has_upstream: false,
+        loss: Some(loss),
+        grad: None,
+        stats: None,
+        predicted: None,
+        first_error: Some(first_error),
+    };
+    if stats {
+        let buffers = STATS.map(|name| case.poisoned(name, p.rows() * 4, 8));
+        let predicted = case.poisoned("predicted", p.rows() * 4, 12);
+        [
+            params.nll,
+            params.lse,
+            params.entropy,
+            params.max_prob,
+            params.grad_norm_sq,
+        ] = buffers.map(Buffer::start);
+        params.predicted = predicted.start();
+        run.stats = Some(buffers);
+        run.predicted = Some(predicted);
+    }
+    (run, params)
+}
+
+fn gradient(
+    case: &mut Case,
+    p: &Problem,
+    in_place: bool,
+    params: Params,
+) -> ((Buffer, View, Vec<u8>), Params) {
+    let (view, initial) = if in_place {
+        (p.logits_view.clone(), stored_logits(p))
+    } else {
+        let bytes = p.grad_view.extent(p.rows(), p.width) * p.element.size();
+        (p.grad_view.clone(), vec![POISON; bytes])
+    };
+    let buffer = case.output(
+        if in_place { "logits and grad" } else { "grad" },
+        &initial,
+        view.offset,
+    );
+    let logits = if in_place {
+        buffer.start()
+    } else {
+        params.logits
+    };
+    let params = Params {
+        logits,
+        grad: buffer.start(),
+        grad_rows: view.abi(),
+        ..params
+    };
+    ((buffer, view, initial), params)
+}
