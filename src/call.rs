@@ -1,6 +1,6 @@
 //! One call of the loss, its arguments checked and brought to the form the backends read.
 
-use candle_core::{DType, Device, Layout, Result, Tensor, bail};
+use candle_core::{DType, Layout, Result, Tensor, bail};
 
 use crate::{
     CrossEntropy, Reduction, Smoothing,
@@ -48,41 +48,99 @@ const MAX_WIDTH: usize = i32::MAX as usize - (1 << 14);
 
 impl Call {
     pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Self> {
-        let (shape, width) = match logits.dims() {
+        let width = match logits.dims() {
             [] => bail!("logits: a scalar, must have shape (…, V)"),
-            [shape @ .., width] => (shape.to_vec(), *width),
+            [.., width] => *width,
         };
-        let rows: usize = shape.iter().product();
         if width == 0 || width > MAX_WIDTH {
             bail!("logits: rows of length {width}, must be 1 to {MAX_WIDTH}");
         }
-        if rows > i32::MAX as usize {
-            bail!("logits: {rows} rows, must be at most {}", i32::MAX);
+        Self::of_rows(options, ("logits", logits), width, targets)
+    }
+
+    /// The same for logits that are products of `hidden` (…, D) and `weight` (V, D), plus `bias` (V).
+    pub fn linear(
+        options: &CrossEntropy,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        targets: &Tensor,
+    ) -> Result<Self> {
+        let depth = match hidden.dims() {
+            [] | [.., 0] => bail!(
+                "hidden: shape {:?}, must be (…, D) with D at least 1",
+                hidden.dims()
+            ),
+            [.., depth] => *depth,
+        };
+        let width = match weight.dims() {
+            &[width, d] if d == depth && (1..=MAX_WIDTH).contains(&width) => width,
+            shape => bail!(
+                "weight: shape {shape:?}, must be (V, {depth}) with V 1 to {MAX_WIDTH} for hidden of shape {:?}",
+                hidden.dims()
+            ),
+        };
+        let mut parameters = vec![("weight", weight)];
+        if let Some(bias) = bias {
+            if bias.dims() != [width] {
+                bail!(
+                    "bias: shape {:?}, must be [{width}] for weight of shape {:?}",
+                    bias.dims(),
+                    weight.dims()
+                );
+            }
+            parameters.push(("bias", bias));
         }
-        let on_cpu = logits.device().is_cpu();
-        match logits.dtype() {
+        for (argument, tensor) in parameters {
+            if tensor.dtype() != hidden.dtype() {
+                bail!(
+                    "{argument}: {}, must be {} as hidden",
+                    tensor.dtype().as_str(),
+                    hidden.dtype().as_str()
+                );
+            }
+            same_device(argument, tensor, ("hidden", hidden))?;
+        }
+        Self::of_rows(options, ("hidden", hidden), width, targets)
+    }
+
+    /// `rows` is the argument with a row (its last dimension) for each target.
+    fn of_rows(
+        options: &CrossEntropy,
+        rows: (&str, &Tensor),
+        width: usize,
+        targets: &Tensor,
+    ) -> Result<Self> {
+        let (argument, tensor) = rows;
+        let shape = tensor.dims()[..tensor.rank() - 1].to_vec();
+        let count: usize = shape.iter().product();
+        if count > i32::MAX as usize {
+            bail!("{argument}: {count} rows, must be at most {}", i32::MAX);
+        }
+        let on_cpu = tensor.device().is_cpu();
+        match tensor.dtype() {
             DType::F32 | DType::F16 | DType::BF16 => {}
             DType::F64 if on_cpu => {}
             DType::F64 => bail!(
-                "logits: f64 on {:?}, must be f32, f16 or bf16 there",
-                logits.device().location()
+                "{argument}: f64 on {:?}, must be f32, f16 or bf16 there",
+                tensor.device().location()
             ),
             other => bail!(
-                "logits: {}, must be f32, f16, bf16 or (on the CPU) f64",
+                "{argument}: {}, must be f32, f16, bf16 or (on the CPU) f64",
                 other.as_str()
             ),
         }
         if targets.dims() != shape {
             bail!(
-                "targets: shape {:?}, must be {shape:?} for logits of shape {:?}",
+                "targets: shape {:?}, must be {shape:?} for {argument} of shape {:?}",
                 targets.dims(),
-                logits.dims()
+                tensor.dims()
             );
         }
         if !matches!(targets.dtype(), DType::U32 | DType::I64) {
             bail!("targets: {}, must be u32 or i64", targets.dtype().as_str());
         }
-        same_device("targets", targets, logits.device())?;
+        same_device("targets", targets, rows)?;
         let vocab = options.vocab_size.unwrap_or(width);
         if vocab == 0 || vocab > width {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
@@ -112,20 +170,20 @@ impl Call {
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
             Smoothing::PerRow(values) => (
-                Some(row_values("smoothing", values, &shape, row_type, logits)?),
+                Some(row_values("smoothing", values, &shape, row_type, rows)?),
                 0.0,
             ),
             &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
             Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
         };
         let weights = match &options.row_weights {
-            Some(values) => Some(row_values("row_weights", values, &shape, row_type, logits)?),
+            Some(values) => Some(row_values("row_weights", values, &shape, row_type, rows)?),
             None => None,
         };
         Ok(Self {
-            targets: targets.detach().contiguous()?.reshape(rows)?,
+            targets: targets.detach().contiguous()?.reshape(count)?,
             shape,
-            rows,
+            rows: count,
             width,
             vocab,
             smoothing,
@@ -149,11 +207,18 @@ impl Call {
         }
     }
 
-    /// Reads the rows' values on the CPU: `None` for ignored rows, an error for the first bad value.
+    /// Reads the rows' values: `None` for ignored rows, an error for the first bad value.
     pub fn read_rows(&self) -> Result<Vec<Option<Row>>> {
+        self.read_each_row()?.into_iter().collect()
+    }
+
+    /// [`read_rows`](Self::read_rows) with an error for every bad value. Waits for the device if that is not the CPU.
+    pub fn read_each_row(&self) -> Result<Vec<Result<Option<Row>>>> {
         let targets = self.targets.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let per_row =
-            |values: &Option<Tensor>| values.as_ref().map(Tensor::to_vec1::<f64>).transpose();
+        let per_row = |values: &Option<Tensor>| {
+            let read = |values: &Tensor| values.to_dtype(DType::F64)?.to_vec1::<f64>();
+            values.as_ref().map(read).transpose()
+        };
         let (smoothing, weights) = (per_row(&self.smoothing)?, per_row(&self.weights)?);
         let read = |(i, target): (usize, i64)| {
             if target == self.ignore_index {
@@ -178,7 +243,20 @@ impl Call {
                 weight,
             }))
         };
-        targets.into_iter().enumerate().map(read).collect()
+        Ok(targets.into_iter().enumerate().map(read).collect())
+    }
+
+    /// The call about the rows whose numbers `ids` (n) has, as a flat list.
+    pub fn select(&self, ids: &Tensor) -> Result<Self> {
+        let select = |values: &Tensor| values.index_select(ids, 0);
+        Ok(Self {
+            shape: ids.dims().to_vec(),
+            rows: ids.elem_count(),
+            targets: select(&self.targets)?,
+            smoothing: self.smoothing.as_ref().map(select).transpose()?,
+            weights: self.weights.as_ref().map(select).transpose()?,
+            ..self.clone()
+        })
     }
 
     /// The error for a value inside a tensor, the same on every device.
@@ -204,12 +282,12 @@ impl Call {
     }
 }
 
-fn same_device(argument: &str, tensor: &Tensor, device: &Device) -> Result<()> {
-    if !tensor.device().same_device(device) {
+fn same_device(argument: &str, tensor: &Tensor, (other, rows): (&str, &Tensor)) -> Result<()> {
+    if !tensor.device().same_device(rows.device()) {
         bail!(
-            "{argument}: on {:?}, must be on {:?} with the logits",
+            "{argument}: on {:?}, must be on {:?} with {other}",
             tensor.device().location(),
-            device.location()
+            rows.device().location()
         );
     }
     Ok(())
@@ -226,7 +304,7 @@ fn row_values(
     values: &Tensor,
     shape: &[usize],
     dtype: DType,
-    logits: &Tensor,
+    rows: (&str, &Tensor),
 ) -> Result<Tensor> {
     if !values.dtype().is_float() {
         bail!(
@@ -234,9 +312,9 @@ fn row_values(
             values.dtype().as_str()
         );
     }
-    same_device(argument, values, logits.device())?;
+    same_device(argument, values, rows)?;
     // A view of the logits must be read before they are locked, and overwritten, in place.
-    let values = if shares_memory(values, logits) {
+    let values = if shares_memory(values, rows.1) {
         values.copy()?
     } else {
         values.clone()

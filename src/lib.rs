@@ -41,7 +41,8 @@
 //! # Where to look
 //!
 //! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside: `call` validates
-//! arguments, `op` ties the loss into candle's graph, `reference` is the oracle, `cpu` the vectorised CPU path, `cuda`
+//! arguments, `op` ties the loss into candle's graph, `linear` the loss that starts from hidden states (`tiles` says how it
+//! cuts the logits), `reference` is the oracle, `cpu` the vectorised CPU path, `cuda`
 //! launches the kernels in `kernels/`, `select` chooses among them, and `kernel_abi` is what they are given.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
@@ -52,11 +53,13 @@ mod cpu;
 mod cuda;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod kernel_abi;
+mod linear;
 mod loss;
 mod op;
 mod reference;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod select;
+mod tiles;
 pub mod ual;
 
 pub use loss::{CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing, cross_entropy};

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::{call::Call, op, reference};
+use crate::{call::Call, linear, op, reference};
 
 /// Label smoothing: the share of the target distribution that is spread evenly over all classes.
 ///
@@ -99,6 +99,9 @@ pub struct CrossEntropy {
     pub(crate) reduction: Reduction,
     pub(crate) inplace_backward: bool,
     pub(crate) check_inputs: bool,
+    pub(crate) memory_budget: usize,
+    pub(crate) tile_bytes: Option<usize>,
+    pub(crate) compact_rows: bool,
 }
 
 impl Default for CrossEntropy {
@@ -121,6 +124,9 @@ impl CrossEntropy {
             reduction: Reduction::Mean,
             inplace_backward: false,
             check_inputs: false,
+            memory_budget: 256 << 20,
+            tile_bytes: None,
+            compact_rows: false,
         }
     }
 
@@ -193,6 +199,30 @@ impl CrossEntropy {
         self
     }
 
+    /// Bytes of logits that [`forward_linear`](Self::forward_linear) may keep for its backward, which computes the others
+    /// again: three matrix products in all where everything fits, four where nothing does. Default 256 MiB. Results do
+    /// not depend on it, not even in their last bit.
+    pub fn memory_budget(mut self, bytes: usize) -> Self {
+        self.memory_budget = bytes;
+        self
+    }
+
+    /// Bytes of logits that [`forward_linear`](Self::forward_linear) works on at a time, instead of its own choice: 8 MiB
+    /// on the CPU, 112 MiB on CUDA, or more where the tiles would get narrower than 512. For experiments: sums are taken
+    /// in another order.
+    pub fn tile_bytes(mut self, bytes: usize) -> Self {
+        self.tile_bytes = Some(bytes);
+        self
+    }
+
+    /// On CUDA, lets [`forward_linear`](Self::forward_linear) leave rows that are ignored or have weight 0 out of its
+    /// products, as it does on the CPU. Their number has to be known on the host: costs a synchronisation. Off by
+    /// default.
+    pub fn compact_rows(mut self, on: bool) -> Self {
+        self.compact_rows = on;
+        self
+    }
+
     /// The loss, differentiable in the logits: a scalar, or the targets' shape for [`Reduction::None`]. f32, f64 for
     /// f64 logits.
     ///
@@ -222,6 +252,45 @@ impl CrossEntropy {
     /// are an error.
     pub fn loss_and_grad_inplace(&self, logits: Tensor, targets: &Tensor) -> Result<LossAndGrad> {
         op::loss_and_grad_inplace(Call::new(self, &logits, targets)?, logits)
+    }
+
+    /// The loss of the logits hidden·weightᵀ + bias, which never are in memory as a whole: hidden states (…, D), output
+    /// projection (V, D), bias (V), all of one type and on one device, targets (…). Differentiable in hidden, weight and
+    /// bias. The result is that of [`forward`](Self::forward), with its options but for `inplace_backward`; `vocab_size`
+    /// leaves the last rows of weight and bias out.
+    ///
+    /// The logits are computed in tiles: slices of the vocabulary, or, where there are more rows than classes, blocks of
+    /// rows. Beside inputs and gradients, and beside what [`memory_budget`](Self::memory_budget) lets it keep, it takes a
+    /// tile and, in the backward, sums of 4·min(N, V)·D bytes (on the CPU, for f16 and bf16, as much again for a copy in
+    /// f32, and none of the sums for f32). Products are accumulated in f32 and gradients rounded once; on CUDA logits are
+    /// rounded to their type as in a model that computes them whole, on the CPU they stay f32.
+    ///
+    /// Rows that are ignored or have weight 0 are left out of the products on the CPU, on CUDA with
+    /// [`compact_rows`](Self::compact_rows). Products come from the device's library (gemm, cuBLAS), which need not give a
+    /// row the same last bit for another number of rows.
+    ///
+    /// The idea is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, with
+    /// products by the library and no gradients filtered out.
+    pub fn forward_linear(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        targets: &Tensor,
+    ) -> Result<Tensor> {
+        Ok(linear::forward(self, hidden, weight, bias, targets, false)?.0)
+    }
+
+    /// [`forward_linear`](Self::forward_linear) with the statistics of every row from the same pass.
+    pub fn forward_linear_with_stats(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        targets: &Tensor,
+    ) -> Result<(Tensor, RowStats)> {
+        let (loss, stats) = linear::forward(self, hidden, weight, bias, targets, true)?;
+        Ok((loss, stats.expect("asked for")))
     }
 
     /// The oracle: the same results in f64 on the CPU, by plain loops written to be read beside the formulas. Accepts

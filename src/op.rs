@@ -16,12 +16,12 @@ use crate::{
     cpu,
 };
 
-/// What a backend's forward returns; `S` is its storage.
-pub(crate) struct Forward<S> {
+/// What a backend's forward returns; `S` is its storage, `K` what it keeps for the backward.
+pub(crate) struct Forward<S, K = Saved> {
     /// Of [`Call::loss_shape`].
     pub loss: S,
     pub stats: Option<RowStats>,
-    pub saved: Saved,
+    pub saved: K,
 }
 
 /// What a backend's single pass returns beside the gradient.

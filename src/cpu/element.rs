@@ -26,6 +26,18 @@ pub(super) trait Element: Pod + Default + Send + Sync {
     fn position(i: usize, _len: usize) -> usize {
         i
     }
+    /// The values of `from` in their order.
+    #[inline(always)]
+    fn widen_in_order(from: &[Self], to: &mut [Self::Real]) {
+        Self::widen_into(from, to);
+    }
+    /// The inverse of [`Self::widen_in_order`], with one rounding.
+    #[inline(always)]
+    fn narrow_in_order(from: &[Self::Real], to: &mut [Self]) {
+        Self::narrow(from, to);
+    }
+    /// Whether this is its own [`Self::Real`].
+    const IS_REAL: bool = false;
     /// Whether elements may be narrowed one by one in a loop: they keep their order, and the loop vectorises.
     const NARROWS_ONE: bool = true;
     fn narrow_one(x: Self::Real) -> Self;
@@ -36,6 +48,7 @@ macro_rules! identity {
     ($float:ident) => {
         impl Element for $float {
             type Real = $float;
+            const IS_REAL: bool = true;
 
             #[inline(always)]
             fn widen_into(from: &[Self], to: &mut [Self]) {
@@ -118,6 +131,18 @@ impl Element for bf16 {
         }
         if let [last] = last {
             *last = Self::narrow_one(from[from.len() - 1]);
+        }
+    }
+    #[inline(always)]
+    fn widen_in_order(from: &[Self], to: &mut [f32]) {
+        for (wide, x) in to.iter_mut().zip(from) {
+            *wide = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+    #[inline(always)]
+    fn narrow_in_order(from: &[f32], to: &mut [Self]) {
+        for (narrow, x) in to.iter_mut().zip(from) {
+            *narrow = Self::narrow_one(*x);
         }
     }
     #[inline(always)]

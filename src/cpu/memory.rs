@@ -45,10 +45,10 @@ pub(super) struct GradRows<'a, T> {
 unsafe impl<T: Send> Sync for GradRows<'_, T> {}
 
 impl<'a, T> GradRows<'a, T> {
-    pub(super) fn contiguous(call: &Call, grad: &'a mut [T]) -> Self {
-        assert_eq!(grad.len(), call.rows * call.width);
+    pub(super) fn contiguous(rows: usize, width: usize, grad: &'a mut [T]) -> Self {
+        assert_eq!(grad.len(), rows * width);
         let mut strides = [0; MAX_ROW_DIMS];
-        strides[0] = call.width as u64;
+        strides[0] = width as u64;
         let offsets = RowOffsets {
             dims: 1,
             sizes: [1; MAX_ROW_DIMS],
@@ -57,7 +57,7 @@ impl<'a, T> GradRows<'a, T> {
         Self {
             base: grad.as_mut_ptr(),
             starts: Starts { first: 0, offsets },
-            width: call.width,
+            width,
             storage: std::marker::PhantomData,
         }
     }
@@ -78,6 +78,10 @@ impl<'a, T> GradRows<'a, T> {
             width: call.width,
             storage: std::marker::PhantomData,
         })
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.width
     }
 
     /// Elements `columns` of a row.

@@ -2,6 +2,7 @@
 //! found at run time.
 
 mod element;
+pub(crate) mod linear;
 mod memory;
 mod parallel;
 mod real;
@@ -57,18 +58,30 @@ pub(crate) fn forward(
     let (results, normalisers) =
         with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
     let dtype = result_type(logits.dtype());
-    let losses = reduce(call, &rows, &results);
+    let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
     Ok(Forward {
-        loss: if dtype == DType::F64 {
-            f64::to_cpu_storage_owned(losses)
-        } else {
-            narrow_storage(losses)
-        },
-        stats: stats
-            .then(|| row_stats(call, &results, dtype))
-            .transpose()?,
+        loss,
+        stats,
         saved: op::Saved::Cpu(Saved { rows, normalisers }),
     })
+}
+
+/// The reduced loss, and the statistics if they are asked for, of type `dtype`.
+fn forward_result(
+    call: &Call,
+    rows: &[Option<Row>],
+    results: &[RowResult],
+    dtype: DType,
+    stats: bool,
+) -> Result<(CpuStorage, Option<RowStats>)> {
+    let losses = reduce(call, rows, results);
+    let loss = if dtype == DType::F64 {
+        f64::to_cpu_storage_owned(losses)
+    } else {
+        narrow_storage(losses)
+    };
+    let stats = stats.then(|| row_stats(call, results, dtype)).transpose()?;
+    Ok((loss, stats))
 }
 
 pub(crate) fn backward(
@@ -80,7 +93,7 @@ pub(crate) fn backward(
 ) -> Result<CpuStorage> {
     with_elements!(call, logits, cast_slice, x => {
         let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
-        let out = GradRows::contiguous(call, &mut grad);
+        let out = GradRows::contiguous(call.rows, call.width, &mut grad);
         differentiate(call, saved, upstream, Logits::Separate(x, readable(layout)?), &out)?;
         Ok(Element::storage(grad))
     })
@@ -107,7 +120,7 @@ pub(crate) fn fused(
     let rows = call.read_rows()?;
     with_elements!(call, logits, cast_slice, x => {
         let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
-        let out = GradRows::contiguous(call, &mut grad);
+        let out = GradRows::contiguous(call.rows, call.width, &mut grad);
         let results = evaluate_and_differentiate(call, &rows, Logits::Separate(x, readable(layout)?), &out);
         let dtype = result_type(logits.dtype());
         Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype)?))

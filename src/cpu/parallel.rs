@@ -23,27 +23,27 @@ const SMALL: usize = 1 << 15;
 /// Pieces a task where they are shared out.
 const PIECES_PER_TASK: usize = 8;
 
-fn rows_are_few(call: &Call) -> bool {
-    call.rows < FEW_ROWS * rayon::current_num_threads() && call.vocab > PIECE * PIECES_PER_TASK
+fn rows_are_few(rows: usize, vocab: usize) -> bool {
+    rows < FEW_ROWS * rayon::current_num_threads() && vocab > PIECE * PIECES_PER_TASK
 }
 
 /// A thread's memory, used again for each of its rows.
-struct Scratch<R> {
+pub(super) struct Scratch<R> {
     partials: Vec<Partial>,
     kept: Vec<R>,
 }
 
 impl<R: Real> Scratch<R> {
-    fn new(call: &Call, keep: bool) -> Self {
+    pub(super) fn new(vocab: usize, keep: bool) -> Self {
         Self {
-            partials: vec![Partial::EMPTY; call.vocab.div_ceil(PIECE)],
-            kept: vec![R::ZERO; if keep { call.vocab } else { 0 }],
+            partials: vec![Partial::EMPTY; vocab.div_ceil(PIECE)],
+            kept: vec![R::ZERO; if keep { vocab } else { 0 }],
         }
     }
 }
 
 /// The row's pieces, evaluated into the scratch memory and merged in order, whoever evaluated them.
-fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>(
+pub(super) fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>(
     x: &[T],
     target: usize,
     transform: &Transform<T::Real>,
@@ -82,16 +82,17 @@ fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>
         .fold(Partial::EMPTY, Partial::merge)
 }
 
-/// Runs `f` on every row and its result: in parallel, or, where rows are few, one by one, and `f` is told to share its
-/// work out. Little work stays with the calling thread.
-fn for_each_row<R: Send, S>(
-    call: &Call,
+/// Runs `f` on every row of `vocab` logits and its result: in parallel, or, where rows are few, one by one, and `f` is
+/// told to share its work out. Little work stays with the calling thread.
+pub(super) fn for_each_row<R: Send, S>(
+    vocab: usize,
     results: &mut [R],
     scratch: impl Fn() -> S + Sync + Send,
     f: impl Fn(usize, &mut R, &mut S, bool) + Sync + Send,
 ) {
-    let small = call.rows * call.vocab <= SMALL;
-    if small || rows_are_few(call) {
+    let rows = results.len();
+    let small = rows * vocab <= SMALL;
+    if small || rows_are_few(rows, vocab) {
         let mut scratch = scratch();
         results
             .iter_mut()
@@ -99,7 +100,7 @@ fn for_each_row<R: Send, S>(
             .for_each(|(i, r)| f(i, r, &mut scratch, !small));
     } else {
         // Few enough tasks that making their scratch memory costs nothing, enough to balance threads.
-        let rows_per_task = call.rows.div_ceil(16 * rayon::current_num_threads()).max(1);
+        let rows_per_task = rows.div_ceil(16 * rayon::current_num_threads()).max(1);
         results
             .par_chunks_mut(rows_per_task)
             .enumerate()
@@ -130,9 +131,9 @@ pub(super) fn evaluate<T: Element>(
         (false, false) => evaluate_row::<T, false, false>,
     };
     for_each_row(
-        call,
+        call.vocab,
         &mut results,
-        || Scratch::new(call, false),
+        || Scratch::new(call.vocab, false),
         |i, result, scratch, shared| {
             if let Some(row) = &rows[i] {
                 *result = evaluate_row(
@@ -158,12 +159,28 @@ fn evaluate_row<T: Element, const CAP: bool, const STATS: bool>(
     shared: bool,
 ) -> (RowResult, Normaliser) {
     let others = row_partial::<T, CAP, STATS, false>(x, row.target, transform, scratch, shared);
-    row::finish::<T, CAP, STATS>(call, row, x, &others, exact)
+    finish_row::<T, CAP, STATS>(call, row, x, &others, exact)
 }
 
-/// Gradient of row `i` from its logits.
-fn write_gradient<T: Element, const CAP: bool>(
+fn finish_row<T: Element, const CAP: bool, const STATS: bool>(
     call: &Call,
+    row: &Row,
+    x: &[T],
+    others: &Partial,
+    exact: &Transform<f64>,
+) -> (RowResult, Normaliser) {
+    let x_y = row::one(x[row.target]).f64();
+    let predicted = if STATS {
+        row::largest_column(x, others)
+    } else {
+        0
+    };
+    row::finish::<CAP>(call, row, x_y, predicted, others, exact)
+}
+
+/// Gradient of row `i` from its `vocab` logits.
+pub(super) fn write_gradient<T: Element, const CAP: bool>(
+    vocab: usize,
     row: Option<(usize, Option<GradFactors<T::Real>>)>,
     i: usize,
     logits: Logits<T>,
@@ -173,11 +190,11 @@ fn write_gradient<T: Element, const CAP: bool>(
 ) {
     let Some((target, Some(factors))) = row else {
         // SAFETY: the row is this call's alone, and nothing of it is in use.
-        unsafe { out.stretch(i, 0..call.width) }.fill(T::default());
+        unsafe { out.stretch(i, 0..out.width()) }.fill(T::default());
         return;
     };
     // SAFETY: as above; padding is no other task's.
-    unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
+    unsafe { out.stretch(i, vocab..out.width()) }.fill(T::default());
     let write = |columns| {
         dispatch(Gradients::<T, CAP> {
             logits,
@@ -192,11 +209,11 @@ fn write_gradient<T: Element, const CAP: bool>(
     };
     if shared {
         let stretch = PIECE * PIECES_PER_TASK;
-        (0..call.vocab.div_ceil(stretch))
+        (0..vocab.div_ceil(stretch))
             .into_par_iter()
-            .for_each(|s| write(s * stretch..((s + 1) * stretch).min(call.vocab)));
+            .for_each(|s| write(s * stretch..((s + 1) * stretch).min(vocab)));
     } else {
-        write(0..call.vocab);
+        write(0..vocab);
     }
 }
 
@@ -216,7 +233,7 @@ pub(super) fn differentiate<T: Element>(
     let divisor = divisor(call, &saved.rows);
     let (transform, exact) = (Transform::new(call), Transform::new(call));
     for_each_row(
-        call,
+        call.vocab,
         &mut vec![(); call.rows],
         || (),
         |i, (), (), shared| {
@@ -228,9 +245,25 @@ pub(super) fn differentiate<T: Element>(
                 )
             });
             if call.softcap.is_some() {
-                write_gradient::<T, true>(call, row, i, logits, out, (&transform, &exact), shared);
+                write_gradient::<T, true>(
+                    call.vocab,
+                    row,
+                    i,
+                    logits,
+                    out,
+                    (&transform, &exact),
+                    shared,
+                );
             } else {
-                write_gradient::<T, false>(call, row, i, logits, out, (&transform, &exact), shared);
+                write_gradient::<T, false>(
+                    call.vocab,
+                    row,
+                    i,
+                    logits,
+                    out,
+                    (&transform, &exact),
+                    shared,
+                );
             }
         },
     );
@@ -261,9 +294,9 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
     let (transform, exact) = (Transform::new(call), Transform::new(call));
     let mut results = vec![RowResult::default(); call.rows];
     for_each_row(
-        call,
+        call.vocab,
         &mut results,
-        || Scratch::new(call, !CAP),
+        || Scratch::new(call.vocab, !CAP),
         |i, result, scratch, shared| {
             let row = rows[i].map(|row| {
                 // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
@@ -275,7 +308,7 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
                     row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
                 };
                 let (row_result, normaliser) =
-                    row::finish::<T, CAP, true>(call, &row, x, &others, &exact);
+                    finish_row::<T, CAP, true>(call, &row, x, &others, &exact);
                 *result = row_result;
                 (
                     row.target,
@@ -296,7 +329,7 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
                 row => {
                     let row = row.map(|(target, _, factors)| (target, factors));
                     write_gradient::<T, CAP>(
-                        call,
+                        call.vocab,
                         row,
                         i,
                         logits,

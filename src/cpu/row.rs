@@ -60,7 +60,7 @@ impl<R: Real> Transform<R> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Partial {
     /// Largest logit (before scale and softcap), the target among them.
-    largest: f64,
+    pub largest: f64,
     /// The piece that has it first.
     piece: usize,
     /// z of `largest`.
@@ -184,7 +184,7 @@ fn prefetch<T>(at: *const T) {
 }
 
 #[inline(always)]
-fn one<T: Element>(x: T) -> T::Real {
+pub(super) fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
@@ -367,28 +367,35 @@ fn first_of<T: Element>(x: &[T], value: T::Real) -> usize {
     0
 }
 
-/// Loss, statistics and normaliser of the row `x` whose pieces merge to `others`. The target's own part, on which the
-/// loss rests, is computed in f64.
-pub(super) fn finish<T: Element, const CAP: bool, const STATS: bool>(
+/// Column of the largest logit of the row `x`, whose pieces merge to `all`: the first of equals.
+pub(super) fn largest_column<T: Element>(x: &[T], all: &Partial) -> u32 {
+    let piece = all.piece * PIECE;
+    let largest = T::Real::of(all.largest);
+    (piece + first_of(&x[piece..(piece + PIECE).min(x.len())], largest)) as u32
+}
+
+/// Loss, statistics and normaliser of a row whose pieces merge to `others`, from the target's logit `x_y` and the
+/// column of the largest. The target's own part, on which the loss rests, is computed in f64.
+pub(super) fn finish<const CAP: bool>(
     call: &Call,
     row: &Row,
-    x: &[T],
+    x_y: f64,
+    predicted: u32,
     others: &Partial,
     transform: &Transform<f64>,
 ) -> (RowResult, Normaliser) {
     let &Row {
-        target,
         smoothing: eps,
         weight,
+        ..
     } = row;
     let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
-    let x_y = one(x[target]);
-    let target_masked = x_y == T::Real::NEG_INFINITY;
+    let target_masked = x_y == f64::NEG_INFINITY;
     let classes = others.classes + usize::from(!target_masked);
     let d_y = if target_masked {
         f64::NEG_INFINITY
     } else {
-        transform.apply::<CAP, true>(x_y.f64(), others.shift).0
+        transform.apply::<CAP, true>(x_y, others.shift).0
     };
     let e_y = d_y.exp();
     let sum = others.exp + e_y;
@@ -425,7 +432,7 @@ pub(super) fn finish<T: Element, const CAP: bool, const STATS: bool>(
     }
 
     // log1p where the target is the largest, as there the sum is 1 and a little.
-    let target_is_largest = x_y.f64() == others.largest;
+    let target_is_largest = x_y == others.largest;
     let log_sum = if target_is_largest {
         d_y + (others.exp / e_y).ln_1p()
     } else {
@@ -462,13 +469,6 @@ pub(super) fn finish<T: Element, const CAP: bool, const STATS: bool>(
     } else {
         (target_p_minus_1 + eps - share).powi(2)
     };
-    let piece = others.piece * PIECE;
-    let largest = T::Real::of(others.largest);
-    let predicted = if STATS {
-        piece + first_of(&x[piece..(piece + PIECE).min(x.len())], largest)
-    } else {
-        0
-    };
     let result = RowResult {
         loss: weighted(loss),
         nll,
@@ -476,7 +476,7 @@ pub(super) fn finish<T: Element, const CAP: bool, const STATS: bool>(
         entropy: (log_sum - weighted_sum / sum).max(0.0),
         max_prob: if target_is_largest { p_y } else { 1.0 / sum },
         grad_norm_sq: others_norm.max(0.0) + target_norm,
-        predicted: predicted as u32,
+        predicted,
     };
     (
         result,

@@ -1,0 +1,570 @@
+//! `forward_linear` on the CPU: tile by tile, a product, and the rows' sums or gradients over what it left.
+//!
+//! Products are computed in f32 (f64 for f64), whatever the type of their factors, and so are the logits between them.
+
+use std::{ops::Range, sync::Mutex};
+
+use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail, utils::get_num_threads};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::{
+    divisor,
+    element::{Element, Precise},
+    forward_result,
+    memory::{GradRows, Logits},
+    parallel::{Scratch, for_each_row, row_partial, write_gradient},
+    real::Real,
+    result_type,
+    row::{self, GradFactors, Normaliser, Partial, RowResult, Transform},
+};
+use crate::{
+    call::{Call, Row},
+    linear::{Operands, Plan, Wanted},
+    op::Forward,
+    tiles::Tile,
+};
+
+/// What the forward leaves for the backward.
+pub(crate) struct Saved {
+    rows: Vec<Option<Row>>,
+    normalisers: Vec<Normaliser>,
+    /// Logits of the first tiles. The first backward takes them, a second one computes them again.
+    kept: Mutex<Vec<CpuStorage>>,
+}
+
+/// A type that products are computed in.
+trait Compute: Element<Real = Self> + Real + WithDType {
+    /// The same memory, for rows with a softcap.
+    type Capped: Element;
+}
+
+impl Compute for f32 {
+    type Capped = Precise;
+}
+
+impl Compute for f64 {
+    type Capped = f64;
+}
+
+/// A view of two dimensions.
+#[derive(Clone, Copy)]
+struct Matrix<'a, T> {
+    data: &'a [T],
+    shape: [usize; 2],
+    stride: [usize; 2],
+}
+
+impl<'a, T> Matrix<'a, T> {
+    fn contiguous(data: &'a [T], columns: usize) -> Self {
+        Self {
+            data,
+            shape: [data.len() / columns, columns],
+            stride: [columns, 1],
+        }
+    }
+
+    fn of(storage: &'a [T], layout: &Layout) -> Result<Self> {
+        let (rows, columns) = layout.shape().dims2()?;
+        Ok(Self {
+            data: &storage[layout.start_offset()..],
+            shape: [rows, columns],
+            stride: [layout.stride()[0], layout.stride()[1]],
+        })
+    }
+
+    fn rows(self, rows: &Range<usize>) -> Self {
+        assert!(rows.end <= self.shape[0]);
+        Self {
+            data: &self.data[rows.start * self.stride[0]..],
+            shape: [rows.len(), self.shape[1]],
+            ..self
+        }
+    }
+
+    fn transposed(self) -> Self {
+        let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
+        Self {
+            shape: [columns, rows],
+            stride: [by_column, by_row],
+            ..self
+        }
+    }
+
+    /// Elements from the first to the last.
+    fn extent(&self) -> usize {
+        if self.shape.contains(&0) {
+            return 0;
+        }
+        (0..2)
+            .map(|i| (self.shape[i] - 1) * self.stride[i])
+            .sum::<usize>()
+            + 1
+    }
+}
+
+/// `out` (contiguous) = a·b, or `out` + a·b.
+fn multiply<C: Compute>(out: &mut [C], add: bool, a: Matrix<C>, b: Matrix<C>) {
+    let ([m, k], [b_rows, n]) = (a.shape, b.shape);
+    assert!(k == b_rows && out.len() == m * n);
+    assert!(a.extent() <= a.data.len() && b.extent() <= b.data.len());
+    let threads = get_num_threads();
+    let parallelism = if threads > 1 {
+        Parallelism::Rayon(threads)
+    } else {
+        Parallelism::None
+    };
+    // SAFETY: the shapes fit each other and lie in their slices, as checked above.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            add,
+            a.data.as_ptr(),
+            a.stride[1] as isize,
+            a.stride[0] as isize,
+            b.data.as_ptr(),
+            b.stride[1] as isize,
+            b.stride[0] as isize,
+            C::ONE,
+            C::ONE,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Elements a task where a matrix is converted.
+const CONVERTED: usize = 1 << 15;
+
+/// Rows of a matrix in the type of the products: a view, or a copy of those that were asked for last.
+struct Factor<'a, E: Element> {
+    matrix: Matrix<'a, E>,
+    copy: Vec<E::Real>,
+    copied: Range<usize>,
+}
+
+impl<'a, E: Element<Real: Compute>> Factor<'a, E> {
+    fn new(matrix: Matrix<'a, E>) -> Self {
+        Self {
+            matrix,
+            copy: Vec::new(),
+            copied: 0..0,
+        }
+    }
+
+    fn rows(&mut self, rows: &Range<usize>) -> Matrix<'_, E::Real> {
+        let view = self.matrix.rows(rows);
+        if E::IS_REAL {
+            return Matrix {
+                data: bytemuck::cast_slice(view.data),
+                shape: view.shape,
+                stride: view.stride,
+            };
+        }
+        let columns = view.shape[1];
+        if self.copied != *rows {
+            self.copied = rows.clone();
+            self.copy.resize(rows.len() * columns, E::Real::ZERO);
+            let rows_per_task = (CONVERTED / columns).max(1);
+            let convert = |(task, copy): (usize, &mut [E::Real])| {
+                for (r, to) in copy.chunks_exact_mut(columns).enumerate() {
+                    let from = &view.data[(task * rows_per_task + r) * view.stride[0]..];
+                    if view.stride[1] == 1 {
+                        E::widen_in_order(&from[..columns], to);
+                    } else {
+                        for (c, to) in to.iter_mut().enumerate() {
+                            *to = row::one(from[c * view.stride[1]]);
+                        }
+                    }
+                }
+            };
+            self.copy
+                .par_chunks_mut(rows_per_task * columns)
+                .enumerate()
+                .for_each(convert);
+        }
+        Matrix::contiguous(&self.copy, columns)
+    }
+}
+
+fn narrow<E: Element>(from: &[E::Real], to: &mut [E]) {
+    from.par_chunks(CONVERTED)
+        .zip(to.par_chunks_mut(CONVERTED))
+        .for_each(|(from, to)| E::narrow_in_order(from, to));
+}
+
+/// Gradient of a factor: either complete in one product for each range of its rows, or the sum of products.
+struct FactorGradient<E: Element> {
+    gradient: Vec<E>,
+    depth: usize,
+    is_sum: bool,
+    /// What is not yet rounded to the factor's type; not used where that is the products' own.
+    exact: Vec<E::Real>,
+    any: bool,
+}
+
+impl<E: Element<Real: Compute>> FactorGradient<E> {
+    fn new(rows: usize, depth: usize, is_sum: bool) -> Self {
+        Self {
+            gradient: bytemuck::zeroed_vec(rows * depth),
+            depth,
+            is_sum,
+            exact: Vec::new(),
+            any: false,
+        }
+    }
+
+    /// Adds a·b to `rows`, which are the same each time for a sum and others each time if not.
+    fn multiply(&mut self, rows: &Range<usize>, a: Matrix<E::Real>, b: Matrix<E::Real>) {
+        let span = rows.start * self.depth..rows.end * self.depth;
+        let add = self.is_sum && self.any;
+        self.any = true;
+        if E::IS_REAL {
+            multiply(
+                bytemuck::cast_slice_mut(&mut self.gradient[span]),
+                add,
+                a,
+                b,
+            );
+            return;
+        }
+        self.exact.resize(span.len(), E::Real::ZERO);
+        multiply(&mut self.exact, add, a, b);
+        if !self.is_sum {
+            narrow(&self.exact, &mut self.gradient[span]);
+        }
+    }
+
+    fn into_storage(mut self) -> CpuStorage {
+        if self.is_sum && self.any && !E::IS_REAL {
+            let sums = &self.exact;
+            narrow(sums, &mut self.gradient[..sums.len()]);
+        }
+        E::storage(self.gradient)
+    }
+}
+
+/// The factors of the logits, of whatever type.
+struct Factors<'a, E: Element> {
+    hidden: Factor<'a, E>,
+    weight: Factor<'a, E>,
+    bias: Option<Vec<E::Real>>,
+}
+
+impl<'a, E: Element<Real: Compute> + WithDType> Factors<'a, E> {
+    fn new(operands: &Operands<'a, CpuStorage>) -> Result<Self> {
+        let matrix = |(storage, layout): (&'a CpuStorage, &Layout)| {
+            Matrix::of(E::cpu_storage_as_slice(storage)?, layout)
+        };
+        let bias = |(storage, layout): (&CpuStorage, &Layout)| {
+            let (values, stride) = (E::cpu_storage_as_slice(storage)?, layout.stride()[0]);
+            let at = |i: usize| row::one(values[layout.start_offset() + i * stride]);
+            Result::Ok((0..layout.dims()[0]).map(at).collect())
+        };
+        Ok(Self {
+            hidden: Factor::new(matrix(operands.hidden)?),
+            weight: Factor::new(matrix(operands.weight)?),
+            bias: operands.bias.map(bias).transpose()?,
+        })
+    }
+
+    fn depth(&self) -> usize {
+        self.weight.matrix.shape[1]
+    }
+
+    /// Logits of a tile.
+    fn logits(&mut self, tile: &Tile, out: &mut [E::Real]) {
+        if let Some(bias) = &self.bias {
+            let bias = &bias[tile.classes.clone()];
+            out.par_chunks_mut(bias.len())
+                .for_each(|row| row.copy_from_slice(bias));
+        }
+        let (hidden, weight) = (
+            self.hidden.rows(&tile.rows),
+            self.weight.rows(&tile.classes),
+        );
+        multiply(out, self.bias.is_some(), hidden, weight.transposed());
+    }
+}
+
+/// What is known of a row after some of its tiles.
+#[derive(Clone, Copy)]
+struct Running {
+    others: Partial,
+    target_logit: f64,
+    predicted: u32,
+}
+
+/// The target's place in a tile; no element's if it is not there.
+fn target_in(row: &Row, classes: &Range<usize>) -> usize {
+    if classes.contains(&row.target) {
+        row.target - classes.start
+    } else {
+        usize::MAX
+    }
+}
+
+/// Merges the logits `x` of a tile into its rows' results.
+fn merge_tile<T: Element, const CAP: bool, const STATS: bool>(
+    call: &Call,
+    rows: &[Option<Row>],
+    x: &[T],
+    classes: &Range<usize>,
+    running: &mut [Running],
+) {
+    let transform = Transform::new(call);
+    let width = classes.len();
+    for_each_row(
+        width,
+        running,
+        || Scratch::new(width, false),
+        |i, running, scratch, shared| {
+            let Some(row) = &rows[i] else { return };
+            let x = &x[i * width..][..width];
+            let target = target_in(row, classes);
+            let partial =
+                row_partial::<T, CAP, STATS, false>(x, target, &transform, scratch, shared);
+            if let Some(&x_y) = x.get(target) {
+                running.target_logit = row::one(x_y).f64();
+            }
+            if STATS && partial.largest > running.others.largest {
+                running.predicted = classes.start as u32 + row::largest_column(x, &partial);
+            }
+            running.others = running.others.merge(partial);
+        },
+    );
+}
+
+/// Overwrites the logits `x` of a tile with their gradients; `scale` is that of each row.
+fn differentiate_tile<T: Element, const CAP: bool>(
+    call: &Call,
+    saved: &Saved,
+    scale: impl Fn(usize) -> f64 + Sync + Send,
+    x: &mut [T],
+    tile: &Tile,
+) {
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let width = tile.classes.len();
+    let out = GradRows::contiguous(tile.rows.len(), width, x);
+    for_each_row(
+        width,
+        &mut vec![(); tile.rows.len()],
+        || (),
+        |r, (), (), shared| {
+            let i = tile.rows.start + r;
+            let row = saved.rows[i].map(|row| {
+                let factors = GradFactors::new(call, &row, &saved.normalisers[i], scale(i));
+                (target_in(&row, &tile.classes), factors)
+            });
+            let transforms = (&transform, &exact);
+            write_gradient::<T, CAP>(width, row, r, Logits::InPlace, &out, transforms, shared);
+        },
+    );
+}
+
+/// Memory for a tile's logits, which the product writes in full.
+fn resize<C: Compute>(logits: &mut Vec<C>, tile: &Tile) {
+    if logits.capacity() < tile.len() {
+        *logits = bytemuck::zeroed_vec(tile.len());
+    }
+    logits.resize(tile.len(), C::ZERO);
+}
+
+fn evaluate<E: Element<Real: Compute> + WithDType>(
+    call: &Call,
+    plan: &Plan,
+    operands: &Operands<CpuStorage>,
+    rows: &[Option<Row>],
+    stats: bool,
+) -> Result<(Vec<(RowResult, Normaliser)>, Vec<CpuStorage>)> {
+    let mut factors = Factors::<E>::new(operands)?;
+    let empty = Running {
+        others: Partial::EMPTY,
+        target_logit: f64::NAN,
+        predicted: 0,
+    };
+    let mut running = vec![empty; call.rows];
+    let (mut kept, mut logits) = (Vec::new(), Vec::new());
+    for (t, tile) in plan.tiles.iter().enumerate() {
+        resize(&mut logits, &tile);
+        factors.logits(&tile, &mut logits);
+        let (rows, running) = (&rows[tile.rows.clone()], &mut running[tile.rows.clone()]);
+        let capped = || bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
+        let classes = &tile.classes;
+        match (call.softcap.is_some(), stats) {
+            (true, true) => merge_tile::<_, true, true>(call, rows, capped(), classes, running),
+            (true, false) => merge_tile::<_, true, false>(call, rows, capped(), classes, running),
+            (false, true) => merge_tile::<_, false, true>(call, rows, &logits, classes, running),
+            (false, false) => merge_tile::<_, false, false>(call, rows, &logits, classes, running),
+        }
+        if t < plan.keep {
+            kept.push(Element::storage(std::mem::take(&mut logits)));
+        }
+    }
+    let exact = Transform::new(call);
+    let finish = |(row, running): (&Option<Row>, &Running)| {
+        let Some(row) = row else {
+            return Default::default();
+        };
+        let &Running {
+            ref others,
+            target_logit,
+            predicted,
+        } = running;
+        if call.softcap.is_some() {
+            row::finish::<true>(call, row, target_logit, predicted, others, &exact)
+        } else {
+            row::finish::<false>(call, row, target_logit, predicted, others, &exact)
+        }
+    };
+    Ok((rows.iter().zip(&running).map(finish).collect(), kept))
+}
+
+fn differentiate<E: Element<Real: Compute> + WithDType>(
+    call: &Call,
+    plan: &Plan,
+    saved: &Saved,
+    upstream: &Tensor,
+    operands: &Operands<CpuStorage>,
+    wanted: Wanted,
+) -> Result<[Option<CpuStorage>; 3]> {
+    let upstream = upstream
+        .to_dtype(candle_core::DType::F64)?
+        .to_vec1::<f64>()?;
+    let divisor = divisor(call, &saved.rows);
+    let mut factors = Factors::<E>::new(operands)?;
+    let (depth, by_rows) = (factors.depth(), plan.tiles.by_rows);
+    let gradient =
+        |rows, is_sum, wanted: bool| wanted.then(|| FactorGradient::<E>::new(rows, depth, is_sum));
+    let mut hidden_gradient = gradient(call.rows, !by_rows, wanted.hidden);
+    let mut weight_gradient = gradient(call.width, by_rows, wanted.weight);
+    let mut bias_gradient = wanted.bias.then(|| vec![0.0f64; call.width]);
+
+    let kept = std::mem::take(&mut *saved.kept.lock().unwrap_or_else(|e| e.into_inner()));
+    let mut kept = kept.into_iter();
+    let mut logits = Vec::new();
+    for tile in plan.tiles.iter() {
+        match kept.next() {
+            Some(storage) => logits = <E::Real as WithDType>::cpu_storage_data(storage)?,
+            None => {
+                resize(&mut logits, &tile);
+                factors.logits(&tile, &mut logits);
+            }
+        }
+        let scale = |i: usize| upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
+        if call.softcap.is_some() {
+            let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
+            differentiate_tile::<_, true>(call, saved, scale, x, &tile);
+        } else {
+            differentiate_tile::<_, false>(call, saved, scale, &mut logits, &tile);
+        }
+        let gradients = Matrix::contiguous(&logits, tile.classes.len());
+        if let Some(weight) = &mut weight_gradient {
+            let hidden = factors.hidden.rows(&tile.rows);
+            weight.multiply(&tile.classes, gradients.transposed(), hidden);
+        }
+        if let Some(hidden) = &mut hidden_gradient {
+            let weight = factors.weight.rows(&tile.classes);
+            hidden.multiply(&tile.rows, gradients, weight);
+        }
+        if let Some(bias) = &mut bias_gradient {
+            add_columns(gradients, &mut bias[tile.classes.clone()]);
+        }
+    }
+    let bias = |sums: Vec<f64>| {
+        let sums: Vec<_> = sums.into_iter().map(E::Real::of).collect();
+        let mut gradient = bytemuck::zeroed_vec(sums.len());
+        narrow::<E>(&sums, &mut gradient);
+        E::storage(gradient)
+    };
+    Ok([
+        hidden_gradient.map(FactorGradient::into_storage),
+        weight_gradient.map(FactorGradient::into_storage),
+        bias_gradient.map(bias),
+    ])
+}
+
+/// Adds the sum of each column of a contiguous matrix, in f64.
+fn add_columns<C: Compute>(matrix: Matrix<C>, sums: &mut [f64]) {
+    const COLUMNS: usize = 256;
+    let width = sums.len();
+    sums.par_chunks_mut(COLUMNS)
+        .enumerate()
+        .for_each(|(chunk, sums)| {
+            for row in matrix.data.chunks_exact(width) {
+                let row = &row[chunk * COLUMNS..];
+                for (sum, x) in sums.iter_mut().zip(row) {
+                    *sum += x.f64();
+                }
+            }
+        });
+}
+
+/// Evaluates an expression with `$E` as the type of the operands.
+macro_rules! with_type {
+    ($operands:expr, $E:ident => $body:expr) => {{
+        use half::{bf16, f16};
+        match $operands.hidden.0 {
+            CpuStorage::F32(_) => {
+                type $E = f32;
+                $body
+            }
+            CpuStorage::F64(_) => {
+                type $E = f64;
+                $body
+            }
+            CpuStorage::F16(_) => {
+                type $E = f16;
+                $body
+            }
+            CpuStorage::BF16(_) => {
+                type $E = bf16;
+                $body
+            }
+            _ => bail!("hidden: must be f32, f16, bf16 or f64"),
+        }
+    }};
+}
+
+pub(crate) fn forward(
+    call: &Call,
+    plan: &Plan,
+    operands: &Operands<CpuStorage>,
+    stats: bool,
+) -> Result<Forward<CpuStorage, crate::linear::Saved>> {
+    let rows = call.read_rows()?;
+    let (results, kept) =
+        with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
+    let (results, normalisers): (Vec<_>, _) = results.into_iter().unzip();
+    use candle_core::backend::BackendStorage;
+    let dtype = result_type(operands.hidden.0.dtype());
+    let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
+    Ok(Forward {
+        loss,
+        stats,
+        saved: crate::linear::Saved::Cpu(Saved {
+            rows,
+            normalisers,
+            kept: Mutex::new(kept),
+        }),
+    })
+}
+
+/// Gradients of hidden, weight and bias, those that are wanted.
+pub(crate) fn backward(
+    call: &Call,
+    plan: &Plan,
+    saved: &Saved,
+    upstream: &Tensor,
+    operands: &Operands<CpuStorage>,
+    wanted: Wanted,
+) -> Result<[Option<CpuStorage>; 3]> {
+    with_type!(operands, E => differentiate::<E>(call, plan, saved, upstream, operands, wanted))
+}
