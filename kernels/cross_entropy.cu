@@ -1,7 +1,7 @@
 // Cross-entropy with a label-smoothing coefficient a row: the kernels. One block computes one row; which threads do
 // what depends on the row's length and type only, so a row's bits do not depend on its neighbours.
 //
-//   ce_forward_*   row losses (and statistics) from one read of the logits
+//   ce_forward_*   row losses (and statistics) from one read of the logits, or of a slice of the vocabulary after another
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
 //   ce_fused_*     both, with statistics, in one launch: the second read of a row finds it in the cache
 //   ce_onchip_*    forward and fused for sm_90, a cluster of blocks a row: no second read (on_chip.cuh)
@@ -11,37 +11,57 @@
 #include "on_chip.cuh"
 #include "row.cuh"
 
+// Merges a slice of the vocabulary into what is known of its row; true when that is all of it.
+template <bool STATS>
+DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Partial& others, float& x_y, bool has_target) {
+  Running& running = p.running[row];
+  if (slice.begin > 0) {
+    others = merge<STATS>(running.others, others);
+    if (!has_target) x_y = running.target_logit;
+  }
+  if (slice.begin + slice.classes == static_cast<int>(p.vocab)) return true;
+  running.others = others;
+  running.target_logit = x_y;
+  return false;
+}
+
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(const Params& p) {
-  const uint64_t row = blockIdx.x;
+  const uint64_t row = p.first_row + blockIdx.x;
+  const Stretch stored = stored_row(p);
   const RowInputs in = read_inputs(p, row);
   if (in.kind != RowKind::kCounted) {  // the whole block
     const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
     finish_unused_row<STATS>(p, row, value);
-    if constexpr (GRAD) fill_gradient<T>(p, row, value, whole_row(p));
+    if constexpr (GRAD) fill_gradient<T>(p, row, value, stored);
     return;
   }
   const Transform<SOFTCAP> transform(p);
-  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
-  const float x_y = widen_one(x[in.target]);
-  Partial others = sum_row<T, STATS, SOFTCAP, !GRAD>(x, static_cast<int>(p.vocab), in.target, transform);
+  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
+  const int target = in.target - stored.begin;
+  const bool has_target = target >= 0 && target < stored.classes;
+  float x_y = has_target ? widen_one(x[target]) : NAN;
+  Partial others = sum_row<T, STATS, SOFTCAP, !GRAD>(x, stored.classes, target, transform);
   const bool writes = threadIdx.x == 0;
-  if (STATS && writes) find_column(others, x, whole_row(p));
-  const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
+  if (STATS && writes) find_column(others, x, stored);
   if constexpr (GRAD) {
+    const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
     dev::sync_block();  // in place, nothing may be overwritten before it is read
-    write_gradient<T, SOFTCAP, 4, true>(p, row, x, whole_row(p), in, state, gradient_scale(p, row), transform);
+    write_gradient<T, SOFTCAP, 4, true>(p, row, x, stored, in, state, gradient_scale(p, row), transform);
+  } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target))) {
+    finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
 }
 
 template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
-  const uint64_t row = blockIdx.x;
+  const uint64_t row = p.first_row + blockIdx.x;
+  const Stretch stored = stored_row(p);
   const RowInputs in = read_inputs(p, row);
   if (in.kind != RowKind::kCounted) {
-    fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN, whole_row(p));
+    fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN, stored);
     return;
   }
-  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
-  write_gradient<T, SOFTCAP, 4, true>(p, row, x, whole_row(p), in, p.state[row], gradient_scale(p, row),
+  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
+  write_gradient<T, SOFTCAP, 4, true>(p, row, x, stored, in, p.state[row], gradient_scale(p, row),
                                       Transform<SOFTCAP>(p));
 }
 

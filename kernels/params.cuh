@@ -19,6 +19,8 @@ struct alignas(16) RowState {
   uint32_t classes;
 };
 
+struct Running;  // partial.cuh
+
 struct Params {
   const void* logits;
   void* grad;
@@ -38,6 +40,7 @@ struct Params {
   float* reduced;
   float* total_weight;
   unsigned long long* first_error;
+  Running* running;
 
   RowOffsets logits_rows;
   RowOffsets grad_rows;
@@ -55,7 +58,9 @@ struct Params {
   float result_scale;
   uint32_t blocks_per_row;
   uint32_t groups_per_block;
+  uint32_t first_row;
+  uint32_t first_column;
 };
-static_assert(sizeof(Params) == 18 * 8 + 2 * 72 + 16 + 48, "src/kernel_abi.rs has the same fields");
+static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 56, "src/kernel_abi.rs has the same fields");
 
 enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

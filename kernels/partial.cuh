@@ -70,6 +70,14 @@ struct alignas(16) Partial {
 
 DEVICE Partial empty_partial() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, 0.f, 0u, 0u}; }
 
+// A row between the tiles of a product, of which a launch sees one at a time.
+struct alignas(16) Running {
+  Partial others;
+  float target_logit;
+  float unused[3];
+};
+static_assert(sizeof(Running) == 48, "src/kernel_abi.rs has as many bytes");
+
 // The same sums relative to another shift.
 template <bool STATS> DEVICE void reshift(Partial& a, float shift) {
   const float by = a.shift - shift, factor = dev::exp2_approx(by);

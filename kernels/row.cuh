@@ -58,7 +58,12 @@ struct Stretch {
   int width;
 };
 
-DEVICE Stretch whole_row(const Params& p) { return {0, static_cast<int>(p.vocab), static_cast<int>(p.width)}; }
+// What is in memory of every row: all of it, or a slice of the vocabulary.
+DEVICE Stretch stored_row(const Params& p) {
+  const int begin = static_cast<int>(p.first_column), width = static_cast<int>(p.width);
+  const int classes = static_cast<int>(p.vocab) - begin;
+  return {begin, classes < width ? classes : width, width};
+}
 
 // Sums keep no index: looks for `largest` in its group of the classes at `x` again, lowest index first.
 template <class T> DEVICE void find_column(Partial& a, const T* x, const Stretch& stretch) {
@@ -140,7 +145,7 @@ template <int N> DEVICE void hide_target(float (&x)[N], int target) {
   UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
 }
 
-// Sums over the row's classes, merged over the block.
+// Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
   SHARED_ARRAY(Partial, scratch, 32);
@@ -162,7 +167,8 @@ template <class T> DEVICE int store_lead(const T* grad) {
 }
 
 template <class T> DEVICE T* gradient_at(const Params& p, uint64_t row, const Stretch& stretch) {
-  return static_cast<T*>(p.grad) + row_offset(p.grad_rows, row) + stretch.begin;
+  return static_cast<T*>(p.grad) + row_offset(p.grad_rows, row - p.first_row) +
+         (stretch.begin - static_cast<int>(p.first_column));
 }
 
 // Fills a stretch's gradient: `value` for classes, 0 for padding.

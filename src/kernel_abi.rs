@@ -34,6 +34,12 @@ pub struct RowState {
     pub classes: u32,
 }
 
+/// A row between the tiles of `forward_linear`, of which the forward kernel sees one at a time: the bytes of `Running`
+/// in kernels/partial.cuh. The first tile writes it without reading it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct Running(pub [u32; 12]);
+
 /// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
 ///
 /// All pointers come first: the emulation relocates the leading [`Params::POINTERS`] words.
@@ -72,14 +78,16 @@ pub struct Params {
     pub total_weight: u64,
     /// u64, preset to all ones: the smallest `row·4 + kind` of a bad row ([`BadValue`]), or null.
     pub first_error: u64,
+    /// Forward of a slice of the vocabulary: (rows) of [`Running`]. Null where `logits` has whole rows.
+    pub running: u64,
 
     pub logits_rows: RowOffsets,
     pub grad_rows: RowOffsets,
     pub rows: u64,
     pub ignore_index: i64,
-    /// Classes; columns from here to `width` are padding.
+    /// Classes; columns from here on are padding.
     pub vocab: u32,
-    /// Length of a row.
+    /// Length of a row of `logits` and `grad`.
     pub width: u32,
     /// 1 for i64 targets, 0 for u32.
     pub targets_are_i64: u32,
@@ -97,12 +105,16 @@ pub struct Params {
     /// On chip: blocks that share a row, and 16-byte groups of the row that each of them has.
     pub blocks_per_row: u32,
     pub groups_per_block: u32,
+    /// Of a tile of the logits: its first row, which is the first in `logits` and `grad` but has this number in all
+    /// other arrays, and the class of its first column. The general kernels know them; 0 for all logits.
+    pub first_row: u32,
+    pub first_column: u32,
 }
 
 impl Params {
     /// Number of leading 64-bit words that are addresses.
     #[allow(dead_code)] // for the emulation
-    pub const POINTERS: usize = 18;
+    pub const POINTERS: usize = 19;
 }
 
 /// What is wrong with a row, as the kernels report it in `first_error`.

@@ -134,6 +134,19 @@ pub fn forward(
     })
 }
 
+/// For a tile of the logits with `width` classes of each row: it comes from the caches anyway.
+pub fn forward_of_tile(
+    (element, stats, softcap): (Element, bool, bool),
+    width: usize,
+) -> (Kernel, Geometry) {
+    let kernel = Kernel::Forward {
+        element,
+        stats,
+        softcap,
+    };
+    (kernel, once(element, width))
+}
+
 /// For the gradient given the forward's normalisers: no row needs to stay anywhere.
 pub fn backward(element: Element, softcap: bool, width: usize) -> (Kernel, Geometry) {
     (Kernel::Backward { element, softcap }, once(element, width))

@@ -28,7 +28,7 @@ use std::{collections::BTreeSet, process::Command};
 use build::{Build, driver, self_test};
 use check::{Results, check, same_bits};
 use kernel_abi::{Element, Kernel};
-use problem::{Eps, OnChip, Problem, View};
+use problem::{Eps, OnChip, Problem, Tiles, View};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 
 macro_rules! in_every_build {
@@ -51,6 +51,7 @@ in_every_build! {
     mean_and_many_rows
     clusters_of_every_size
     chunks_of_a_slice
+    tiles_of_every_shape
     a_row_has_the_same_bits_anywhere
     faults_are_reported
 }
@@ -313,6 +314,7 @@ fn mean_and_many_rows(build: Build) {
         let mut problem = problem("many rows", element, 2, &rows);
         problem.mean = true;
         problem.on_chip.clear(); // what is new here is the reduction
+        problem.tiles.clear();
         problem.seeds = vec![0, 1];
         passes(&problem, build);
     }
@@ -404,6 +406,43 @@ fn chunks_of_a_slice(build: Build) {
     passes(&problem, build);
 }
 
+/// A class a tile, groups of 16 bytes cut anywhere, no cut at all; the target and the largest in any of them.
+fn tiles_of_every_shape(build: Build) {
+    for element in Element::ALL {
+        for (vocab, width) in [(1, 1), (23, 23), (70, 75)] {
+            let shapes = [(1, 1), (2, 7), (3, 8), (4, 9), (24, 33), (5, 70)];
+            let problem = Problem {
+                width,
+                logits_view: View {
+                    offset: 6 / element.size() * element.size(),
+                    ..View::contiguous(menu().len(), width)
+                },
+                grad_view: View::contiguous(menu().len(), width),
+                on_chip: Vec::new(),
+                tiles: shapes
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &(rows, classes))| Tiles {
+                        rows,
+                        classes,
+                        stats: i % 2 == 0,
+                    })
+                    .collect(),
+                seeds: vec![0, 1],
+                ..problem("tiles", element, vocab, &menu())
+            };
+            passes(&problem, build);
+            passes(
+                &Problem {
+                    softcap: Some(20.0),
+                    ..problem
+                },
+                build,
+            );
+        }
+    }
+}
+
 /// At any address, among any neighbours, in any number of rows.
 fn a_row_has_the_same_bits_anywhere(build: Build) {
     for (element, vocab) in [
@@ -454,6 +493,10 @@ fn a_row_has_the_same_bits_anywhere(build: Build) {
             for (here, alone) in results.on_chip.iter().zip(&expected.on_chip) {
                 same("loss on chip", &here.loss, &alone.loss);
                 same("gradient on chip", &here.grad, &alone.grad);
+            }
+            for (here, alone) in results.tiles.iter().zip(&expected.tiles) {
+                same("loss of tiles", &here.loss, &alone.loss);
+                same("gradient of tiles", &here.grad, &alone.grad);
             }
             for (here, alone) in results.forward.stats.iter().zip(&expected.forward.stats) {
                 same("statistics", here, alone);

@@ -26,6 +26,7 @@ pub struct Results {
     pub fused: RowResults,
     pub backward: RowResults,
     pub on_chip: Vec<RowResults>,
+    pub tiles: Vec<RowResults>,
     pub reduced: f32,
 }
 
@@ -100,7 +101,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
     };
 
     let mut results = Vec::new();
-    for run in &runs.rows {
+    for run in runs.rows.iter().chain(&runs.tiles) {
         let of_run = |error: String| format!("{}: {error}", run.label);
         let result = read(p, run, outputs).map_err(of_run)?;
         let upstream = |i| {
@@ -120,6 +121,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         }
         results.push(result);
     }
+    let tiles = results.split_off(runs.rows.len());
     let reduced = outputs.read::<f32>(runs.reduced)[0];
     let sum: f64 = expected.loss.iter().sum::<f64>() * f64::from(p.result_scale) / divisor;
     let magnitude: f64 = expected.loss.iter().map(|loss| loss.abs()).sum::<f64>()
@@ -177,6 +179,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         fused,
         backward,
         on_chip,
+        tiles,
         reduced,
     })
 }

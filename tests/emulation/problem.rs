@@ -64,6 +64,15 @@ pub enum Eps {
     PerRow(Vec<f32>),
 }
 
+/// A run over one tile of the logits after another: forward, then backward in place.
+#[derive(Clone, Copy, Debug)]
+pub struct Tiles {
+    /// Of a tile; all rows where they are not evenly spaced.
+    pub rows: usize,
+    pub classes: usize,
+    pub stats: bool,
+}
+
 /// Rows with the values as they are stored, in row order.
 #[derive(Clone, Debug)]
 pub struct Problem {
@@ -89,6 +98,7 @@ pub struct Problem {
     pub result_scale: f32,
     /// Runs of the on-chip kernel.
     pub on_chip: Vec<OnChip>,
+    pub tiles: Vec<Tiles>,
     pub seeds: Vec<u64>,
 }
 

@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-use super::problem::{Eps, OnChip, Problem, View, round};
+use super::problem::{Eps, OnChip, Problem, Tiles, View, round};
 use crate::kernel_abi::Element;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -113,6 +113,11 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
                 threads: 64,
             })
             .to_vec(),
+        tiles: vec![Tiles {
+            rows: 5,
+            classes: vocab / 3 + 1,
+            stats: vocab % 2 == 1,
+        }],
         seeds: vec![0, 1, 2],
     };
     for (i, row) in rows.iter().enumerate() {

@@ -4,10 +4,10 @@ use bytemuck::Zeroable as _;
 
 use super::{
     case::{Buffer, Case, POISON, Shape},
-    problem::{Eps, OnChip, Problem, View, to_bytes},
+    problem::{Eps, OnChip, Problem, Tiles, View, to_bytes},
 };
 use crate::{
-    kernel_abi::{Kernel, Params, REDUCE_THREADS, RowState},
+    kernel_abi::{Kernel, Params, REDUCE_THREADS, RowState, Running},
     select::{self, Forced, Geometry, H200},
 };
 
@@ -29,6 +29,8 @@ pub struct RowRun {
 pub struct Runs {
     pub case: Case,
     pub rows: Vec<RowRun>,
+    /// Of each of the problem's [`Tiles`].
+    pub tiles: Vec<RowRun>,
     pub total_weight: Buffer,
     pub reduced: Buffer,
 }
@@ -128,9 +130,13 @@ impl Runs {
         for run in &p.on_chip {
             on_chip(&mut case, p, run, Params { divisor, ..params }, &mut rows);
         }
+        let tile_runs = p.tiles.iter();
+        let tile_runs = tile_runs.map(|run| tiles(&mut case, p, run, Params { divisor, ..params }));
+        let tiles = tile_runs.collect();
         Self {
             case,
             rows,
+            tiles,
             total_weight,
             reduced,
         }
@@ -203,6 +209,58 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
         params,
         Shape::plain(p.rows() as u32, geometry.threads),
     );
+}
+
+/// Loss, statistics and gradient from tiles, as `forward_linear` launches them.
+fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
+    let (element, softcap) = (p.element, p.softcap.is_some());
+    let label = format!("tiles of {} rows and {} classes", run.rows, run.classes);
+    let (mut row_run, params) = row_outputs(case, &label, p, run.stats, params);
+    let (grad, params) = gradient(case, p, true, params);
+    row_run.grad = Some(grad);
+    let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+    let running = case.poisoned("running", p.rows() * size_of::<Running>(), 0);
+    let params = Params {
+        state: state.start(),
+        running: running.start(),
+        ..params
+    };
+    let view = &p.logits_view;
+    let rows = if view.sizes.len() == 1 {
+        run.rows
+    } else {
+        p.rows()
+    };
+    let mut launch = |(kernel, geometry): (Kernel, Geometry), tile: Params| {
+        let shape = Shape::plain(tile.rows as u32, geometry.threads);
+        case.launch(kernel, tile, shape);
+    };
+    for backward in [false, true] {
+        for first_row in (0..p.rows()).step_by(rows) {
+            for first_column in (0..p.vocab).step_by(run.classes) {
+                let end = first_column + run.classes;
+                let last = end >= p.vocab;
+                let width = if last { p.width } else { end } - first_column;
+                let start = ((view.row(first_row) + first_column) * element.size()) as u64;
+                let tile = Params {
+                    logits: params.logits + start,
+                    grad: params.grad + start,
+                    rows: rows.min(p.rows() - first_row) as u64,
+                    width: width as u32,
+                    first_row: first_row as u32,
+                    first_column: first_column as u32,
+                    ..params
+                };
+                let kernel = if backward {
+                    select::backward(element, softcap, width)
+                } else {
+                    select::forward_of_tile((element, run.stats, softcap), width)
+                };
+                launch(kernel, tile);
+            }
+        }
+    }
+    row_run
 }
 
 /// Outputs of loss, statistics and gradient in one launch.
