@@ -8,8 +8,8 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{
-    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef, Tensor,
-    bail, op::BackpropOp,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
+    StorageRef, Tensor, backend::BackendStorage, bail, op::BackpropOp,
 };
 
 #[cfg(feature = "cuda")]
@@ -69,31 +69,98 @@ pub(crate) fn forward(
     let Some(ids) = rows_that_count(options, &call, stats)? else {
         return apply(options, call, &hidden, weight, bias, stats);
     };
-    let ids = Tensor::new(ids, hidden.device())?;
-    let selected = call.select(&ids)?;
-    let hidden = hidden.index_select(&ids, 0)?;
+    let select = SelectRows::new(&ids, call.rows, hidden.device())?;
+    let selected = call.select(&select.ids)?;
+    let hidden = hidden.contiguous()?.apply_op1(select.clone())?;
     let (loss, stats) = apply(options, selected, &hidden, weight, bias, stats)?;
     // Back to all rows; those left out have zeros.
-    let scatter = |values: &Tensor| {
-        Tensor::zeros(call.rows, values.dtype(), values.device())?
-            .index_add(&ids, values, 0)?
-            .reshape(call.shape.as_slice())
+    let spread = select.transposed();
+    let all_rows = |values: &Tensor| {
+        let values = values.apply_op1(spread.clone())?;
+        values.reshape(call.shape.as_slice())
     };
     let loss = match call.reduction {
-        Reduction::None => scatter(&loss)?,
+        Reduction::None => all_rows(&loss)?,
         _ => loss,
     };
-    let all = |stats: RowStats| {
+    let all_stats = |stats: RowStats| {
         Result::Ok(RowStats {
-            nll: scatter(&stats.nll)?,
-            lse: scatter(&stats.lse)?,
-            entropy: scatter(&stats.entropy)?,
-            max_prob: scatter(&stats.max_prob)?,
-            grad_norm_sq: scatter(&stats.grad_norm_sq)?,
-            predicted: scatter(&stats.predicted)?,
+            nll: all_rows(&stats.nll)?,
+            lse: all_rows(&stats.lse)?,
+            entropy: all_rows(&stats.entropy)?,
+            max_prob: all_rows(&stats.max_prob)?,
+            grad_norm_sq: all_rows(&stats.grad_norm_sq)?,
+            predicted: all_rows(&stats.predicted)?,
         })
     };
-    Ok((loss, stats.map(all).transpose()?))
+    Ok((loss, stats.map(all_stats).transpose()?))
+}
+
+/// Rows `ids` of a contiguous tensor, zeros where an id is `u32::MAX`. The backward selects again instead of adding, which
+/// on CUDA would take the rows one after another.
+#[derive(Clone)]
+struct SelectRows {
+    ids: Tensor,
+    /// What selects each row's gradient.
+    back: Tensor,
+}
+
+impl SelectRows {
+    /// `ids` of `rows` rows, each at most once.
+    fn new(ids: &[u32], rows: usize, device: &Device) -> Result<Self> {
+        let mut back = vec![u32::MAX; rows];
+        for (place, &id) in (0..).zip(ids) {
+            back[id as usize] = place;
+        }
+        Ok(Self {
+            ids: Tensor::new(ids, device)?,
+            back: Tensor::new(back, device)?,
+        })
+    }
+
+    fn transposed(&self) -> Self {
+        Self {
+            ids: self.back.clone(),
+            back: self.ids.clone(),
+        }
+    }
+
+    fn apply<S: BackendStorage>(&self, rows: &S, layout: &Layout, ids: &S) -> Result<(S, Shape)> {
+        let mut dims = layout.dims().to_vec();
+        dims[0] = self.ids.elem_count();
+        let selected = rows.index_select(ids, layout, self.ids.layout(), 0)?;
+        Ok((selected, dims.into()))
+    }
+}
+
+impl CustomOp1 for SelectRows {
+    fn name(&self) -> &'static str {
+        "select-rows"
+    }
+
+    fn cpu_fwd(&self, rows: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        match &*self.ids.storage_and_layout().0 {
+            Storage::Cpu(ids) => self.apply(rows, layout, ids),
+            _ => bail!("rows and their numbers on different devices"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        rows: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        match &*self.ids.storage_and_layout().0 {
+            Storage::Cuda(ids) => self.apply(rows, layout, ids),
+            _ => bail!("rows and their numbers on different devices"),
+        }
+    }
+
+    fn bwd(&self, _rows: &Tensor, _selected: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.detach().contiguous()?;
+        Ok(Some(grad.apply_op1_no_bwd(&SelectRows::transposed(self))?))
+    }
 }
 
 /// Numbers of the rows that need logits: those that are not ignored and have a weight, or all that are not ignored where
@@ -117,7 +184,11 @@ fn rows_that_count(options: &CrossEntropy, call: &Call, stats: bool) -> Result<O
         })
         .map(|(i, _)| i)
         .collect();
-    Ok((ids.len() < call.rows).then_some(ids))
+    Ok(match ids.len() {
+        0 if !on_cpu => Some(vec![0]), // candle launches no kernel over nothing; this one gives zeros as well
+        n if n < call.rows => Some(ids),
+        _ => None,
+    })
 }
 
 /// The loss of all rows of `hidden` (N, D).

@@ -72,6 +72,7 @@ fn write_data(folder: &TempDir, lines: &[u8]) -> PathBuf {
 /// What two runs with the same arguments must have in common.
 fn results(mut metrics: Value) -> Value {
     metrics["arguments"].take();
+    metrics["peak_step_bytes"].take(); // how tasks fall to threads moves it by some bytes
     let (pretraining, runs) = (
         metrics["pretraining"].take(),
         metrics["runs"].as_array_mut().unwrap(),
@@ -170,6 +171,43 @@ fn a_run_on_real_data_estimates_what_is_missing() {
     assert_eq!(results(metrics), results(again));
 }
 
+/// Negative log-likelihoods of every method's loss curve.
+fn losses(metrics: &Value) -> Vec<f64> {
+    let runs = metrics["runs"].as_array().unwrap();
+    runs.iter()
+        .flat_map(|run| run["training"]["points"].as_array().unwrap())
+        .flat_map(|point| ["train_nll", "held_out_nll"].map(|name| point[name].as_f64().unwrap()))
+        .collect()
+}
+
+#[test]
+fn the_linear_loss_trains_alike_in_less_memory() {
+    let out = TempDir::new().unwrap();
+    let run = |name: &str, more: &[&str]| {
+        let (stdout, metrics) = small_run(&out.path().join(name), more);
+        assert_eq!(metrics["plan"]["loss"], name);
+        let [linear, logits] = ["linear", "logits"].map(|loss| {
+            let bytes = metrics["peak_step_bytes"][loss].as_f64().unwrap();
+            let figure = format!("{:.1} MiB with --loss {loss}", bytes / f64::from(1 << 20));
+            assert!(stdout.contains(&figure), "no {figure:?} in {stdout}");
+            bytes
+        });
+        assert!(
+            0.0 < linear && linear < logits,
+            "{linear} and {logits} bytes"
+        );
+        losses(&metrics)
+    };
+    let (linear, logits) = (run("linear", &[]), run("logits", &["--loss", "logits"]));
+    assert_eq!((linear.len(), logits.len()), (18, 18)); // three methods, three steps, two losses
+    for (linear, logits) in linear.iter().zip(&logits) {
+        assert!(
+            (linear - logits).abs() <= 1e-3 * logits,
+            "{linear} and {logits}"
+        );
+    }
+}
+
 #[test]
 fn a_bad_line_is_named() {
     let good = br#"{"prompt": "a", "response": "b"}"#;
@@ -222,7 +260,7 @@ fn data_that_cannot_be_used_is_refused() {
 
 #[test]
 fn bad_arguments_are_named() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--steps", "0"], "--steps is 0"),
         (&["--batch", "0"], "--batch is 0"),
         (&["--layers", "0"], "--layers is 0"),
@@ -239,6 +277,7 @@ fn bad_arguments_are_named() {
         ),
         (&["--vocab", "10"], "--vocab is 10"),
         (&["--max-tokens", "2"], "--max-tokens is 2"),
+        (&["--loss", "tiles"], "invalid value 'tiles' for '--loss"),
         (
             &["--device", "tpu"],
             "--device is \"tpu\"; it must be cpu, cuda or cuda:N",

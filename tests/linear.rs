@@ -444,16 +444,14 @@ fn only_what_is_tracked_gets_a_gradient() {
     let linear = Linear::everything(0, &[6, 40], DType::F32, Reduction::Mean);
     let expected = linear.run(&linear.loss()).gradients;
     for tracked in 0..3 {
-        let mut arguments = vec![
+        let mut arguments = [
             linear.hidden.clone(),
             linear.weight.clone(),
             linear.bias.clone().unwrap(),
         ];
         let variable = Var::from_tensor(&arguments[tracked]).unwrap();
         arguments[tracked] = variable.as_tensor().clone();
-        let [hidden, weight, bias] = &arguments[..] else {
-            unreachable!()
-        };
+        let [hidden, weight, bias] = &arguments;
         let (loss, _) = linear
             .loss()
             .forward_linear_with_stats(hidden, weight, Some(bias), &linear.targets)

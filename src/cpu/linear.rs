@@ -383,7 +383,7 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
     operands: &Operands<CpuStorage>,
     rows: &[Option<Row>],
     stats: bool,
-) -> Result<(Vec<(RowResult, Normaliser)>, Vec<CpuStorage>)> {
+) -> Result<(Vec<RowResult>, Vec<Normaliser>, Vec<CpuStorage>)> {
     let mut factors = Factors::<E>::new(operands)?;
     let empty = Running {
         others: Partial::EMPTY,
@@ -424,7 +424,8 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
             row::finish::<false>(call, row, target_logit, predicted, others, &exact)
         }
     };
-    Ok((rows.iter().zip(&running).map(finish).collect(), kept))
+    let (results, normalisers) = rows.iter().zip(&running).map(finish).unzip();
+    Ok((results, normalisers, kept))
 }
 
 fn differentiate<E: Element<Real: Compute> + WithDType>(
@@ -540,9 +541,8 @@ pub(crate) fn forward(
     stats: bool,
 ) -> Result<Forward<CpuStorage, crate::linear::Saved>> {
     let rows = call.read_rows()?;
-    let (results, kept) =
+    let (results, normalisers, kept) =
         with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
-    let (results, normalisers): (Vec<_>, _) = results.into_iter().unzip();
     use candle_core::backend::BackendStorage;
     let dtype = result_type(operands.hidden.0.dtype());
     let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;

@@ -3,6 +3,7 @@
 //! Nothing here waits for the device or copies to or from the host, so a step can be captured in a CUDA graph;
 //! `check_inputs` is the exception. Outputs are allocated without being cleared: the kernels write every element.
 
+pub(crate) mod linear;
 mod module;
 
 use candle_core::{
@@ -142,15 +143,7 @@ fn run_backward(
     let crate::op::Saved::Cuda(saved) = saved else {
         bail!("the forward ran on another device than the backward");
     };
-    let per_row = call.reduction == Reduction::None;
-    let expected = if per_row { call.rows } else { 1 };
-    if upstream.dtype() != DType::F32 || upstream.elem_count() != expected {
-        bail!(
-            "upstream gradient: {:?} {:?}, must be {expected} values of f32",
-            upstream.dtype(),
-            upstream.dims()
-        );
-    }
+    check_upstream(call, upstream)?;
     if call.rows == 0 {
         return Ok(());
     }
@@ -162,11 +155,26 @@ fn run_backward(
     inputs.set(&mut launch)?;
     launch.params.state = launch.read(&saved.state);
     launch.params.upstream = upstream.read::<f32>(&mut launch)?;
-    launch.params.upstream_per_row = per_row.into();
+    launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
     launch.params.divisor = saved.total_weight.as_ref().map_or(0, |w| launch.read(w));
     // SAFETY: logits and gradient cover their layouts, `upstream` has the number of values checked above, and the
     // rest an element for each of `call.rows`.
     unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }
+}
+
+fn check_upstream(call: &Call, upstream: &Tensor) -> Result<()> {
+    let expected = match call.reduction {
+        Reduction::None => call.rows,
+        _ => 1,
+    };
+    if upstream.dtype() != DType::F32 || upstream.elem_count() != expected {
+        bail!(
+            "upstream gradient: {:?} {:?}, must be {expected} values of f32",
+            upstream.dtype(),
+            upstream.dims()
+        );
+    }
+    Ok(())
 }
 
 fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> {
@@ -303,13 +311,20 @@ fn read_logits<'a>(
     logits: &'a CudaStorage,
     layout: &Layout,
 ) -> Result<Element> {
+    let element = read_floats(launch, logits)?;
+    launch.params.logits += (layout.start_offset() * element.size()) as u64;
+    Ok(element)
+}
+
+/// Sets the logits to the start of a storage.
+fn read_floats<'a>(launch: &mut Launch<'a>, logits: &'a CudaStorage) -> Result<Element> {
     let (element, address) = match &logits.slice {
         CudaStorageSlice::F32(slice) => (Element::F32, launch.read(slice)),
         CudaStorageSlice::F16(slice) => (Element::F16, launch.read(slice)),
         CudaStorageSlice::BF16(slice) => (Element::BF16, launch.read(slice)),
         _ => bail!("logits: {:?}, must be f32, f16 or bf16", logits.dtype()),
     };
-    launch.params.logits = address + (layout.start_offset() * element.size()) as u64;
+    launch.params.logits = address;
     Ok(element)
 }
 
@@ -373,12 +388,16 @@ impl<'a> OnDevice<'a> {
         Self(storage, layout)
     }
 
+    fn storage(&self) -> Result<&CudaStorage> {
+        match &*self.0 {
+            Storage::Cuda(storage) => Ok(storage),
+            _ => bail!("a tensor is not on the logits' CUDA device"),
+        }
+    }
+
     /// Address of the first element of a contiguous tensor.
     fn read<'b, T: CudaDType + 'b>(&'b self, launch: &mut Launch<'b>) -> Result<u64> {
-        let Storage::Cuda(storage) = &*self.0 else {
-            bail!("a tensor is not on the logits' CUDA device");
-        };
-        let address = launch.read(storage.as_cuda_slice::<T>()?);
+        let address = launch.read(self.storage()?.as_cuda_slice::<T>()?);
         Ok(address + (self.1.start_offset() * size_of::<T>()) as u64)
     }
 }
@@ -506,8 +525,12 @@ impl FirstError {
 }
 
 fn alloc_gradient(call: &Call, logits: &CudaStorage) -> Result<CudaStorage> {
-    let (device, count) = (logits.device(), call.rows * call.width);
-    let slice = match logits.dtype() {
+    alloc_floats(logits.device(), logits.dtype(), call.rows * call.width)
+}
+
+/// [`alloc`] of a type of logits.
+fn alloc_floats(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaStorage> {
+    let slice = match dtype {
         DType::F32 => CudaStorageSlice::F32(alloc(device, count)?),
         DType::F16 => CudaStorageSlice::F16(alloc(device, count)?),
         DType::BF16 => CudaStorageSlice::BF16(alloc(device, count)?),

@@ -24,7 +24,7 @@ use candle_core::{
 };
 
 use crate::{
-    kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState},
+    kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, Running},
     select::{self, Forced, Geometry, Gpu},
 };
 
@@ -35,6 +35,7 @@ const ARCHS: &str = env!("CROSS_ENTROPY_ARCHS");
 // SAFETY: `repr(C)` structs of integers and floats with twins in kernels/params.cuh.
 unsafe impl DeviceRepr for Params {}
 unsafe impl DeviceRepr for RowState {}
+unsafe impl DeviceRepr for Running {}
 
 struct Loaded {
     functions: HashMap<Kernel, CudaFunction>,
@@ -175,7 +176,13 @@ fn forced() -> Result<Option<Forced>> {
 /// What a launch computes, over rows of the parameters' width.
 #[derive(Clone, Copy)]
 pub(super) enum Work {
-    Forward { stats: bool },
+    Forward {
+        stats: bool,
+    },
+    /// Of the rows' classes in a tile.
+    ForwardOfTile {
+        stats: bool,
+    },
     Backward,
     LossAndGradient,
 }
@@ -191,6 +198,9 @@ fn choose(
     match work {
         Work::Forward { stats } => {
             select::forward((element, stats, softcap), shape, gpu, forced()?)
+        }
+        Work::ForwardOfTile { stats } => {
+            Ok(select::forward_of_tile((element, stats, softcap), shape.1))
         }
         Work::Backward => Ok(select::backward(element, softcap, shape.1)),
         Work::LossAndGradient => {

@@ -1,0 +1,530 @@
+//! `forward_linear` on CUDA: tile by tile, a product by cuBLAS, and a kernel over what it left. The number of launches a
+//! tile is constant, and nothing waits for the device. The twin of `cpu::linear`.
+
+use std::{
+    ffi::c_void,
+    ops::Range,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Tensor,
+    backend::{BackendDevice, BackendStorage},
+    bail,
+    cuda_backend::{
+        CudaStorageSlice, WrapErr,
+        cudarc::{
+            cublas::{result::gemm_ex, sys},
+            driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut},
+        },
+        gemm_reduced_precision_f32,
+    },
+};
+
+use super::{
+    FirstError, Inputs, OnDevice, Stats, alloc, alloc_floats, check_upstream, contiguous_rows,
+    module::{Launch, Work},
+    read_floats, reduce, scalars, write_floats,
+};
+use crate::{
+    Reduction,
+    call::Call,
+    kernel_abi::{Params, Running},
+    linear::{Operands, Plan, Wanted},
+    op::Forward,
+    tiles::Tile,
+};
+
+/// What the forward leaves for the backward.
+pub(crate) struct Saved {
+    rows: super::Saved,
+    /// Logits of the first tiles. The first backward takes them, a second one computes them again.
+    kept: Mutex<Vec<CudaStorage>>,
+}
+
+/// A view of two dimensions, one of whose strides is 1.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    storage: &'a CudaStorage,
+    start: usize,
+    shape: [usize; 2],
+    stride: [usize; 2],
+}
+
+impl<'a> Matrix<'a> {
+    fn of((storage, layout): (&'a CudaStorage, &Layout)) -> Result<Self> {
+        let (rows, columns) = layout.shape().dims2()?;
+        Ok(Self {
+            storage,
+            start: layout.start_offset(),
+            shape: [rows, columns],
+            stride: [layout.stride()[0], layout.stride()[1]],
+        })
+    }
+
+    /// Rows of a matrix, `pitch` elements from one to the next.
+    fn pitched(storage: &'a CudaStorage, start: usize, shape: [usize; 2], pitch: usize) -> Self {
+        Self {
+            storage,
+            start,
+            shape,
+            stride: [pitch, 1],
+        }
+    }
+
+    fn rows(self, rows: &Range<usize>) -> Self {
+        assert!(rows.end <= self.shape[0]);
+        Self {
+            start: self.start + rows.start * self.stride[0],
+            shape: [rows.len(), self.shape[1]],
+            ..self
+        }
+    }
+
+    fn transposed(self) -> Self {
+        let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
+        Self {
+            shape: [columns, rows],
+            stride: [by_column, by_row],
+            ..self
+        }
+    }
+
+    /// First element behind the last one.
+    fn end(&self) -> usize {
+        let last = |i: usize| (self.shape[i] - 1) * self.stride[i];
+        self.start + last(0) + last(1) + 1
+    }
+
+    /// How cuBLAS, whose matrices are column by column, reads the transpose.
+    fn transpose_for_blas(&self) -> Result<(sys::cublasOperation_t, i32)> {
+        let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
+        if by_column == 1 && by_row >= columns {
+            Ok((sys::cublasOperation_t::CUBLAS_OP_N, int(by_row)?))
+        } else if by_row == 1 && by_column >= rows {
+            Ok((sys::cublasOperation_t::CUBLAS_OP_T, int(by_column)?))
+        } else {
+            bail!("a matrix with strides {:?}, one must be 1", self.stride)
+        }
+    }
+}
+
+fn int(size: usize) -> Result<i32> {
+    i32::try_from(size).map_err(|_| Error::Msg(format!("{size}: too large for cuBLAS")).bt())
+}
+
+fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
+    match dtype {
+        DType::F32 => Ok(sys::cudaDataType::CUDA_R_32F),
+        DType::F16 => Ok(sys::cudaDataType::CUDA_R_16F),
+        DType::BF16 => Ok(sys::cudaDataType::CUDA_R_16BF),
+        other => bail!("{other:?}, must be f32, f16 or bf16"),
+    }
+}
+
+/// Evaluates an expression with `$slice` as the memory of a storage.
+macro_rules! with_slice {
+    ($storage:expr, $slice:ident => $body:expr) => {
+        match $storage {
+            CudaStorageSlice::F32($slice) => $body,
+            CudaStorageSlice::F16($slice) => $body,
+            CudaStorageSlice::BF16($slice) => $body,
+            _ => bail!("a factor of the logits is not f32, f16 or bf16"),
+        }
+    };
+}
+
+/// A matrix that a product writes: rows of `columns` elements, contiguous, or `pitch` elements apart.
+struct Output<'a> {
+    storage: &'a mut CudaStorage,
+    start: usize,
+    pitch: usize,
+}
+
+impl<'a> Output<'a> {
+    fn tile(storage: &'a mut CudaStorage, tile: &Tile) -> Self {
+        Self {
+            storage,
+            start: 0,
+            pitch: pitch(tile),
+        }
+    }
+}
+
+/// The factors of the logits, and cuBLAS.
+struct Products<'a> {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    hidden: Matrix<'a>,
+    weight: Matrix<'a>,
+    /// (1, V)
+    bias: Option<Matrix<'a>>,
+    /// As many ones as a tile has rows, where there is a bias: products with them spread it over the rows, and add up
+    /// its gradient.
+    ones: Option<Tensor>,
+}
+
+impl<'a> Products<'a> {
+    fn new(call: &Call, operands: &Operands<'a, CudaStorage>) -> Result<Self> {
+        let device = operands.hidden.0.device().clone();
+        let bias = |(storage, layout): (&'a CudaStorage, &Layout)| {
+            let (start, columns) = (layout.start_offset(), call.width);
+            Matrix::pitched(storage, start, [1, columns], columns)
+        };
+        let ones = |_| {
+            let dtype = operands.hidden.0.dtype();
+            Tensor::ones(call.rows, dtype, &Device::Cuda(device.clone()))
+        };
+        Ok(Self {
+            hidden: Matrix::of(operands.hidden)?,
+            weight: Matrix::of(operands.weight)?,
+            bias: operands.bias.map(bias),
+            ones: operands.bias.map(ones).transpose()?,
+            stream: device.cuda_stream(),
+            device,
+        })
+    }
+
+    fn dtype(&self) -> DType {
+        self.hidden.storage.dtype()
+    }
+
+    /// `out` = a·b, or `out` + a·b, accumulated in f32 and rounded once.
+    fn multiply(&self, out: Output, add: bool, a: Matrix, b: Matrix) -> Result<()> {
+        let ([m, k], [b_rows, n]) = (a.shape, b.shape);
+        assert!(k == b_rows && n <= out.pitch);
+        let (out_type, out_size) = (out.storage.dtype(), out.storage.dtype().size_in_bytes());
+        for (storage, end) in [
+            (&*out.storage, out.start + (m - 1) * out.pitch + n),
+            (a.storage, a.end()),
+            (b.storage, b.end()),
+        ] {
+            assert!(with_slice!(&storage.slice, slice => end <= slice.len()));
+        }
+        let (operation_a, a_lead) = a.transpose_for_blas()?;
+        let (operation_b, b_lead) = b.transpose_for_blas()?;
+        let in_type = data_type(a.storage.dtype())?;
+        // As candle's own products.
+        let compute = if self.dtype() == DType::F32 && gemm_reduced_precision_f32() {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+        };
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0.0 });
+        let stream = &self.stream;
+        let pointer = |matrix: &Matrix<'_>, address: u64| {
+            (address + (matrix.start * matrix.storage.dtype().size_in_bytes()) as u64)
+                as *const c_void
+        };
+        let (a_address, _a_use) = with_slice!(&a.storage.slice, slice => slice.device_ptr(stream));
+        let (b_address, _b_use) = with_slice!(&b.storage.slice, slice => slice.device_ptr(stream));
+        let (out_address, _out_use) =
+            with_slice!(&mut out.storage.slice, slice => slice.device_ptr_mut(stream));
+        let blas = self.device.cublas_handle();
+        // SAFETY: the matrices lie in their memory, as checked above; the handle's stream is the device's. The matrices
+        // of cuBLAS are the transposes of these, and so the product is outᵀ = bᵀ·aᵀ.
+        unsafe {
+            // Parts of a sum that several blocks share out must not be rounded to the result's type. candle leaves the
+            // mode at its default.
+            set_math_mode(
+                *blas.handle(),
+                sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
+            )?;
+            let result = gemm_ex(
+                *blas.handle(),
+                operation_b,
+                operation_a,
+                int(n)?,
+                int(m)?,
+                int(k)?,
+                (&raw const alpha).cast(),
+                pointer(&b, b_address),
+                in_type,
+                b_lead,
+                pointer(&a, a_address),
+                in_type,
+                a_lead,
+                (&raw const beta).cast(),
+                (out_address + (out.start * out_size) as u64) as *mut c_void,
+                data_type(out_type)?,
+                int(out.pitch)?,
+                compute,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            );
+            set_math_mode(*blas.handle(), sys::cublasMath_t::CUBLAS_DEFAULT_MATH)?;
+            result.w()
+        }
+    }
+
+    /// Logits of a tile, rows [`pitch`] elements apart.
+    fn logits(&self, tile: &Tile, out: &mut CudaStorage) -> Result<()> {
+        #[cfg(feature = "nvtx")]
+        let _range = range("logits", tile);
+        if let (Some(bias), Some(ones)) = (self.bias, &self.ones) {
+            let ones = OnDevice::of(ones);
+            let ones = Matrix::pitched(ones.storage()?, 0, [tile.rows.len(), 1], 1);
+            let bias = Matrix {
+                start: bias.start + tile.classes.start,
+                shape: [1, tile.classes.len()],
+                ..bias
+            };
+            self.multiply(Output::tile(&mut *out, tile), false, ones, bias)?;
+        }
+        let weight = self.weight.rows(&tile.classes).transposed();
+        let hidden = self.hidden.rows(&tile.rows);
+        self.multiply(Output::tile(out, tile), self.bias.is_some(), hidden, weight)
+    }
+}
+
+/// # Safety
+/// `handle` is one of cuBLAS's that is in use.
+unsafe fn set_math_mode(handle: sys::cublasHandle_t, mode: sys::cublasMath_t) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe { sys::cublasSetMathMode(handle, mode) }.result().w()
+}
+
+/// Elements from a row of a tile to the next: rows start at 16 bytes, for the products' sake.
+fn pitch(tile: &Tile) -> usize {
+    tile.classes.len().next_multiple_of(8)
+}
+
+#[cfg(feature = "nvtx")]
+fn range(what: &str, tile: &Tile) -> nvtx::LocalRange {
+    let Tile { rows, classes } = tile;
+    let text = format!("cross-entropy {what}, rows {rows:?}, classes {classes:?}");
+    nvtx::LocalRange::new(nvtx::Str::from_str_lossy(&text))
+}
+
+/// Gradient of a factor: either complete in one product for each range of its rows, or the sum of products, which stays
+/// f32 until all are added.
+struct FactorGradient {
+    storage: CudaStorage,
+    dtype: DType,
+    shape: [usize; 2],
+    is_sum: bool,
+    any: bool,
+}
+
+impl FactorGradient {
+    /// Of a factor of which products reach the first `covered` rows.
+    fn new(
+        products: &Products,
+        [rows, depth]: [usize; 2],
+        covered: usize,
+        is_sum: bool,
+    ) -> Result<Self> {
+        let (device, dtype) = (&products.device, products.dtype());
+        let stored = if is_sum { DType::F32 } else { dtype };
+        let storage = if covered < rows {
+            device.zeros_impl(&(rows, depth).into(), stored)?
+        } else {
+            alloc_floats(device, stored, rows * depth)?
+        };
+        Ok(Self {
+            storage,
+            dtype,
+            shape: [rows, depth],
+            is_sum,
+            any: false,
+        })
+    }
+
+    /// Adds a·b to `rows`, which are the same each time for a sum and others each time if not.
+    fn multiply(
+        &mut self,
+        products: &Products,
+        rows: &Range<usize>,
+        a: Matrix,
+        b: Matrix,
+    ) -> Result<()> {
+        let [_, depth] = self.shape;
+        let add = self.is_sum && self.any;
+        self.any = true;
+        let out = Output {
+            storage: &mut self.storage,
+            start: rows.start * depth,
+            pitch: depth,
+        };
+        products.multiply(out, add, a, b)
+    }
+
+    fn into_storage(self) -> Result<CudaStorage> {
+        let [rows, depth] = self.shape;
+        if self.storage.dtype() == self.dtype {
+            return Ok(self.storage);
+        }
+        if rows == 0 {
+            return alloc_floats(self.storage.device(), self.dtype, 0);
+        }
+        self.storage
+            .to_dtype(&Layout::contiguous((rows, depth)), self.dtype)
+    }
+}
+
+/// Parameters of a launch over a tile, without addresses.
+fn tile_scalars(call: &Call, tile: &Tile) -> Result<Params> {
+    let rows = contiguous_rows(pitch(tile) as u32);
+    Ok(Params {
+        logits_rows: rows,
+        grad_rows: rows,
+        rows: tile.rows.len() as u64,
+        width: tile.classes.len() as u32,
+        first_row: tile.rows.start as u32,
+        first_column: tile.classes.start as u32,
+        ..scalars(call, &Layout::contiguous((call.rows, call.width)))?
+    })
+}
+
+fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
+    let count = tile.rows.len() * pitch(tile);
+    alloc_floats(&products.device, products.dtype(), count)
+}
+
+pub(crate) fn forward(
+    call: &Call,
+    plan: &Plan,
+    operands: &Operands<CudaStorage>,
+    stats: bool,
+) -> Result<Forward<CudaStorage, crate::linear::Saved>> {
+    let device = operands.hidden.0.device();
+    let stream = device.cuda_stream();
+    let inputs = Inputs::of(call)?;
+    let mut row_loss = alloc(device, call.rows)?;
+    let mut state = alloc(device, call.rows)?;
+    let mut stats = if stats {
+        Some(Stats::alloc(call, device)?)
+    } else {
+        None
+    };
+    let mut first_error = FirstError::alloc(call, device)?;
+    let mut kept = Vec::new();
+    if call.rows > 0 {
+        let products = Products::new(call, operands)?;
+        let work = Work::ForwardOfTile {
+            stats: stats.is_some(),
+        };
+        let mut running: CudaSlice<Running> = alloc(device, call.rows)?;
+        let mut free = None;
+        for (t, tile) in plan.tiles.iter().enumerate() {
+            let mut logits = match free.take() {
+                Some(logits) => logits, // the first tile is the largest
+                None => alloc_tile(&products, &tile)?,
+            };
+            products.logits(&tile, &mut logits)?;
+            let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
+            let element = read_floats(&mut launch, &logits)?;
+            inputs.set(&mut launch)?;
+            launch.params.loss = launch.write(&mut row_loss);
+            launch.params.state = launch.write(&mut state);
+            if let Some(stats) = &mut stats {
+                stats.set(&mut launch);
+            }
+            first_error.set(&mut launch);
+            if tile.classes.len() < call.vocab {
+                launch.params.running = launch.write(&mut running);
+            }
+            // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
+            unsafe { launch.start(work, element, call.softcap.is_some()) }?;
+            if t < plan.keep {
+                kept.push(logits);
+            } else {
+                free = Some(logits);
+            }
+        }
+    }
+    first_error.check(call, device)?;
+    let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
+    Ok(Forward {
+        loss: CudaStorage::wrap_cuda_slice(loss, device.clone()),
+        stats: stats.map(|stats| stats.into_tensors(call, device)),
+        saved: crate::linear::Saved::Cuda(Saved {
+            rows: super::Saved {
+                state,
+                total_weight,
+            },
+            kept: Mutex::new(kept),
+        }),
+    })
+}
+
+/// Gradients of hidden, weight and bias, those that are wanted.
+pub(crate) fn backward(
+    call: &Call,
+    plan: &Plan,
+    saved: &Saved,
+    upstream: &Tensor,
+    operands: &Operands<CudaStorage>,
+    wanted: Wanted,
+) -> Result<[Option<CudaStorage>; 3]> {
+    let device = operands.hidden.0.device();
+    let stream = device.cuda_stream();
+    check_upstream(call, upstream)?;
+    let inputs = Inputs::of(call)?;
+    let upstream = OnDevice::of(upstream);
+    let products = Products::new(call, operands)?;
+    let by_rows = plan.tiles.by_rows;
+    let covered = if call.rows == 0 { 0 } else { call.vocab };
+    let gradient = |wanted: bool, shape, covered, is_sum| {
+        wanted
+            .then(|| FactorGradient::new(&products, shape, covered, is_sum))
+            .transpose()
+    };
+    let depth = products.weight.shape[1];
+    let mut hidden_gradient = gradient(wanted.hidden, [call.rows, depth], call.rows, !by_rows)?;
+    let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
+    let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
+
+    let kept = std::mem::take(&mut *saved.kept.lock().unwrap_or_else(|e| e.into_inner()));
+    let mut kept = kept.into_iter();
+    let mut free = None;
+    for tile in plan.tiles.iter() {
+        let mut logits = match kept.next() {
+            Some(logits) => logits,
+            None => {
+                let mut logits = match free.take() {
+                    Some(logits) => logits,
+                    None => alloc_tile(&products, &tile)?,
+                };
+                products.logits(&tile, &mut logits)?;
+                logits
+            }
+        };
+        let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
+        let (element, address) = write_floats(&mut launch, &mut logits)?;
+        (launch.params.logits, launch.params.grad) = (address, address);
+        inputs.set(&mut launch)?;
+        launch.params.state = launch.read(&saved.rows.state);
+        launch.params.upstream = upstream.read::<f32>(&mut launch)?;
+        launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
+        launch.params.divisor = (saved.rows.total_weight.as_ref()).map_or(0, |w| launch.read(w));
+        // SAFETY: the tile has its rows `pitch` apart, `upstream` has the number of values checked above, and all other
+        // memory has an element for each of `call.rows`.
+        unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }?;
+
+        #[cfg(feature = "nvtx")]
+        let _range = range("gradients", &tile);
+        let shape = [tile.rows.len(), tile.classes.len()];
+        let gradients = Matrix::pitched(&logits, 0, shape, pitch(&tile));
+        if let Some(weight) = &mut weight_gradient {
+            let hidden = products.hidden.rows(&tile.rows);
+            weight.multiply(&products, &tile.classes, gradients.transposed(), hidden)?;
+        }
+        if let Some(hidden) = &mut hidden_gradient {
+            let weight = products.weight.rows(&tile.classes);
+            hidden.multiply(&products, &tile.rows, gradients, weight)?;
+        }
+        if let (Some(bias), Some(ones)) = (&mut bias_gradient, &products.ones) {
+            let ones = OnDevice::of(ones);
+            let ones = Matrix::pitched(ones.storage()?, 0, [tile.rows.len(), 1], 1);
+            bias.multiply(&products, &tile.classes, gradients.transposed(), ones)?;
+        }
+        free = Some(logits);
+    }
+    let finish =
+        |gradient: Option<FactorGradient>| gradient.map(FactorGradient::into_storage).transpose();
+    Ok([
+        finish(hidden_gradient)?,
+        finish(weight_gradient)?,
+        finish(bias_gradient)?,
+    ])
+}
