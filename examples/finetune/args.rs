@@ -7,7 +7,10 @@ use candle_core::Device;
 use clap::Parser;
 use serde::Serialize;
 
-use crate::{data::Dataset, train::Plan};
+use crate::{
+    data::Dataset,
+    train::{Loss, Plan},
+};
 
 /// Fine-tunes a small language model plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL), and
 /// compares them on held-out samples.
@@ -33,6 +36,9 @@ pub struct Args {
     /// Samples in a batch [default: 32; with --data 8]
     #[arg(long)]
     pub batch: Option<usize>,
+    /// How the trainings compute their loss. The results differ by rounding alone
+    #[arg(long, value_enum, default_value_t)]
+    pub loss: Loss,
     /// Mean smoothing over the training samples, of the constant and of the uncertainty-aware training
     #[arg(long, default_value_t = 0.1)]
     pub mean_smoothing: f32,
@@ -145,6 +151,7 @@ pub fn plans(args: &Args, data: &Dataset) -> (Plan, Plan) {
     let tuning = Plan {
         steps: args.steps.unwrap_or(if real { 3 * epoch } else { 300 }),
         batch,
+        loss: args.loss,
         learning_rate: args.lr,
         weight_decay: args.weight_decay,
         clip: args.clip,

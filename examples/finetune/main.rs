@@ -1,6 +1,7 @@
 //! Fine-tunes a small language model three times from the same weights and the same batches: plainly (SFT), with a
 //! constant label smoothing, and uncertainty-aware (UAL), where a sample's smoothing grows with its uncertainty and has
-//! the constant's mean. Reports how well each predicts held-out samples, certain and uncertain ones apart.
+//! the constant's mean. Reports how well each predicts held-out samples, certain and uncertain ones apart, and how much
+//! memory a training step takes with the loss from hidden states and from logits (`--loss`).
 //!
 //! ```text
 //! cargo run --release --example finetune
@@ -17,6 +18,7 @@ mod args;
 mod data;
 mod evaluate;
 mod jsonl;
+mod memory;
 mod metrics;
 mod model;
 mod ngram;
@@ -35,6 +37,7 @@ use serde::Serialize;
 
 use crate::{
     args::{Args, device, plans},
+    memory::StepMemory,
     model::{Config, Decoder},
     report::Run,
     train::{Curve, Method, Plan, train},
@@ -49,6 +52,7 @@ struct Report<'a> {
     parameters: usize,
     median_uncertainty: f32,
     plan: Plan,
+    peak_step_bytes: Option<StepMemory>,
     pretraining: &'a Curve,
     runs: &'a [Run],
 }
@@ -143,6 +147,10 @@ fn main() -> Result<()> {
 
     println!("{}", report::table(&runs));
     println!("certain: uncertainty below the held-out samples' median, {median:.3}");
+    let memory = StepMemory::measure(&model, Method::Ual(map), &data.train, &plan, &device)?;
+    if let Some(memory) = memory {
+        println!("{memory}");
+    }
     plots::reliability(&args.out.join("reliability.svg"), &runs)?;
     plots::losses(&args.out.join("losses.svg"), &runs)?;
     let report = Report {
@@ -152,6 +160,7 @@ fn main() -> Result<()> {
         parameters,
         median_uncertainty: median,
         plan,
+        peak_step_bytes: memory,
         pretraining: &pretraining,
         runs: &runs,
     };

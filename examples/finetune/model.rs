@@ -148,7 +148,20 @@ impl Decoder {
     /// Tokens (B, T) to logits (B, T, vocabulary).
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, length) = tokens.dims2()?;
-        let Config { dim, vocab, .. } = self.config;
+        self.hidden(tokens)?
+            .flatten(0, 1)?
+            .matmul(&self.head)?
+            .reshape((batch, length, self.config.vocab))
+    }
+
+    /// The output projection (vocabulary, dim), from hidden states to logits.
+    pub fn output_projection(&self) -> Result<Tensor> {
+        self.head.t()
+    }
+
+    /// Tokens (B, T) to the last hidden states (B, T, dim), after the final norm.
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, length) = tokens.dims2()?;
         // Rows (B·T, dim) throughout, so that every linear map is one matrix product.
         let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
         for layer in &self.layers {
@@ -159,10 +172,7 @@ impl Decoder {
                 .chunk(2, D::Minus1)?;
             x = (&x + (silu(&gate_up[0])? * &gate_up[1])?.matmul(&layer.down)?)?;
         }
-        debug_assert_eq!(x.dims(), [batch * length, dim]);
-        rms_norm_slow(&x, &self.norm, 1e-6)?
-            .matmul(&self.head)?
-            .reshape((batch, length, vocab))
+        rms_norm_slow(&x, &self.norm, 1e-6)?.reshape((batch, length, self.config.dim))
     }
 
     fn attention(&self, layer: &Layer, x: &Tensor, batch: usize, length: usize) -> Result<Tensor> {

@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
-use candle_cross_entropy::{CrossEntropy, ual::SmoothingMap};
+use candle_cross_entropy::{CrossEntropy, RowStats, ual::SmoothingMap};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::{
@@ -62,10 +63,22 @@ impl Method {
     }
 }
 
+/// What the loss is computed from.
+#[derive(Clone, Copy, Debug, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// From hidden states and output projection, which the loss makes logits of in tiles: less memory
+    #[default]
+    Linear,
+    /// From all logits, which the model computes
+    Logits,
+}
+
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Plan {
     pub steps: usize,
     pub batch: usize,
+    pub loss: Loss,
     pub learning_rate: f64,
     pub weight_decay: f64,
     /// Largest norm of all gradients together.
@@ -123,9 +136,7 @@ pub fn train(
     for step in 1..=plan.steps {
         let start = Instant::now();
         let batch = Batch::new(&batches.next(), device)?;
-        let logits = model.forward(&batch.inputs)?;
-        let loss = method.loss(&batch.uncertainties, device)?;
-        let (loss, stats) = loss.forward_with_stats(&logits, &batch.targets)?;
+        let (loss, stats) = forward(model, method, plan.loss, &batch)?;
         let mut gradients = loss.backward()?;
         clip(&mut gradients, &vars, plan.clip)?;
         optimizer.set_learning_rate(plan.learning_rate * schedule(step, plan.steps));
@@ -156,6 +167,36 @@ pub fn train(
     }
     progress.finish();
     Ok(curve)
+}
+
+/// The loss of a batch, and its rows' statistics.
+pub fn forward(
+    model: &Decoder,
+    method: Method,
+    loss: Loss,
+    batch: &Batch,
+) -> candle_core::Result<(Tensor, RowStats)> {
+    let (inputs, targets) = (&batch.inputs, &batch.targets);
+    let options = method.loss(&batch.uncertainties, inputs.device())?;
+    match loss {
+        Loss::Linear => {
+            let (hidden, weight) = (model.hidden(inputs)?, model.output_projection()?);
+            options.forward_linear_with_stats(&hidden, &weight, None, targets)
+        }
+        Loss::Logits => options.forward_with_stats(&model.forward(inputs)?, targets),
+    }
+}
+
+/// The batch with the most tokens, padding among them, of the first epoch.
+pub fn largest_batch<'a>(samples: &'a [Sample], plan: &Plan) -> Vec<&'a Sample> {
+    let mut batches = Batches::new(samples, plan.batch, plan.seed);
+    let size = |batch: &Vec<&Sample>| {
+        batch.len() * batch.iter().map(|s| s.tokens.len()).max().unwrap_or(0)
+    };
+    (0..samples.len().div_ceil(plan.batch))
+        .map(|_| batches.next())
+        .max_by_key(size)
+        .expect("a data set is not empty")
 }
 
 /// Share of the peak learning rate: up in the first tenth of the steps, then a cosine down to a tenth.

@@ -1,0 +1,165 @@
+//! How much memory a training step takes with either way to compute the loss, so that they can be compared.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    fmt,
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use anyhow::Result;
+use candle_core::Device;
+use serde::Serialize;
+
+use crate::{
+    data::{Batch, Sample},
+    model::Decoder,
+    train::{self, Loss, Method, Plan},
+};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grow(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, SeqCst) + bytes;
+    PEAK.fetch_max(live, SeqCst);
+}
+
+// SAFETY: passes everything to the system's allocator unchanged. What GlobalAlloc would make of `alloc` is passed on
+// too: the system zeroes and resizes large blocks without touching them.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        grow(size); // before the old block is gone: both exist where one is copied
+        LIVE.fetch_sub(layout.size(), SeqCst);
+        unsafe { System.realloc(memory, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), SeqCst);
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Peak bytes of a step's forward and backward, beyond the weights, the optimizer's state and the data.
+#[derive(Clone, Copy, Serialize)]
+pub struct StepMemory {
+    linear: usize,
+    logits: usize,
+}
+
+impl StepMemory {
+    /// Of the largest batch in the first epoch of `plan`, with either loss. No weight changes. `None` where memory cannot
+    /// be counted.
+    pub fn measure(
+        model: &Decoder,
+        method: Method,
+        samples: &[Sample],
+        plan: &Plan,
+        device: &Device,
+    ) -> Result<Option<Self>> {
+        let batch = Batch::new(&train::largest_batch(samples, plan), device)?;
+        let step = |loss| {
+            peak(device, || {
+                train::forward(model, method, loss, &batch)?.0.backward()?;
+                Ok(())
+            })
+        };
+        let (linear, logits) = (step(Loss::Linear)?, step(Loss::Logits)?);
+        Ok(linear
+            .zip(logits)
+            .map(|(linear, logits)| Self { linear, logits }))
+    }
+}
+
+impl fmt::Display for StepMemory {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+        write!(
+            f,
+            "peak memory of a training step's forward and backward, beside weights and optimizer: {:.1} MiB with \
+             --loss linear, {:.1} MiB with --loss logits",
+            mib(self.linear),
+            mib(self.logits)
+        )
+    }
+}
+
+/// The most bytes in use during `work`, beyond those before it: of the host's memory on the CPU, of the device's pool
+/// on CUDA. `None`, without running it, where neither counts what tensors take.
+fn peak(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Option<usize>> {
+    match device {
+        Device::Cpu => {
+            let before = LIVE.load(SeqCst);
+            PEAK.store(before, SeqCst);
+            work()?;
+            Ok(Some(PEAK.load(SeqCst) - before))
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => pool::peak(&cuda.cuda_stream(), work),
+        _ => Ok(None),
+    }
+}
+
+/// The driver's own count of its default memory pool, which candle's tensors are allocated from.
+#[cfg(feature = "cuda")]
+mod pool {
+    use anyhow::Result;
+    use candle_core::cuda_backend::cudarc::driver::{
+        CudaStream, DriverError, result,
+        sys::{
+            CUmemPool_attribute::{
+                self as Attribute, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+            },
+            CUmemoryPool,
+        },
+    };
+
+    pub fn peak(stream: &CudaStream, work: impl FnOnce() -> Result<()>) -> Result<Option<usize>> {
+        let context = stream.context();
+        if !context.has_async_alloc() {
+            return Ok(None); // tensors are not in the pool
+        }
+        stream.synchronize()?;
+        // SAFETY: the device handle is that of a live context.
+        let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }?;
+        let before = bytes(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        reset_high(pool)?;
+        work()?;
+        stream.synchronize()?;
+        let high = bytes(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH)?;
+        Ok(Some(high.saturating_sub(before) as usize))
+    }
+
+    fn bytes(pool: CUmemoryPool, what: Attribute) -> Result<u64, DriverError> {
+        let mut bytes = 0u64;
+        // SAFETY: the pool is the device's, and both attributes asked for are 64-bit integers.
+        unsafe { result::mem_pool::get_attribute(pool, what, (&raw mut bytes).cast()) }?;
+        Ok(bytes)
+    }
+
+    fn reset_high(pool: CUmemoryPool) -> Result<(), DriverError> {
+        let mut zero = 0u64; // the only value that may be written
+        // SAFETY: as above.
+        unsafe {
+            result::mem_pool::set_attribute(
+                pool,
+                CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+                (&raw mut zero).cast(),
+            )
+        }
+    }
+}
