@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Turns what `cargo bench --bench cpu` left in a target directory into a list of records, on standard output:
+"""Turns what `cargo bench --bench cpu` (or linear) left in a target directory into a list of records, on standard output:
 
-    bench-results.py [TARGET_DIR] > benches/results/cpu.json
+    bench-results.py cpu [TARGET_DIR] > benches/results/cpu.json
 
-A record: {"bench", "impl", "n", "v", "dtype", "median_ms", "gb_per_s", "commit", "cpu", "threads", "date"}; gb_per_s
-counts useful bytes, as the benchmark does.
+A record: {"bench", "impl", "n", "v", "dtype", "median_ms", "gb_per_s", "commit", "cpu", "threads", "date"}, for linear
+with "d" and "gflop_per_s"; both count useful work, as the benchmarks do.
 """
 import datetime
 import json
@@ -14,25 +14,30 @@ import re
 import subprocess
 import sys
 
-target = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "target")
+GROUPS = {"cpu": r"(?P<n>\d+)x(?P<v>\d+) (?P<dtype>\w+)", "linear": r"linear (?P<n>\d+)x(?P<d>\d+)x(?P<v>\d+) (?P<dtype>\w+)"}
+if len(sys.argv) < 2 or sys.argv[1] not in GROUPS:
+    sys.exit(__doc__)
+bench = sys.argv[1]
+target = pathlib.Path(sys.argv[2] if len(sys.argv) > 2 else "target")
 commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
 model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
 records = []
 for path in target.glob("criterion/*/*/new/benchmark.json"):
     about = json.loads(path.read_text())
-    group = re.fullmatch(r"(\d+)x(\d+) (\w+)", about["group_id"])
+    group = re.fullmatch(GROUPS[bench], about["group_id"])
     if not group:
         continue
     estimates = json.loads((path.parent / "estimates.json").read_text())
     seconds = estimates["median"]["point_estimate"] * 1e-9
+    work = about["throughput"]
+    unit = "gb_per_s" if "Bytes" in work else "gflop_per_s"
     records.append({
-        "bench": "cpu",
+        "bench": bench,
         "impl": about["value_str"],
-        "n": int(group[1]),
-        "v": int(group[2]),
-        "dtype": group[3],
+        **{name: int(value) for name, value in group.groupdict().items() if name != "dtype"},
+        "dtype": group["dtype"],
         "median_ms": round(seconds * 1e3, 3),
-        "gb_per_s": round(about["throughput"]["Bytes"] / seconds * 1e-9, 2),
+        unit: round(next(iter(work.values())) / seconds * 1e-9, 2),
         "commit": commit,
         "cpu": model[1] if model else "unknown",
         "threads": os.cpu_count(),

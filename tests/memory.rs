@@ -1,53 +1,17 @@
 //! How much memory each entry point takes beside the logits, counted by this binary's allocator.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::{
-    Mutex,
-    atomic::{AtomicUsize, Ordering::SeqCst},
-};
+#[path = "../examples/common/allocator.rs"]
+mod allocator;
+
+use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-fn grow(bytes: usize) {
-    let live = LIVE.fetch_add(bytes, SeqCst) + bytes;
-    PEAK.fetch_max(live, SeqCst);
-    LARGEST.fetch_max(bytes, SeqCst);
-}
-
-// SAFETY: passes everything to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), SeqCst);
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// What `run` returned, and the bytes live after it and at its peak, beyond those before it.
 fn measure<T>(run: impl FnOnce() -> T) -> (T, usize, usize) {
-    let before = LIVE.load(SeqCst);
-    PEAK.store(before, SeqCst);
-    LARGEST.store(0, SeqCst);
-    let result = run();
-    (
-        result,
-        LIVE.load(SeqCst).saturating_sub(before),
-        PEAK.load(SeqCst).saturating_sub(before),
-    )
+    let (result, usage) = allocator::measure(run);
+    (result, usage.live, usage.peak)
 }
 
 /// Held by each test: the counters are the process's.
@@ -171,10 +135,10 @@ impl Linear {
 
     /// Peaks of the forward and of the backward, and the largest allocation of both.
     fn peaks(&self, loss: &CrossEntropy) -> [usize; 3] {
-        let (value, _, forward) = measure(|| self.forward(loss));
-        let largest = LARGEST.load(SeqCst);
-        let (_, _, backward) = measure(|| value.backward().unwrap());
-        [forward, backward, LARGEST.load(SeqCst).max(largest)]
+        let (value, forward) = allocator::measure(|| self.forward(loss));
+        let (_, backward) = allocator::measure(|| value.backward().unwrap());
+        let largest = forward.largest.max(backward.largest);
+        [forward.peak, backward.peak, largest]
     }
 }
 

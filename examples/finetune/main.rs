@@ -14,6 +14,8 @@
 //! The same arguments give the same numbers on one machine with the same number of threads (`RAYON_NUM_THREADS`): how
 //! candle splits a matrix product, and so how it rounds, depends on both.
 
+#[path = "../common/allocator.rs"]
+mod allocator;
 mod args;
 mod data;
 mod evaluate;

@@ -1,58 +1,17 @@
 //! How much memory a training step takes with either way to compute the loss, so that they can be compared.
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    fmt,
-    sync::atomic::{AtomicUsize, Ordering::SeqCst},
-};
+use std::fmt;
 
 use anyhow::Result;
 use candle_core::Device;
 use serde::Serialize;
 
 use crate::{
+    allocator,
     data::{Batch, Sample},
     model::Decoder,
     train::{self, Loss, Method, Plan},
 };
-
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn grow(bytes: usize) {
-    let live = LIVE.fetch_add(bytes, SeqCst) + bytes;
-    PEAK.fetch_max(live, SeqCst);
-}
-
-// SAFETY: passes everything to the system's allocator unchanged. What GlobalAlloc would make of `alloc` is passed on
-// too: the system zeroes and resizes large blocks without touching them.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        grow(size); // before the old block is gone: both exist where one is copied
-        LIVE.fetch_sub(layout.size(), SeqCst);
-        unsafe { System.realloc(memory, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), SeqCst);
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Peak bytes of a step's forward and backward, beyond the weights, the optimizer's state and the data.
 #[derive(Clone, Copy, Serialize)]
@@ -103,10 +62,9 @@ impl fmt::Display for StepMemory {
 fn peak(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Option<usize>> {
     match device {
         Device::Cpu => {
-            let before = LIVE.load(SeqCst);
-            PEAK.store(before, SeqCst);
-            work()?;
-            Ok(Some(PEAK.load(SeqCst) - before))
+            let (result, usage) = allocator::measure(work);
+            result?;
+            Ok(Some(usage.peak))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(cuda) => pool::peak(&cuda.cuda_stream(), work),
