@@ -47,6 +47,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
 
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod blas;
 mod call;
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -19,13 +19,13 @@ const MIB: f64 = (1 << 20) as f64;
 #[derive(Parser)]
 struct Args {
     /// Hidden states, N
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 4096)]
     rows: usize,
     /// Length of a hidden state, D
     #[arg(long, default_value_t = 256)]
     depth: usize,
     /// Classes, V
-    #[arg(long, default_value_t = 49152)]
+    #[arg(long, default_value_t = 32000)]
     vocab: usize,
     /// Budgets between nothing and everything
     #[arg(long, default_value_t = 4)]

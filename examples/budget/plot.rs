@@ -37,6 +37,8 @@ pub fn draw(path: &Path, title: &str, costs: &[Cost], whole: Cost) -> Result<()>
             .configure_mesh()
             .x_desc("memory_budget, MiB of logits kept")
             .y_desc(name)
+            .x_label_formatter(&|mib| mib.to_string())
+            .y_label_formatter(&|value| value.to_string())
             .max_light_lines(0)
             .draw()?;
         let points = || costs.iter().map(|cost| (cost.budget, value(cost)));
@@ -52,7 +54,7 @@ pub fn draw(path: &Path, title: &str, costs: &[Cost], whole: Cost) -> Result<()>
             .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], WHOLE.stroke_width(2)));
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
+            .position(SeriesLabelPosition::MiddleRight)
             .label_font(FONT)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.3))

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     Reduction,
+    blas::{Gemm, View},
     call::Call,
     kernel_abi::{Params, Running},
     linear::{Operands, Plan, Wanted},
@@ -47,8 +48,7 @@ pub(crate) struct Saved {
 struct Matrix<'a> {
     storage: &'a CudaStorage,
     start: usize,
-    shape: [usize; 2],
-    stride: [usize; 2],
+    view: View,
 }
 
 impl<'a> Matrix<'a> {
@@ -57,60 +57,51 @@ impl<'a> Matrix<'a> {
         Ok(Self {
             storage,
             start: layout.start_offset(),
-            shape: [rows, columns],
-            stride: [layout.stride()[0], layout.stride()[1]],
+            view: View {
+                shape: [rows, columns],
+                stride: [layout.stride()[0], layout.stride()[1]],
+            },
         })
     }
 
     /// Rows of a matrix, `pitch` elements from one to the next.
     fn pitched(storage: &'a CudaStorage, start: usize, shape: [usize; 2], pitch: usize) -> Self {
+        let view = View {
+            shape,
+            stride: [pitch, 1],
+        };
         Self {
             storage,
             start,
-            shape,
-            stride: [pitch, 1],
+            view,
         }
     }
 
     fn rows(self, rows: &Range<usize>) -> Self {
-        assert!(rows.end <= self.shape[0]);
+        let View { shape, stride } = self.view;
+        assert!(rows.end <= shape[0]);
+        let view = View {
+            shape: [rows.len(), shape[1]],
+            stride,
+        };
         Self {
-            start: self.start + rows.start * self.stride[0],
-            shape: [rows.len(), self.shape[1]],
+            start: self.start + rows.start * stride[0],
+            view,
             ..self
         }
     }
 
     fn transposed(self) -> Self {
-        let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
         Self {
-            shape: [columns, rows],
-            stride: [by_column, by_row],
+            view: self.view.transposed(),
             ..self
         }
     }
 
     /// First element behind the last one.
     fn end(&self) -> usize {
-        let last = |i: usize| (self.shape[i] - 1) * self.stride[i];
-        self.start + last(0) + last(1) + 1
+        self.start + self.view.extent()
     }
-
-    /// How cuBLAS, whose matrices are column by column, reads the transpose.
-    fn transpose_for_blas(&self) -> Result<(sys::cublasOperation_t, i32)> {
-        let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
-        if by_column == 1 && by_row >= columns {
-            Ok((sys::cublasOperation_t::CUBLAS_OP_N, int(by_row)?))
-        } else if by_row == 1 && by_column >= rows {
-            Ok((sys::cublasOperation_t::CUBLAS_OP_T, int(by_column)?))
-        } else {
-            bail!("a matrix with strides {:?}, one must be 1", self.stride)
-        }
-    }
-}
-
-fn int(size: usize) -> Result<i32> {
-    i32::try_from(size).map_err(|_| Error::Msg(format!("{size}: too large for cuBLAS")).bt())
 }
 
 fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
@@ -119,6 +110,14 @@ fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
         DType::F16 => Ok(sys::cudaDataType::CUDA_R_16F),
         DType::BF16 => Ok(sys::cudaDataType::CUDA_R_16BF),
         other => bail!("{other:?}, must be f32, f16 or bf16"),
+    }
+}
+
+fn operation(transpose: bool) -> sys::cublasOperation_t {
+    if transpose {
+        sys::cublasOperation_t::CUBLAS_OP_T
+    } else {
+        sys::cublasOperation_t::CUBLAS_OP_N
     }
 }
 
@@ -191,18 +190,16 @@ impl<'a> Products<'a> {
 
     /// `out` = a·b, or `out` + a·b, accumulated in f32 and rounded once.
     fn multiply(&self, out: Output, add: bool, a: Matrix, b: Matrix) -> Result<()> {
-        let ([m, k], [b_rows, n]) = (a.shape, b.shape);
-        assert!(k == b_rows && n <= out.pitch);
+        let gemm = Gemm::new(a.view, b.view, out.pitch).map_err(Error::Msg)?;
         let (out_type, out_size) = (out.storage.dtype(), out.storage.dtype().size_in_bytes());
+        let out_end = out.start + (a.view.shape[0] - 1) * out.pitch + b.view.shape[1];
         for (storage, end) in [
-            (&*out.storage, out.start + (m - 1) * out.pitch + n),
+            (&*out.storage, out_end),
             (a.storage, a.end()),
             (b.storage, b.end()),
         ] {
             assert!(with_slice!(&storage.slice, slice => end <= slice.len()));
         }
-        let (operation_a, a_lead) = a.transpose_for_blas()?;
-        let (operation_b, b_lead) = b.transpose_for_blas()?;
         let in_type = data_type(a.storage.dtype())?;
         // As candle's own products.
         let compute = if self.dtype() == DType::F32 && gemm_reduced_precision_f32() {
@@ -221,8 +218,8 @@ impl<'a> Products<'a> {
         let (out_address, _out_use) =
             with_slice!(&mut out.storage.slice, slice => slice.device_ptr_mut(stream));
         let blas = self.device.cublas_handle();
-        // SAFETY: the matrices lie in their memory, as checked above; the handle's stream is the device's. The matrices
-        // of cuBLAS are the transposes of these, and so the product is outᵀ = bᵀ·aᵀ.
+        let out_type = data_type(out_type)?;
+        // SAFETY: the matrices lie in their memory, as checked above; the handle's stream is the device's.
         unsafe {
             // Parts of a sum that several blocks share out must not be rounded to the result's type. candle leaves the
             // mode at its default.
@@ -232,22 +229,22 @@ impl<'a> Products<'a> {
             )?;
             let result = gemm_ex(
                 *blas.handle(),
-                operation_b,
-                operation_a,
-                int(n)?,
-                int(m)?,
-                int(k)?,
+                operation(gemm.transpose[0]),
+                operation(gemm.transpose[1]),
+                gemm.m,
+                gemm.n,
+                gemm.k,
                 (&raw const alpha).cast(),
                 pointer(&b, b_address),
                 in_type,
-                b_lead,
+                gemm.lead[0],
                 pointer(&a, a_address),
                 in_type,
-                a_lead,
+                gemm.lead[1],
                 (&raw const beta).cast(),
                 (out_address + (out.start * out_size) as u64) as *mut c_void,
-                data_type(out_type)?,
-                int(out.pitch)?,
+                out_type,
+                gemm.out_lead,
                 compute,
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
             );
@@ -263,11 +260,8 @@ impl<'a> Products<'a> {
         if let (Some(bias), Some(ones)) = (self.bias, &self.ones) {
             let ones = OnDevice::of(ones);
             let ones = Matrix::pitched(ones.storage()?, 0, [tile.rows.len(), 1], 1);
-            let bias = Matrix {
-                start: bias.start + tile.classes.start,
-                shape: [1, tile.classes.len()],
-                ..bias
-            };
+            let (start, columns) = (bias.start + tile.classes.start, tile.classes.len());
+            let bias = Matrix::pitched(bias.storage, start, [1, columns], columns);
             self.multiply(Output::tile(&mut *out, tile), false, ones, bias)?;
         }
         let weight = self.weight.rows(&tile.classes).transposed();
@@ -469,7 +463,7 @@ pub(crate) fn backward(
             .then(|| FactorGradient::new(&products, shape, covered, is_sum))
             .transpose()
     };
-    let depth = products.weight.shape[1];
+    let depth = products.weight.view.shape[1];
     let mut hidden_gradient = gradient(wanted.hidden, [call.rows, depth], call.rows, !by_rows)?;
     let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
     let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
