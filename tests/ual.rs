@@ -1,7 +1,7 @@
 //! The map from uncertainty to smoothing: its mean, order and bounds, its errors, and that it can be saved.
 
 use candle_core::Device;
-use candle_cross_entropy::ual::SmoothingMap;
+use candle_cross_entropy::ual::{self, Shape, SmoothingMap};
 use proptest::prelude::*;
 
 /// Uncertainties of very different sizes, some of them 0 or below.
@@ -18,6 +18,33 @@ fn uncertainties() -> impl Strategy<Value = Vec<f32>> {
 /// A data set with a mean that it can reach and the maximum.
 fn fittable() -> impl Strategy<Value = (Vec<f32>, f32, f32)> {
     (uncertainties(), 0f32..=1.0, 0f32..=1.0).prop_filter_map(
+        "an uncertainty above 0",
+        |(u, share, max)| {
+            let positive = u.iter().filter(|&&u| u > 0.0).count();
+            let reachable = max * positive as f32 / u.len() as f32;
+            (positive > 0).then_some((u, share * reachable, max))
+        },
+    )
+}
+
+fn shapes() -> impl Strategy<Value = Shape> {
+    prop_oneof![
+        Just(Shape::Linear),
+        (0.1f32..4.0).prop_map(Shape::Power),
+        Just(Shape::Rank),
+        Just(Shape::Constant),
+    ]
+}
+
+/// A data set with a mean that it can reach in every shape, and the maximum. Its values are closer together, so that
+/// no power of their ratio leaves f32's range.
+fn fittable_by_all() -> impl Strategy<Value = (Vec<f32>, f32, f32)> {
+    let one = prop_oneof![
+        4 => (0u8..=100).prop_map(f32::from), // many are equal
+        1 => 0.01f32..100.0,
+        1 => -1f32..0.0,
+    ];
+    (prop::collection::vec(one, 1..60), 0f32..=1.0, 0f32..=1.0).prop_filter_map(
         "an uncertainty above 0",
         |(u, share, max)| {
             let positive = u.iter().filter(|&&u| u > 0.0).count();
@@ -87,6 +114,57 @@ proptest! {
     }
 
     #[test]
+    fn every_shape_meets_the_mean((u, mean, max) in fittable_by_all(), shape in shapes()) {
+        let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
+        prop_assert_eq!(map.shape(), shape);
+        let got = mean_smoothing(&map, &u);
+        prop_assert!((got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean), "mean {got}, asked for {mean}");
+    }
+
+    #[test]
+    fn every_shape_keeps_the_order_and_the_bounds(
+        (u, mean, max) in fittable_by_all(), shape in shapes(), others in uncertainties(),
+    ) {
+        let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
+        let mut all = [u, others, vec![f32::MAX, f32::MIN]].concat();
+        all.sort_by(f32::total_cmp);
+        let smoothing = map.smoothing_values(&all).unwrap();
+        prop_assert!(smoothing.windows(2).all(|pair| pair[0] <= pair[1]), "{all:?} -> {smoothing:?}");
+        prop_assert!(smoothing.iter().all(|e| (0.0..=max).contains(e)), "{smoothing:?}, max {max}");
+        if matches!(shape, Shape::Linear | Shape::Power(_)) {
+            prop_assert!(all.iter().zip(&smoothing).all(|(&u, &e)| u > 0.0 || e == 0.0), "{all:?} -> {smoothing:?}");
+        }
+        for (pair, smoothing) in all.windows(2).zip(smoothing.windows(2)) {
+            prop_assert!(pair[0] != pair[1] || smoothing[0] == smoothing[1], "{pair:?} -> {smoothing:?}");
+        }
+    }
+
+    #[test]
+    fn every_shape_is_the_same_after_saving((u, mean, max) in fittable_by_all(), shape in shapes()) {
+        let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
+        let saved = serde_json::to_string(&map).unwrap();
+        prop_assert_eq!(serde_json::from_str::<SmoothingMap>(&saved).unwrap(), map, "{}", saved);
+    }
+
+    #[test]
+    fn only_the_order_matters_to_ranks((u, mean, max) in fittable_by_all()) {
+        let map = SmoothingMap::fit_shape(Shape::Rank, &u, mean, max).unwrap();
+        let bent: Vec<f32> = u.iter().map(|u| u.cbrt()).collect();
+        prop_assume!(u.iter().zip(&bent).all(|(a, b)| u.iter().zip(&bent).all(|(c, d)| (a < c) == (b < d))));
+        let other = SmoothingMap::fit_shape(Shape::Rank, &bent, mean, max).unwrap();
+        prop_assert_eq!(map.smoothing_values(&u).unwrap(), other.smoothing_values(&bent).unwrap());
+    }
+
+    #[test]
+    fn a_power_of_one_is_linear((u, mean, max) in fittable_by_all()) {
+        let linear = SmoothingMap::fit(&u, mean, max).unwrap();
+        let power = SmoothingMap::fit_shape(Shape::Power(1.0), &u, mean, max).unwrap();
+        for (a, b) in linear.smoothing_values(&u).unwrap().into_iter().zip(power.smoothing_values(&u).unwrap()) {
+            prop_assert!((a - b).abs() <= 1e-6 * a, "{a} and {b}");
+        }
+    }
+
+    #[test]
     fn a_value_that_is_not_finite_is_named(mut u in uncertainties(), at in any::<prop::sample::Index>()) {
         let at = at.index(u.len());
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -113,6 +191,78 @@ fn an_example_by_hand() {
     let values = column.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for (value, wanted) in values.iter().zip([0.2, 0.0, 0.1, 0.05, 0.2, 0.0]) {
         assert!((value - wanted).abs() < 1e-7, "{values:?}");
+    }
+}
+
+#[test]
+fn the_other_shapes_by_hand() {
+    let fit = |shape| SmoothingMap::fit_shape(shape, &[4.0, 1.0, 2.0, 1.0], 0.22, 0.5).unwrap();
+    let check = |shape, uncertainties: &[f32], wanted: &[f32]| {
+        let values = fit(shape).smoothing_values(uncertainties).unwrap();
+        for (value, wanted) in values.iter().zip(wanted) {
+            assert!((value - wanted).abs() < 1e-7, "{shape:?}: {values:?}");
+        }
+    };
+    // Squares are 16, 1, 4, 1; the first is clipped, and the others share 4·0.22 − 0.5 in proportion 1 : 4 : 1.
+    let third = 0.38 / 6.0;
+    check(
+        Shape::Power(2.0),
+        &[4.0, 1.0, 2.0, 3.0, -1.0],
+        &[0.5, third, 4.0 * third, 0.5, 0.0],
+    );
+    // Mid-ranks of 1, 1, 2, 4 are 1, 1, 2.5, 3.5 of 4, their mean is 2; between them and outside.
+    check(
+        Shape::Rank,
+        &[1.0, 2.0, 4.0, 3.0, 1.5, -9.0, 9.0],
+        &[0.11, 0.275, 0.385, 0.33, 0.1925, 0.11, 0.385],
+    );
+    check(Shape::Constant, &[-1.0, 4.0], &[0.22, 0.22]);
+}
+
+#[test]
+fn ranks_and_constants_reach_means_that_zeros_do_not() {
+    for shape in [Shape::Rank, Shape::Constant] {
+        let map = SmoothingMap::fit_shape(shape, &[0.0, 0.0, -1.0], 0.2, 0.2).unwrap();
+        let got = mean_smoothing(&map, &[0.0, 0.0, -1.0]);
+        assert!((got - 0.2).abs() < 1e-7, "{shape:?}: {got}");
+    }
+}
+
+#[test]
+fn a_missing_uncertainty_is_named_by_its_sample() {
+    assert_eq!(
+        ual::collect([("a", Some(0.5)), ("b", Some(-1.0))]).unwrap(),
+        [0.5, -1.0]
+    );
+    for (bad, wanted) in [
+        (None, "sample b has no uncertainty"),
+        (
+            Some(f32::NAN),
+            "sample b: uncertainty is NaN; it must be finite",
+        ),
+        (Some(f32::NEG_INFINITY), "sample b: uncertainty is -inf"),
+    ] {
+        let error = ual::collect([("a", Some(0.5)), ("b", bad), ("c", None)]).unwrap_err();
+        assert!(error.to_string().contains(wanted), "{error}");
+    }
+}
+
+#[test]
+fn a_map_saved_before_there_were_shapes_is_linear() {
+    let map: SmoothingMap = serde_json::from_str(r#"{"scale": 0.25, "max": 0.5}"#).unwrap();
+    assert_eq!(
+        (map.shape(), map.scale(), map.max()),
+        (Shape::Linear, 0.25, 0.5)
+    );
+    assert_eq!(map.smoothing_values(&[1.0, 9.0]).unwrap(), [0.25, 0.5]);
+}
+
+#[test]
+fn an_exponent_that_is_not_above_0_is_refused() {
+    for exponent in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let error = SmoothingMap::fit_shape(Shape::Power(exponent), &[1.0], 0.1, 0.5).unwrap_err();
+        let wanted = format!("exponent is {exponent}; it must be finite and above 0");
+        assert!(error.to_string().contains(&wanted), "{error}");
     }
 }
 
@@ -158,6 +308,27 @@ fn a_saved_map_that_was_edited_badly_is_refused() {
         (r#"{"scale": -1.0, "max": 0.5}"#, "scale is -1"),
         (r#"{"scale": 1.0, "max": 1.5}"#, "max is 1.5"),
         (r#"{"scale": 1.0}"#, "missing field `max`"),
+        (r#"{"shape": "cubic", "scale": 1.0, "max": 0.5}"#, "cubic"),
+        (
+            r#"{"shape": {"power": {"exponent": -1, "unit": 1}}, "scale": 1.0, "max": 0.5}"#,
+            "exponent is -1",
+        ),
+        (
+            r#"{"shape": {"power": {"exponent": 1, "unit": 0}}, "scale": 1.0, "max": 0.5}"#,
+            "unit is 0",
+        ),
+        (
+            r#"{"shape": {"rank": {"uncertainties": [1, 2], "ranks": [0.5]}}, "scale": 1.0, "max": 0.5}"#,
+            "uncertainties has 2 values and ranks 1",
+        ),
+        (
+            r#"{"shape": {"rank": {"uncertainties": [1, 1], "ranks": [0.5, 0.6]}}, "scale": 1.0, "max": 0.5}"#,
+            "uncertainties must be finite and ascending",
+        ),
+        (
+            r#"{"shape": {"rank": {"uncertainties": [1, 2], "ranks": [0.5, 0.4]}}, "scale": 1.0, "max": 0.5}"#,
+            "ranks must be in [0, 1]",
+        ),
     ] {
         let error = serde_json::from_str::<SmoothingMap>(text)
             .expect_err("must be refused")

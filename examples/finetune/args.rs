@@ -21,21 +21,40 @@ pub struct Args {
     /// trigram model of the other training samples. Without this option the data are synthetic
     #[arg(long, value_name = "FILE.jsonl")]
     pub data: Option<PathBuf>,
+    /// A model of the Llama family to begin with, in place of a small one that is pre-trained here: a GGUF file, or a folder
+    /// with config.json, tokenizer.json and safetensors. Needs --data
+    #[arg(long, value_name = "FILE.gguf", requires = "data", conflicts_with_all = ["dim", "layers", "heads", "vocab", "pretrain_steps"])]
+    pub model: Option<PathBuf>,
+    /// With --model: train low-rank adapters of this rank (LoRA) instead of all weights
+    #[arg(long, value_name = "RANK", requires = "model")]
+    pub lora: Option<usize>,
+    /// With --lora: the adapters' products are multiplied by ALPHA/RANK [default: twice the rank]
+    #[arg(long, value_name = "ALPHA", requires = "lora")]
+    pub lora_alpha: Option<f64>,
     /// Folder for the pictures, the metrics and the smoothing map
     #[arg(long, value_name = "FOLDER", default_value = "out/finetune")]
     pub out: PathBuf,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Steps of each of the three trainings [default: 300; with --data three epochs]
+    /// Steps of each of the three trainings [default: 300; with --data three epochs; with --model 100]
     #[arg(long)]
     pub steps: Option<usize>,
     /// Steps of next-token prediction that make the common starting point [default: 600; with --data five epochs]
     #[arg(long)]
     pub pretrain_steps: Option<usize>,
-    /// Samples in a batch [default: 32; with --data 8]
+    /// Samples in a batch [default: 32; with --data 8; with --model 4]
     #[arg(long)]
     pub batch: Option<usize>,
+    /// Batches whose gradients make a step
+    #[arg(long, default_value_t = 1)]
+    pub accumulate: usize,
+    /// Steps from one checkpoint of a training to the next; 0 for none
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub checkpoint_every: usize,
+    /// Go on from the checkpoints in the folder --out
+    #[arg(long)]
+    pub resume: bool,
     /// How the trainings compute their loss. The results differ by rounding alone
     #[arg(long, value_enum, default_value_t)]
     pub loss: Loss,
@@ -46,8 +65,9 @@ pub struct Args {
     #[arg(long, default_value_t = 0.5)]
     pub max_smoothing: f32,
     /// Peak learning rate, after a warm-up of a tenth of the steps and before a cosine down to a tenth of it
-    #[arg(long, default_value_t = 3e-3)]
-    pub lr: f64,
+    /// [default: 3e-3; with --model 2e-5, with --lora 2e-4]
+    #[arg(long)]
+    pub lr: Option<f64>,
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
     /// Largest norm of the gradients
@@ -63,6 +83,9 @@ pub struct Args {
     pub layers: usize,
     #[arg(long, default_value_t = 4)]
     pub heads: usize,
+    /// With --data: use only so many samples, drawn at random
+    #[arg(long)]
+    pub limit: Option<usize>,
     /// With --data: share of the samples that are held out
     #[arg(long, default_value_t = 0.2)]
     pub held_out: f64,
@@ -75,17 +98,35 @@ pub struct Args {
 }
 
 impl Args {
+    /// What a training's result depends on of the arguments.
+    pub fn fingerprint(&self) -> String {
+        let mut arguments = serde_json::json!(self);
+        if let Some(arguments) = arguments.as_object_mut() {
+            for name in ["out", "device", "checkpoint_every", "resume"] {
+                arguments.remove(name);
+            }
+        }
+        arguments.to_string()
+    }
+
     pub fn check(&self) -> Result<()> {
         let positive = [
             ("--steps", self.steps.unwrap_or(1)),
             ("--batch", self.batch.unwrap_or(1)),
             ("--layers", self.layers),
             ("--heads", self.heads),
+            ("--accumulate", self.accumulate),
+            ("--lora", self.lora.unwrap_or(1)),
         ];
         for (name, value) in positive {
             ensure!(value > 0, "{name} is 0; it must be at least 1");
         }
-        for (name, value) in [("--lr", self.lr), ("--clip", self.clip)] {
+        let above_0 = [
+            ("--lr", self.lr.unwrap_or(1.0)),
+            ("--clip", self.clip),
+            ("--lora-alpha", self.lora_alpha.unwrap_or(1.0)),
+        ];
+        for (name, value) in above_0 {
             ensure!(
                 value.is_finite() && value > 0.0,
                 "{name} is {value}; it must be above 0"
@@ -145,25 +186,37 @@ pub fn device(name: &str) -> Result<Device> {
 
 /// Plans of the fine-tuning and of the pre-training.
 pub fn plans(args: &Args, data: &Dataset) -> (Plan, Plan) {
-    let real = args.data.is_some();
-    let batch = args.batch.unwrap_or(if real { 8 } else { 32 });
-    let epoch = data.train.len().div_ceil(batch);
+    let (real, given) = (args.data.is_some(), args.model.is_some());
+    let choose = |of_model, of_data, synthetic| match (given, real) {
+        (true, _) => of_model,
+        (false, true) => of_data,
+        (false, false) => synthetic,
+    };
+    let batch = args.batch.unwrap_or(choose(4, 8, 32));
+    let epoch = data.train.len().div_ceil(batch * args.accumulate);
+    let rate = match (given, args.lora) {
+        (true, Some(_)) => 2e-4,
+        (true, None) => 2e-5,
+        (false, _) => 3e-3,
+    };
     let tuning = Plan {
-        steps: args.steps.unwrap_or(if real { 3 * epoch } else { 300 }),
+        steps: args.steps.unwrap_or(choose(100, 3 * epoch, 300)),
         batch,
+        accumulate: args.accumulate,
         loss: args.loss,
-        learning_rate: args.lr,
+        learning_rate: args.lr.unwrap_or(rate),
         weight_decay: args.weight_decay,
         clip: args.clip,
         seed: args.seed.wrapping_add(1),
+        points: choose(5, 15, 15),
+        curve_samples: choose(16, 128, 128),
     };
-    let steps = args
-        .pretrain_steps
-        .unwrap_or(if real { 5 * epoch } else { 600 });
+    let steps = args.pretrain_steps.unwrap_or(choose(0, 5 * epoch, 600));
     (
         tuning,
         Plan {
             steps,
+            accumulate: 1,
             seed: args.seed.wrapping_add(2),
             ..tuning
         },

@@ -9,7 +9,7 @@ use crate::{
     model::Decoder,
 };
 
-/// A row of every response token. All but the divergence comes with the loss, from one pass over the logits.
+/// A row of every response token. All but the divergence comes with the loss, from one pass.
 pub fn evaluate(
     model: &Decoder,
     samples: &[&Sample],
@@ -23,9 +23,19 @@ pub fn evaluate(
         let Batch {
             inputs, targets, ..
         } = Batch::new(samples, device)?;
-        let logits = model.forward(&inputs)?.detach();
-        let (_, stats) = CrossEntropy::new().forward_with_stats(&logits, &targets)?;
-        let kl = divergence(&logits, &stats.lse, samples)?;
+        let loss = CrossEntropy::new();
+        // The divergence from a known truth needs all logits.
+        let (stats, kl) = if samples.iter().any(|sample| sample.truth.is_empty()) {
+            let (hidden, weight) = (model.hidden(&inputs)?, model.output_projection());
+            let (hidden, weight) = (hidden.detach(), weight.detach());
+            let (_, stats) = loss.forward_linear_with_stats(&hidden, &weight, None, &targets)?;
+            (stats, None)
+        } else {
+            let logits = model.forward(&inputs)?.detach();
+            let (_, stats) = loss.forward_with_stats(&logits, &targets)?;
+            let kl = divergence(&logits, &stats.lse, samples)?;
+            (stats, Some(kl))
+        };
         let targets = targets.to_vec2::<i64>()?;
         let predicted = stats.predicted.to_vec2::<u32>()?;
         let columns = [
@@ -57,11 +67,8 @@ pub fn evaluate(
     Ok(rows)
 }
 
-/// Σ q log q + lse − Σ q z for the true distributions q, (B, T); None where they are not known.
-fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Option<Vec<Vec<f32>>>> {
-    if samples.iter().any(|sample| sample.truth.is_empty()) {
-        return Ok(None);
-    }
+/// Σ q log q + lse − Σ q z for the true distributions q, (B, T).
+fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Vec<Vec<f32>>> {
     let (batch, length, vocab) = logits.dims3()?;
     let mut truth = vec![0f32; batch * length * vocab];
     let mut negative_entropy = vec![0f32; batch * length];
@@ -77,5 +84,5 @@ fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Opti
     let truth = Tensor::from_vec(truth, logits.shape(), logits.device())?;
     let negative_entropy = Tensor::from_vec(negative_entropy, (batch, length), logits.device())?;
     let expected = (truth * logits)?.sum(D::Minus1)?;
-    Ok(Some(((negative_entropy + lse)? - expected)?.to_vec2()?))
+    ((negative_entropy + lse)? - expected)?.to_vec2()
 }

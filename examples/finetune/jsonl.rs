@@ -1,7 +1,8 @@
 //! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
 //!
-//! The tokeniser, a byte-level BPE, is trained on the training samples' text. A sample is
-//! `<begin> prompt <answer> response <end>`. A missing uncertainty is estimated, see [`crate::ngram`].
+//! The tokeniser is the model's own, or a byte-level BPE trained on the training samples' text. A sample is
+//! `<begin> prompt <answer> response <end>`, where the control tokens are those of [`Encoder`]. A missing uncertainty is
+//! estimated, see [`crate::ngram`].
 
 use std::{fs, path::Path};
 
@@ -20,7 +21,7 @@ use crate::{
     ngram::{self, NGram},
 };
 
-/// Control tokens precede the tokeniser's: no text can produce them.
+/// Control tokens precede those of a tokeniser trained here: no text can produce them.
 const BEGIN: u32 = 0;
 const ANSWER: u32 = 1;
 const END: u32 = 2;
@@ -39,10 +40,88 @@ pub struct Options {
     pub held_out: f64,
     pub vocab: usize,
     pub max_tokens: usize,
+    /// So many samples, drawn at random, and no more.
+    pub limit: Option<usize>,
 }
 
-pub fn load(path: &Path, options: &Options) -> Result<Dataset> {
+/// Text to tokens, and what stands round prompt and response.
+struct Encoder {
+    tokenizer: Tokenizer,
+    /// Of the tokeniser's tokens.
+    offset: u32,
+    before: Vec<u32>,
+    between: Vec<u32>,
+    end: u32,
+}
+
+impl Encoder {
+    /// Trained on text.
+    fn train(records: &[Record], vocab: usize) -> Result<Self> {
+        Ok(Self {
+            tokenizer: train_tokenizer(records, vocab)?,
+            offset: CONTROL,
+            before: vec![BEGIN],
+            between: vec![ANSWER],
+            end: END,
+        })
+    }
+
+    /// A model's own: ChatML where it has the tokens for it, else a line break after the prompt.
+    fn of_model(tokenizer: Tokenizer) -> Result<Self> {
+        let token = |names: &[&str]| names.iter().find_map(|name| tokenizer.token_to_id(name));
+        let chat = token(&["<|im_start|>"]).zip(token(&["<|im_end|>"]));
+        let (before, between, end) = match chat {
+            Some((_, end)) => (
+                "<|im_start|>user\n",
+                "<|im_end|>\n<|im_start|>assistant\n",
+                end,
+            ),
+            None => {
+                let end = token(&["</s>", "<|end_of_text|>", "<|endoftext|>"]);
+                ("", "\n", end.context("the tokenizer has no end token")?)
+            }
+        };
+        let mut encoder = Self {
+            tokenizer,
+            offset: 0,
+            before: Vec::new(),
+            between: Vec::new(),
+            end,
+        };
+        let begin = ["<s>", "<|begin_of_text|>"];
+        let begin = begin
+            .iter()
+            .find_map(|name| encoder.tokenizer.token_to_id(name));
+        encoder.before = encoder.ids(before)?;
+        if chat.is_none() {
+            encoder.before.extend(begin);
+        }
+        encoder.between = encoder.ids(between)?;
+        Ok(encoder)
+    }
+
+    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .tokenizer
+            .encode(text, false)
+            .map_err(|e| anyhow!("tokeniser: {e}"))?;
+        Ok(encoding
+            .get_ids()
+            .iter()
+            .map(|id| id + self.offset)
+            .collect())
+    }
+
+    fn vocab(&self) -> usize {
+        self.tokenizer.get_vocab_size(true) + self.offset as usize
+    }
+}
+
+/// `tokenizer` is that of the model, if there is one.
+pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Result<Dataset> {
     let mut records = read(path)?;
+    records.shuffle(&mut StdRng::seed_from_u64(options.seed));
+    records.truncate(options.limit.unwrap_or(usize::MAX));
     let held_out = (records.len() as f64 * options.held_out).round() as usize;
     if held_out == 0 || held_out >= records.len() {
         bail!(
@@ -51,13 +130,15 @@ pub fn load(path: &Path, options: &Options) -> Result<Dataset> {
             records.len(),
         );
     }
-    records.shuffle(&mut StdRng::seed_from_u64(options.seed));
     let train = records.split_off(held_out);
-    let tokenizer = train_tokenizer(&train, options.vocab)?;
+    let encoder = match tokenizer {
+        Some(tokenizer) => Encoder::of_model(tokenizer)?,
+        None => Encoder::train(&train, options.vocab)?,
+    };
     let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
         records
             .iter()
-            .map(|record| encode(record, &tokenizer, options.max_tokens))
+            .map(|record| encode(record, &encoder, options.max_tokens))
             .collect()
     };
     let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
@@ -69,7 +150,7 @@ pub fn load(path: &Path, options: &Options) -> Result<Dataset> {
     let estimated = estimate_missing(
         (&train, &mut train_samples),
         (&records, &mut held_out_samples),
-        &tokenizer,
+        encoder.vocab(),
     );
 
     let samples = |list: Vec<(Sample, bool)>| {
@@ -85,7 +166,7 @@ pub fn load(path: &Path, options: &Options) -> Result<Dataset> {
         truth: Vec::new(),
     };
     Ok(Dataset {
-        vocab: vocabulary(&tokenizer),
+        vocab: encoder.vocab(),
         pretrain: train.iter().map(plain).collect(),
         description: format!(
             "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: {} given, \
@@ -156,34 +237,37 @@ fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
     Ok(tokenizer.into())
 }
 
-fn vocabulary(tokenizer: &Tokenizer) -> usize {
-    tokenizer.get_vocab_size(false) + CONTROL as usize
-}
-
 /// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
 /// of the room if the response needs the rest.
-fn encode(record: &Record, tokenizer: &Tokenizer, max_tokens: usize) -> Result<(Sample, bool)> {
-    let ids = |text: &str| -> Result<Vec<u32>> {
-        let encoding = tokenizer
-            .encode(text, false)
-            .map_err(|e| anyhow!("tokeniser: {e}"))?;
-        Ok(encoding.get_ids().iter().map(|id| id + CONTROL).collect())
-    };
-    let (mut prompt, mut response) = (ids(&record.prompt)?, ids(&record.response)?);
-    response.push(END);
-    let room = max_tokens - 2; // <begin> and <answer>
+fn encode(record: &Record, encoder: &Encoder, max_tokens: usize) -> Result<(Sample, bool)> {
+    let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
+    response.push(encoder.end);
+    let Encoder {
+        before, between, ..
+    } = encoder;
+    let around = before.len() + between.len();
+    let room = max_tokens.saturating_sub(around);
+    if room < 2 {
+        bail!("{max_tokens} tokens leave no room beside the {around} round a prompt");
+    }
     let truncated = prompt.len() + response.len() > room;
     if truncated {
         let for_prompt = (room - response.len().min(room)).max(room / 2);
         prompt.drain(..prompt.len().saturating_sub(for_prompt));
         response.truncate(room - prompt.len());
     }
-    let tokens = [&[BEGIN], prompt.as_slice(), &[ANSWER], response.as_slice()].concat();
+    let tokens = [
+        before.as_slice(),
+        prompt.as_slice(),
+        between.as_slice(),
+        response.as_slice(),
+    ]
+    .concat();
     let uncertainty = record.uncertainty.unwrap_or(0.0);
     Ok((
         Sample {
             tokens,
-            prompt: prompt.len() + 2,
+            prompt: prompt.len() + around,
             uncertainty,
             truth: Vec::new(),
         },
@@ -194,7 +278,7 @@ fn encode(record: &Record, tokenizer: &Tokenizer, max_tokens: usize) -> Result<(
 type Part<'a> = (&'a [Record], &'a mut Vec<(Sample, bool)>);
 
 /// Estimates the uncertainties that records lack, from the training samples' text. Returns how many.
-fn estimate_missing(train: Part, held_out: Part, tokenizer: &Tokenizer) -> usize {
+fn estimate_missing(train: Part, held_out: Part, vocab: usize) -> usize {
     let missing = train
         .0
         .iter()
@@ -204,7 +288,7 @@ fn estimate_missing(train: Part, held_out: Part, tokenizer: &Tokenizer) -> usize
     if missing == 0 {
         return 0;
     }
-    let mut model = NGram::new(vocabulary(tokenizer));
+    let mut model = NGram::new(vocab);
     train.1.iter().for_each(|(sample, _)| model.add(sample));
     // A training sample must not be judged by a model that has seen it.
     let seen: Vec<f64> = train

@@ -25,7 +25,7 @@ impl StepMemory {
     /// be counted.
     pub fn measure(
         model: &Decoder,
-        method: Method,
+        method: &Method,
         samples: &[Sample],
         plan: &Plan,
         device: &Device,
@@ -33,7 +33,9 @@ impl StepMemory {
         let batch = Batch::new(&train::largest_batch(samples, plan), device)?;
         let step = |loss| {
             peak(device, || {
-                train::forward(model, method, loss, &batch)?.0.backward()?;
+                train::forward(model, method, loss, &batch, batch.rows)?
+                    .0
+                    .backward()?;
                 Ok(())
             })
         };

@@ -1,145 +1,280 @@
-//! A small decoder-only transformer: pre-norm, RMSNorm, rotary positions, SwiGLU. Built from operations that have a
-//! backward in candle; the fused softmax, rms_norm and rope of candle-nn have none.
+//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU. Built
+//! from operations that have a backward in candle; the fused softmax, rms_norm and rope of candle-nn have none.
 
 use candle_core::{D, Device, Result, Tensor, Var};
 use candle_nn::{
     ops::{rms_norm_slow, silu, softmax},
-    rotary_emb::rope_slow,
+    rotary_emb::{rope_i_slow, rope_slow},
 };
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-#[derive(Clone, Copy, Debug)]
+use crate::linear::Linear;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
     pub vocab: usize,
     pub dim: usize,
     pub layers: usize,
     pub heads: usize,
+    /// Keys and values are shared by heads / kv_heads queries.
+    pub kv_heads: usize,
+    /// Width inside the SwiGLU.
+    pub hidden: usize,
     pub max_tokens: usize,
+    pub rope_base: f32,
+    /// Which elements of a head rotate together: neighbours, as in GGUF files, or halves, as in Hugging Face's.
+    pub rope_interleaved: bool,
+    pub norm_epsilon: f32,
+}
+
+impl Config {
+    /// A small model of its own.
+    pub fn small(
+        vocab: usize,
+        (dim, layers, heads): (usize, usize, usize),
+        max_tokens: usize,
+    ) -> Self {
+        Self {
+            vocab,
+            dim,
+            layers,
+            heads,
+            kv_heads: heads,
+            // Two thirds of the usual 4·dim, because SwiGLU has three matrices where an MLP has two; a multiple of 8.
+            hidden: (dim * 8 / 3).next_multiple_of(8),
+            max_tokens,
+            rope_base: 10_000.0,
+            rope_interleaved: false,
+            norm_epsilon: 1e-6,
+        }
+    }
+
+    fn head_size(&self) -> usize {
+        self.dim / self.heads
+    }
+
+    fn kv_dim(&self) -> usize {
+        self.head_size() * self.kv_heads
+    }
 }
 
 struct Layer {
-    attention_norm: Var,
-    qkv: Var,
-    output: Var,
-    mlp_norm: Var,
-    gate_up: Var,
-    down: Var,
+    attention_norm: Tensor,
+    qkv: Linear,
+    output: Linear,
+    mlp_norm: Tensor,
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// A layer's weights as they come from a file, matrices (in, out).
+pub struct LayerWeights {
+    pub attention_norm: Tensor,
+    /// (dim, dim + 2·kv_dim)
+    pub qkv: Tensor,
+    pub output: Tensor,
+    pub mlp_norm: Tensor,
+    /// (dim, 2·hidden)
+    pub gate_up: Tensor,
+    pub down: Tensor,
+}
+
+/// A model's weights as they come from a file.
+pub struct Weights {
+    /// (V, D)
+    pub embedding: Tensor,
+    pub layers: Vec<LayerWeights>,
+    pub norm: Tensor,
+    /// (V, D); none where the embedding serves.
+    pub projection: Option<Tensor>,
+}
+
+/// What is trained of given weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Trained {
+    All,
+    /// Low-rank adapters of every matrix of the layers.
+    Lora {
+        rank: usize,
+        scale: f64,
+    },
 }
 
 pub struct Decoder {
     config: Config,
-    embedding: Var,
+    embedding: Tensor,
     layers: Vec<Layer>,
-    norm: Var,
-    head: Var,
+    norm: Tensor,
+    /// (V, D)
+    projection: Tensor,
     cos: Tensor,
     sin: Tensor,
     mask: Tensor,
+    vars: Vec<Var>,
 }
 
 /// Seeded initial weights. candle cannot seed its CPU generator, so the numbers are drawn here.
 struct Init<'a> {
     rng: StdRng,
     device: &'a Device,
+    vars: Vec<Var>,
 }
 
-impl Init<'_> {
+impl<'a> Init<'a> {
+    fn new(seed: u64, device: &'a Device) -> Self {
+        Self {
+            rng: StdRng::seed_from_u64(seed),
+            device,
+            vars: Vec::new(),
+        }
+    }
+
+    fn var(&mut self, values: &Tensor) -> Result<Var> {
+        let var = Var::from_tensor(values)?;
+        self.vars.push(var.clone());
+        Ok(var)
+    }
+
     fn normal(&mut self, rows: usize, columns: usize, std: f64) -> Result<Var> {
         let normal = Normal::new(0.0, std).expect("std is finite");
         let values: Vec<f32> = (0..rows * columns)
             .map(|_| normal.sample(&mut self.rng) as f32)
             .collect();
-        Var::from_tensor(&Tensor::from_vec(values, (rows, columns), self.device)?)
+        let values = Tensor::from_vec(values, (rows, columns), self.device)?;
+        self.var(&values)
     }
 
-    fn ones(&self, dim: usize) -> Result<Var> {
-        Var::from_tensor(&Tensor::ones(dim, candle_core::DType::F32, self.device)?)
+    fn ones(&mut self, dim: usize) -> Result<Tensor> {
+        let ones = Tensor::ones(dim, candle_core::DType::F32, self.device)?;
+        Ok(self.var(&ones)?.as_tensor().clone())
+    }
+
+    /// A given matrix (in, out), trained or adapted.
+    fn linear(&mut self, weight: Tensor, trained: Trained) -> Result<Linear> {
+        match trained {
+            Trained::All => Ok(Linear::trained(&self.var(&weight)?)),
+            Trained::Lora { rank, scale } => {
+                let (input, output) = weight.dims2()?;
+                let down = self.normal(input, rank, (input as f64).powf(-0.5))?;
+                let up = Tensor::zeros((rank, output), weight.dtype(), self.device)?;
+                let up = self.var(&up)?;
+                Ok(Linear::adapted(weight, &down, &up, scale))
+            }
+        }
+    }
+
+    /// A given tensor that is no matrix of a layer.
+    fn other(&mut self, weight: Tensor, trained: Trained) -> Result<Tensor> {
+        match trained {
+            Trained::All => Ok(self.var(&weight)?.as_tensor().clone()),
+            Trained::Lora { .. } => Ok(weight),
+        }
     }
 }
 
 impl Decoder {
+    /// With random weights, all trained.
     pub fn new(config: Config, seed: u64, device: &Device) -> Result<Self> {
         let Config {
-            vocab,
-            dim,
-            layers,
-            heads,
-            max_tokens,
+            vocab, dim, hidden, ..
         } = config;
-        let mut init = Init {
-            rng: StdRng::seed_from_u64(seed),
-            device,
-        };
+        let mut init = Init::new(seed, device);
         let std = (dim as f64).powf(-0.5);
-        let residual = std / (2.0 * layers as f64).sqrt();
-        // Two thirds of the usual 4·dim, because SwiGLU has three matrices where an MLP has two; a multiple of 8.
-        let hidden = (dim * 8 / 3).next_multiple_of(8);
-        let embedding = init.normal(vocab, dim, std)?;
-        let layers = (0..layers)
+        let residual = std / (2.0 * config.layers as f64).sqrt();
+        let embedding = init.normal(vocab, dim, std)?.as_tensor().clone();
+        let layers = (0..config.layers)
             .map(|_| {
                 Ok(Layer {
                     attention_norm: init.ones(dim)?,
-                    qkv: init.normal(dim, 3 * dim, std)?,
-                    output: init.normal(dim, dim, residual)?,
+                    qkv: Linear::trained(&init.normal(dim, dim + 2 * config.kv_dim(), std)?),
+                    output: Linear::trained(&init.normal(dim, dim, residual)?),
                     mlp_norm: init.ones(dim)?,
-                    gate_up: init.normal(dim, 2 * hidden, std)?,
-                    down: init.normal(hidden, dim, residual)?,
+                    gate_up: Linear::trained(&init.normal(dim, 2 * hidden, std)?),
+                    down: Linear::trained(&init.normal(hidden, dim, residual)?),
                 })
             })
             .collect::<Result<Vec<_>>>()?;
+        let norm = init.ones(dim)?;
+        let projection = init.normal(dim, vocab, std)?.t()?;
+        Self::assemble(config, (embedding, layers, norm, projection), init)
+    }
 
-        let half = dim / heads / 2;
-        let angles: Vec<f32> = (0..max_tokens)
-            .flat_map(|t| (0..half).map(move |i| t as f32 / 10_000f32.powf(i as f32 / half as f32)))
-            .collect();
-        let angles = Tensor::from_vec(angles, (max_tokens, half), device)?;
-        let mask: Vec<f32> = (0..max_tokens)
-            .flat_map(|t| {
-                (0..max_tokens).map(move |s| if s <= t { 0.0 } else { f32::NEG_INFINITY })
+    /// With given weights; `seed` is that of the adapters.
+    pub fn from_weights(
+        config: Config,
+        weights: Weights,
+        trained: Trained,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut init = Init::new(seed, device);
+        let embedding = init.other(weights.embedding, trained)?;
+        let layers = weights.layers.into_iter().map(|layer| {
+            Ok(Layer {
+                attention_norm: init.other(layer.attention_norm, trained)?,
+                qkv: init.linear(layer.qkv, trained)?,
+                output: init.linear(layer.output, trained)?,
+                mlp_norm: init.other(layer.mlp_norm, trained)?,
+                gate_up: init.linear(layer.gate_up, trained)?,
+                down: init.linear(layer.down, trained)?,
             })
+        });
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let norm = init.other(weights.norm, trained)?;
+        let projection = match weights.projection {
+            Some(projection) => init.other(projection, trained)?,
+            None => embedding.clone(),
+        };
+        Self::assemble(config, (embedding, layers, norm, projection), init)
+    }
+
+    fn assemble(
+        config: Config,
+        (embedding, layers, norm, projection): (Tensor, Vec<Layer>, Tensor, Tensor),
+        init: Init,
+    ) -> Result<Self> {
+        let (half, length) = (config.head_size() / 2, config.max_tokens);
+        let angle = |t: usize, i: usize| t as f32 / config.rope_base.powf(i as f32 / half as f32);
+        let angles: Vec<f32> = (0..length)
+            .flat_map(|t| (0..half).map(move |i| angle(t, i)))
+            .collect();
+        let angles = Tensor::from_vec(angles, (length, half), init.device)?;
+        let mask: Vec<f32> = (0..length)
+            .flat_map(|t| (0..length).map(move |s| if s <= t { 0.0 } else { f32::NEG_INFINITY }))
             .collect();
         Ok(Self {
             config,
             embedding,
             layers,
-            norm: init.ones(dim)?,
-            head: init.normal(dim, vocab, std)?,
+            norm,
+            projection,
             cos: angles.cos()?,
             sin: angles.sin()?,
-            mask: Tensor::from_vec(mask, (max_tokens, max_tokens), device)?,
+            mask: Tensor::from_vec(mask, (length, length), init.device)?,
+            vars: init.vars,
         })
     }
 
-    /// All weights, always in the same order.
-    pub fn vars(&self) -> Vec<Var> {
-        let layers = self.layers.iter().flat_map(|l| {
-            [
-                &l.attention_norm,
-                &l.qkv,
-                &l.output,
-                &l.mlp_norm,
-                &l.gate_up,
-                &l.down,
-            ]
-            .map(Var::clone)
-        });
-        [&self.embedding, &self.norm, &self.head]
-            .map(Var::clone)
-            .into_iter()
-            .chain(layers)
-            .collect()
+    pub fn config(&self) -> Config {
+        self.config
     }
 
+    /// Everything that is trained, always in the same order.
+    pub fn vars(&self) -> &[Var] {
+        &self.vars
+    }
+
+    /// Copies of the [`vars`](Self::vars).
     pub fn weights(&self) -> Result<Vec<Tensor>> {
-        self.vars()
+        self.vars
             .iter()
             .map(|var| var.as_detached_tensor().copy())
             .collect()
     }
 
     pub fn set_weights(&self, weights: &[Tensor]) -> Result<()> {
-        self.vars()
+        self.vars
             .iter()
             .zip(weights)
             .try_for_each(|(var, weight)| var.set(weight))
@@ -148,54 +283,88 @@ impl Decoder {
     /// Tokens (B, T) to logits (B, T, vocabulary).
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, length) = tokens.dims2()?;
-        self.hidden(tokens)?
-            .flatten(0, 1)?
-            .matmul(&self.head)?
-            .reshape((batch, length, self.config.vocab))
+        self.rows(tokens)?.matmul(&self.projection.t()?)?.reshape((
+            batch,
+            length,
+            self.config.vocab,
+        ))
     }
 
-    /// The output projection (vocabulary, dim), from hidden states to logits.
-    pub fn output_projection(&self) -> Result<Tensor> {
-        self.head.t()
-    }
-
-    /// Tokens (B, T) to the last hidden states (B, T, dim), after the final norm.
+    /// Tokens (B, T) to the states (B, T, dim) that the output projection makes logits of.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, length) = tokens.dims2()?;
-        // Rows (B·T, dim) throughout, so that every linear map is one matrix product.
+        self.rows(tokens)?.reshape((batch, length, self.config.dim))
+    }
+
+    /// (vocabulary, dim).
+    pub fn output_projection(&self) -> Tensor {
+        self.projection.clone()
+    }
+
+    /// Rows (B·T, dim) throughout, so that every linear map is one matrix product.
+    fn rows(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, length) = tokens.dims2()?;
+        let epsilon = self.config.norm_epsilon;
         let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
         for layer in &self.layers {
-            let normed = rms_norm_slow(&x, &layer.attention_norm, 1e-6)?;
+            let normed = rms_norm_slow(&x, &layer.attention_norm, epsilon)?;
             x = (&x + self.attention(layer, &normed, batch, length)?)?;
-            let gate_up = rms_norm_slow(&x, &layer.mlp_norm, 1e-6)?
-                .matmul(&layer.gate_up)?
-                .chunk(2, D::Minus1)?;
-            x = (&x + (silu(&gate_up[0])? * &gate_up[1])?.matmul(&layer.down)?)?;
+            let normed = rms_norm_slow(&x, &layer.mlp_norm, epsilon)?;
+            let gate_up = layer.gate_up.forward(&normed)?.chunk(2, D::Minus1)?;
+            x = (&x + layer.down.forward(&(silu(&gate_up[0])? * &gate_up[1])?)?)?;
         }
-        rms_norm_slow(&x, &self.norm, 1e-6)?.reshape((batch, length, self.config.dim))
+        rms_norm_slow(&x, &self.norm, epsilon)
     }
 
     fn attention(&self, layer: &Layer, x: &Tensor, batch: usize, length: usize) -> Result<Tensor> {
-        let Config { dim, heads, .. } = self.config;
-        let size = dim / heads;
-        let qkv = x.matmul(&layer.qkv)?.chunk(3, D::Minus1)?;
+        let Config {
+            heads, kv_heads, ..
+        } = self.config;
+        let (size, dim, kv_dim) = (
+            self.config.head_size(),
+            self.config.dim,
+            self.config.kv_dim(),
+        );
+        let qkv = layer.qkv.forward(x)?;
         // (B, heads, T, size)
-        let split = |t: &Tensor| {
-            t.contiguous()?
+        let split = |start: usize, heads: usize| {
+            qkv.narrow(1, start, heads * size)?
                 .reshape((batch, length, heads, size))?
                 .transpose(1, 2)?
                 .contiguous()
         };
-        let q = rope_slow(&split(&qkv[0])?, &self.cos, &self.sin)?;
-        let k = rope_slow(&split(&qkv[1])?, &self.cos, &self.sin)?;
+        let rope = if self.config.rope_interleaved {
+            rope_i_slow
+        } else {
+            rope_slow
+        };
+        let q = rope(&split(0, heads)?, &self.cos, &self.sin)?;
+        let k = rope(&split(dim, kv_heads)?, &self.cos, &self.sin)?;
+        let v = split(dim + kv_dim, kv_heads)?;
+        let (k, v) = (self.spread(&k)?, self.spread(&v)?);
         let scores = (q.matmul(&k.t()?.contiguous()?)? * (size as f64).powf(-0.5))?;
         let mask = self.mask.narrow(0, 0, length)?.narrow(1, 0, length)?;
         let weights = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
         let mixed = weights
-            .matmul(&split(&qkv[2])?)?
+            .matmul(&v)?
             .transpose(1, 2)?
             .contiguous()?
             .reshape((batch * length, dim))?;
-        mixed.matmul(&layer.output)
+        layer.output.forward(&mixed)
+    }
+
+    /// Keys or values (B, kv_heads, T, size) to (B, heads, T, size).
+    fn spread(&self, x: &Tensor) -> Result<Tensor> {
+        let Config {
+            heads, kv_heads, ..
+        } = self.config;
+        if heads == kv_heads {
+            return Ok(x.clone());
+        }
+        let (batch, _, length, size) = x.dims4()?;
+        x.unsqueeze(2)?
+            .broadcast_as((batch, kv_heads, heads / kv_heads, length, size))?
+            .contiguous()?
+            .reshape((batch, heads, length, size))
     }
 }

@@ -1,24 +1,26 @@
-//! One training: AdamW, a warm-up and cosine schedule, gradients clipped by their global norm.
+//! One training: AdamW, a warm-up and cosine schedule, gradients accumulated over batches and clipped by their global
+//! norm.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
-use candle_cross_entropy::{CrossEntropy, RowStats, ual::SmoothingMap};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use candle_cross_entropy::{CrossEntropy, Reduction, RowStats, ual::SmoothingMap};
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
+    checkpoint::{self, Checkpoints},
     data::{Batch, Batches, Sample},
     evaluate::evaluate,
     metrics,
     model::Decoder,
+    optimizer::AdamW,
     progress::Progress,
 };
 
 /// What sets a sample's label smoothing.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub enum Method {
     /// Supervised fine-tuning: no smoothing.
     Sft,
@@ -77,17 +79,23 @@ pub enum Loss {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Plan {
     pub steps: usize,
+    /// Samples in a batch.
     pub batch: usize,
+    /// Batches of a step.
+    pub accumulate: usize,
     pub loss: Loss,
     pub learning_rate: f64,
     pub weight_decay: f64,
     /// Largest norm of all gradients together.
     pub clip: f64,
     pub seed: u64,
+    /// How many points the loss curve has, and of how many held-out samples at most.
+    pub points: usize,
+    pub curve_samples: usize,
 }
 
 /// A point of the loss curves: negative log-likelihood without smoothing, so that methods can be compared.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Point {
     pub step: usize,
     /// Mean over the batches since the point before.
@@ -95,92 +103,133 @@ pub struct Point {
     pub held_out_nll: f64,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct Curve {
     pub points: Vec<Point>,
     pub seconds: f64,
     pub tokens_per_second: f64,
 }
 
-/// How many points a loss curve has, and of how many held-out samples at most.
-const POINTS: usize = 15;
-const CURVE_SAMPLES: usize = 128;
+/// What the next point and the speed are computed from.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Sums {
+    /// Since the last point.
+    nll: f64,
+    rows: usize,
+    /// Since the beginning.
+    tokens: usize,
+}
 
 pub fn train(
     name: &str,
     model: &Decoder,
-    method: Method,
+    method: &Method,
     (samples, held_out): (&[Sample], &[Sample]),
     plan: &Plan,
+    checkpoints: &Checkpoints,
     device: &Device,
 ) -> Result<Curve> {
     let vars = model.vars();
-    let params = ParamsAdamW {
-        lr: plan.learning_rate,
-        weight_decay: plan.weight_decay,
-        ..Default::default()
-    };
-    let mut optimizer = AdamW::new(vars.clone(), params)?;
+    let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
     let mut batches = Batches::new(samples, plan.batch, plan.seed);
-    let mut progress = Progress::new(name, plan.steps);
-    let mut curve = Curve {
-        points: Vec::new(),
-        seconds: 0.0,
-        tokens_per_second: 0.0,
+    let saved = checkpoints.load(vars, &mut optimizer, device)?;
+    let (done, mut curve, mut sums) = match saved {
+        Some(saved) => (saved.step, saved.curve, saved.since_point),
+        None => (0, Curve::default(), Sums::default()),
     };
+    for _ in 0..done * plan.accumulate {
+        batches.next();
+    }
+    let mut progress = Progress::new(name, plan.steps);
     let held_out: Vec<&Sample> = held_out
         .iter()
-        .step_by(held_out.len().div_ceil(CURVE_SAMPLES).max(1))
+        .step_by(held_out.len().div_ceil(plan.curve_samples).max(1))
         .collect();
-    let (mut nll, mut rows, mut tokens) = (0.0, 0, 0);
-    for step in 1..=plan.steps {
+    for step in done + 1..=plan.steps {
         let start = Instant::now();
-        let batch = Batch::new(&batches.next(), device)?;
-        let (loss, stats) = forward(model, method, plan.loss, &batch)?;
-        let mut gradients = loss.backward()?;
-        clip(&mut gradients, &vars, plan.clip)?;
-        optimizer.set_learning_rate(plan.learning_rate * schedule(step, plan.steps));
-        optimizer.step(&gradients)?;
-
-        let loss = loss.to_scalar::<f32>()?;
+        let parts = (0..plan.accumulate).map(|_| Batch::new(&batches.next(), device));
+        let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let mut gradients: Option<GradStore> = None;
+        let mut loss = 0.0;
+        for part in &parts {
+            let (part_loss, stats) = forward(model, method, plan.loss, part, rows)?;
+            add(&mut gradients, part_loss.backward()?, vars)?;
+            loss += part_loss.to_scalar::<f32>()?;
+            sums.nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
+        }
         if !loss.is_finite() {
             bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
         }
-        nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
-        rows += batch.rows;
-        tokens += batch.tokens;
+        let mut gradients = gradients.context("a step has a batch")?;
+        clip(&mut gradients, vars, plan.clip)?;
+        let learning_rate = plan.learning_rate * schedule(step, plan.steps);
+        optimizer.step(&gradients, learning_rate)?;
+
+        sums.rows += rows;
+        sums.tokens += parts.iter().map(|part| part.tokens).sum::<usize>();
         curve.seconds += start.elapsed().as_secs_f64();
-        curve.tokens_per_second = tokens as f64 / curve.seconds;
+        curve.tokens_per_second = sums.tokens as f64 / curve.seconds;
         progress.step(step, loss, curve.tokens_per_second);
         // Evenly spaced, the last at the last step.
-        if step * POINTS / plan.steps > (step - 1) * POINTS / plan.steps && !held_out.is_empty() {
+        let points = |step: usize| step * plan.points / plan.steps;
+        if points(step) > points(step - 1) && !held_out.is_empty() {
             let held_out = evaluate(model, &held_out, plan.batch, device)?;
             let held_out_nll =
                 metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
             curve.points.push(Point {
                 step,
-                train_nll: nll / rows as f64,
+                train_nll: sums.nll / sums.rows as f64,
                 held_out_nll,
             });
-            (nll, rows) = (0.0, 0);
+            (sums.nll, sums.rows) = (0.0, 0);
+        }
+        if checkpoints.is_due(step, plan.steps) {
+            let state = checkpoint::Progress {
+                step,
+                curve,
+                since_point: sums,
+            };
+            checkpoints.save(vars, &optimizer, &state)?;
+            curve = state.curve;
         }
     }
     progress.finish();
     Ok(curve)
 }
 
-/// The loss of a batch, and its rows' statistics.
+fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle_core::Result<()> {
+    let Some(sum) = sum else {
+        *sum = Some(more);
+        return Ok(());
+    };
+    for var in vars {
+        if let Some(more) = more.remove(var) {
+            let total = match sum.remove(var) {
+                Some(gradient) => (gradient + more)?,
+                None => more,
+            };
+            sum.insert(var, total);
+        }
+    }
+    Ok(())
+}
+
+/// The loss of a batch, a part of a step with so many `rows` that are not ignored, and its rows' statistics.
 pub fn forward(
     model: &Decoder,
-    method: Method,
+    method: &Method,
     loss: Loss,
     batch: &Batch,
+    rows: usize,
 ) -> candle_core::Result<(Tensor, RowStats)> {
     let (inputs, targets) = (&batch.inputs, &batch.targets);
-    let options = method.loss(&batch.uncertainties, inputs.device())?;
+    let options = method
+        .loss(&batch.uncertainties, inputs.device())?
+        .reduction(Reduction::SumOver(rows.max(1) as f64));
     match loss {
         Loss::Linear => {
-            let (hidden, weight) = (model.hidden(inputs)?, model.output_projection()?);
+            let (hidden, weight) = (model.hidden(inputs)?, model.output_projection());
             options.forward_linear_with_stats(&hidden, &weight, None, targets)
         }
         Loss::Logits => options.forward_with_stats(&model.forward(inputs)?, targets),

@@ -1,0 +1,235 @@
+//! A model of the Llama family from files: a GGUF file, or a folder with config.json, tokenizer.json and safetensors, as
+//! Hugging Face has them. Weights become f32.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::{DType, Device, Tensor, quantized::gguf_file::Content};
+use serde::Deserialize;
+use tokenizers::Tokenizer;
+
+use crate::{
+    gguf_tokenizer,
+    model::{Config, LayerWeights, Weights},
+};
+
+pub struct Pretrained {
+    pub config: Config,
+    pub weights: Weights,
+    pub tokenizer: Tokenizer,
+}
+
+/// A model whose rotary positions reach `max_tokens`.
+pub fn load(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
+    let loaded = if path.is_dir() {
+        load_folder(path, max_tokens, device)
+    } else {
+        load_gguf(path, max_tokens, device)
+    };
+    loaded.with_context(|| format!("cannot load the model {}", path.display()))
+}
+
+/// Where a layer's weights are, and those outside the layers.
+struct Names {
+    embedding: &'static str,
+    norm: &'static str,
+    projection: &'static str,
+    layer: fn(usize) -> String,
+    attention_norm: &'static str,
+    qkv: [&'static str; 3],
+    output: &'static str,
+    mlp_norm: &'static str,
+    gate_up: [&'static str; 2],
+    down: &'static str,
+}
+
+const GGUF: Names = Names {
+    embedding: "token_embd.weight",
+    norm: "output_norm.weight",
+    projection: "output.weight",
+    layer: |i| format!("blk.{i}."),
+    attention_norm: "attn_norm.weight",
+    qkv: ["attn_q.weight", "attn_k.weight", "attn_v.weight"],
+    output: "attn_output.weight",
+    mlp_norm: "ffn_norm.weight",
+    gate_up: ["ffn_gate.weight", "ffn_up.weight"],
+    down: "ffn_down.weight",
+};
+
+const HUGGING_FACE: Names = Names {
+    embedding: "model.embed_tokens.weight",
+    norm: "model.norm.weight",
+    projection: "lm_head.weight",
+    layer: |i| format!("model.layers.{i}."),
+    attention_norm: "input_layernorm.weight",
+    qkv: [
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ],
+    output: "self_attn.o_proj.weight",
+    mlp_norm: "post_attention_layernorm.weight",
+    gate_up: ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    down: "mlp.down_proj.weight",
+};
+
+/// Collects the weights by name; `read` gives a tensor as it is stored, matrices (out, in).
+fn weights(
+    names: &Names,
+    layers: usize,
+    tied: bool,
+    mut read: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<Weights> {
+    let mut layer = |i: usize| -> Result<LayerWeights> {
+        let prefix = (names.layer)(i);
+        let mut vector = |name: &str| read(&format!("{prefix}{name}"));
+        let (attention_norm, mlp_norm) = (vector(names.attention_norm)?, vector(names.mlp_norm)?);
+        // (out, in) parts, one below another, to (in, out).
+        let mut matrix = |parts: &[&str]| -> Result<Tensor> {
+            let parts = parts.iter().map(|name| vector(name));
+            let stacked = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
+            Ok(stacked.t()?.contiguous()?)
+        };
+        Ok(LayerWeights {
+            attention_norm,
+            qkv: matrix(&names.qkv)?,
+            output: matrix(&[names.output])?,
+            mlp_norm,
+            gate_up: matrix(&names.gate_up)?,
+            down: matrix(&[names.down])?,
+        })
+    };
+    let layers = (0..layers).map(&mut layer).collect::<Result<_>>()?;
+    Ok(Weights {
+        layers,
+        embedding: read(names.embedding)?,
+        norm: read(names.norm)?,
+        projection: if tied {
+            None
+        } else {
+            Some(read(names.projection)?)
+        },
+    })
+}
+
+fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
+    let mut file = File::open(path)?;
+    let content = Content::read(&mut file)?;
+    let value = |key: &str| {
+        let value = content.metadata.get(key);
+        value.with_context(|| format!("no {key} in the file"))
+    };
+    let architecture = value("general.architecture")?.to_string()?;
+    ensure!(
+        architecture == "llama",
+        "its architecture is {architecture}; it must be llama"
+    );
+    let size = |key: &str| Ok::<_, anyhow::Error>(value(key)?.to_u32()? as usize);
+    let heads = size("llama.attention.head_count")?;
+    let embedding = content.tensor_infos.get(GGUF.embedding);
+    let config = Config {
+        vocab: embedding
+            .with_context(|| format!("no {}", GGUF.embedding))?
+            .shape
+            .dims()[0],
+        dim: size("llama.embedding_length")?,
+        layers: size("llama.block_count")?,
+        heads,
+        kv_heads: size("llama.attention.head_count_kv").unwrap_or(heads),
+        hidden: size("llama.feed_forward_length")?,
+        max_tokens,
+        rope_base: match content.metadata.get("llama.rope.freq_base") {
+            Some(base) => base.to_f32()?,
+            None => 10_000.0,
+        },
+        rope_interleaved: true,
+        norm_epsilon: value("llama.attention.layer_norm_rms_epsilon")?.to_f32()?,
+    };
+    let tied = !content.tensor_infos.contains_key(GGUF.projection);
+    let weights = weights(&GGUF, config.layers, tied, |name| {
+        let tensor = content.tensor(&mut file, name, device);
+        Ok(tensor
+            .with_context(|| name.to_string())?
+            .dequantize(device)?)
+    })?;
+    Ok(Pretrained {
+        config,
+        weights,
+        tokenizer: gguf_tokenizer::tokenizer(&content)?,
+    })
+}
+
+/// What is read of Hugging Face's config.json.
+#[derive(Deserialize)]
+struct HuggingFace {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    intermediate_size: usize,
+    rms_norm_eps: f32,
+    rope_theta: Option<f32>,
+    rope_scaling: Option<serde_json::Value>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+}
+
+fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
+    let config = fs::read(folder.join("config.json")).context("config.json")?;
+    let config: HuggingFace = serde_json::from_slice(&config).context("config.json")?;
+    if config.model_type != "llama" || config.rope_scaling.is_some() {
+        bail!(
+            "it is a {} model{}; it must be llama without rope_scaling",
+            config.model_type,
+            if config.rope_scaling.is_some() {
+                " with rope_scaling"
+            } else {
+                ""
+            }
+        );
+    }
+    let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
+        .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
+    let mut files: Vec<_> = fs::read_dir(folder)?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    files.sort();
+    let mut tensors = std::collections::HashMap::new();
+    for file in files {
+        tensors.extend(candle_core::safetensors::load(&file, device)?);
+    }
+    let weights = weights(
+        &HUGGING_FACE,
+        config.num_hidden_layers,
+        config.tie_word_embeddings,
+        |name| {
+            let tensor = tensors.remove(name);
+            let tensor = tensor.with_context(|| format!("no {name} in its safetensors"))?;
+            Ok(tensor.to_dtype(DType::F32)?)
+        },
+    )?;
+    Ok(Pretrained {
+        config: Config {
+            vocab: config.vocab_size,
+            dim: config.hidden_size,
+            layers: config.num_hidden_layers,
+            heads: config.num_attention_heads,
+            kv_heads: config
+                .num_key_value_heads
+                .unwrap_or(config.num_attention_heads),
+            hidden: config.intermediate_size,
+            max_tokens,
+            rope_base: config.rope_theta.unwrap_or(10_000.0),
+            rope_interleaved: false,
+            norm_epsilon: config.rms_norm_eps,
+        },
+        weights,
+        tokenizer,
+    })
+}
