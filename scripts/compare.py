@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Times other libraries' cross-entropy on a GPU, as `gpu_check --timing-only` times this crate's:
 
-    compare.py time [--out FILE] [--seconds S] [--samples N] [--commit NAME] [--device cuda|cpu] [--reduced]
+    compare.py time [--work logits|linear|all] [--out FILE] [--seconds S] [--samples N] [--commit NAME]
+                    [--device cuda|cpu] [--reduced]
     compare.py merge OUT FILE...      # one list from this script's files and gpu_check's
     compare.py table FILE             # the list, to read
 
-Needs PyTorch. Compared: a device copy; PyTorch, eager and compiled, with one smoothing value and with one a row
-composed of its operations; Liger's kernel; QuACK's. Whatever cannot be imported or fails is in the list with the
-reason under "skipped".
+Needs PyTorch. Compared, from logits: a device copy; PyTorch, eager and compiled, with one smoothing value and with one
+a row composed of its operations; Liger's kernel; QuACK's. From hidden states and the output projection, without
+smoothing: the same, and Cut Cross-Entropy. Whatever cannot be imported or fails is in the list with the reason under
+"skipped".
 
 A result is checked against fp64 before it is timed: the loss over all rows, the gradient in some. A sample lies between
 two events on the device. Ahead of each the logits are restored, if the call overwrites them, and a buffer of at least
@@ -16,8 +18,10 @@ Where launches are what a call costs, back-to-back calls are timed by the host's
 
 A record: {"bench", "impl", "n", "v", "dtype", "median_ms", "p10_ms", "p90_ms", "samples", "gb_per_s",
 "fraction_of_copy", "smoothing", "loss_error", "grad_error", "software", "commit", "gpu", "driver", "date"}. gb_per_s
-counts useful bytes: the logits once for a loss, twice for a loss with gradient. The file is written anew after each
-record, so that a run which is cut off keeps what it has.
+counts useful bytes: the logits once for a loss, twice for a loss with gradient. peak_bytes is what a call takes beyond
+its inputs. From hidden states there are "d", "gradient_bytes" (of both inputs, part of the peak) and, instead of
+bandwidth, "tflop_per_s" of one matrix product for a loss and of three with gradients. The file is written anew after
+each record, so that a run which is cut off keeps what it has.
 
 `--device cpu --reduced` rehearses the script where there is no GPU: tiny shapes, the host's clock. Its numbers mean
 nothing.
@@ -36,6 +40,8 @@ ROWS = 8192
 VOCABULARIES = [32000, 50257, 128256, 151936, 202048, 262144]
 SMALL = [(n, v) for v in (1000, 128256) for n in (1, 8, 64)]
 REHEARSAL = [(64, 1000), (64, 1031), (3, 257)]
+LINEAR = [(ROWS, 4096, v) for v in (32000, 128256)]
+LINEAR_REHEARSAL = [(64, 32, 1000), (64, 48, 1031)]
 SMOOTHING = 0.1
 CALLS = 200  # between two looks at the clock, for "…, host"
 # Errors that no correct implementation has. A bf16 log-probability near 11 is off by up to 1/32, and PyTorch's eager
@@ -47,6 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("time", help="times the peers")
+    run.add_argument("--work", choices=["logits", "linear", "all"], default="all", help="from logits, or hidden states")
     run.add_argument("--out", type=pathlib.Path, help="the list, as JSON")
     run.add_argument("--seconds", type=float, default=270, help="starts nothing new after so long (default 270)")
     run.add_argument("--samples", type=int, default=25, help="samples of each (default 25)")
@@ -102,13 +109,18 @@ def compare(args):
     torch.manual_seed(0)
     run = Run(args)
     shapes = REHEARSAL if args.reduced else [(ROWS, v) for v in VOCABULARIES] + SMALL
+    linear = LINEAR_REHEARSAL if args.reduced else LINEAR
     # Compiling takes longest, so all that needs none comes first.
-    for peers in [[copy, eager, liger, quack], [compiled]]:
-        for n, v in shapes:
+    plan = {
+        "logits": [(Inputs, shapes, [copy, eager, liger, quack]), (Inputs, shapes, [compiled])],
+        "linear": [(LinearInputs, linear, [linear_eager, linear_liger, linear_cut, linear_quack, linear_compiled])],
+    }
+    for make, shapes, peers in [part for work in plan if args.work in (work, "all") for part in plan[work]]:
+        for shape in shapes:
             try:
-                inputs = Inputs(n, v, args.device)
+                inputs = make(*shape, args.device)
             except RuntimeError as error:  # out of memory
-                print(f"skipped {n}x{v}: {error}", flush=True)
+                print(f"skipped {shape}: {error}", flush=True)
                 continue
             for peer in peers:
                 peer(run, inputs)
@@ -122,6 +134,7 @@ class Inputs:
 
     def __init__(self, n, v, device):
         self.n, self.v, self.device = n, v, device
+        self.sizes = {"n": n, "v": v}
         self.small = n < ROWS
         self.pristine = torch.empty(n, v, dtype=torch.bfloat16, device=device)
         for part in self.pristine.split(1024):
@@ -159,6 +172,79 @@ class Inputs:
             return rows.mean(), grad / self.n
         return rows.sum(), grad
 
+    def errors(self, result, smoothing, reduction):
+        loss, grad = result if isinstance(result, tuple) else (result, None)
+        expected, expected_grad = self.reference(smoothing, reduction)
+        errors = {"loss_error": ((loss.detach().double().sum() - expected) / expected).abs().item()}
+        if grad is not None:
+            some = self.row_facts()[-1]
+            at_target = torch.zeros_like(expected_grad, dtype=torch.bool)
+            at_target[torch.arange(len(some), device=some.device), self.targets[some]] = True
+            got = grad.detach()[some].double()
+            # The median, as it sees smoothing, which the few large gradients hide; and the targets' own.
+            each = ((got - expected_grad) / expected_grad).abs()
+            norm = ((got.norm() - expected_grad.norm()) / expected_grad.norm()).abs()
+            parts = torch.stack([each[~at_target].median(), each[at_target].max(), norm])
+            errors["grad_error"] = parts.max().item()  # NaN if any is, unlike Python's own
+        return errors
+
+    def speed(self, run, bench, has_grad, ms):
+        """Of a kind with a copy's."""
+        gb_per_s = (2 if has_grad else 1) * 2 * self.n * self.v / ms / 1e6
+        if bench == "copy":
+            run.copy_gb_per_s[self.n, self.v] = gb_per_s
+        copied = run.copy_gb_per_s.get((self.n, self.v))
+        return {"gb_per_s": gb_per_s, "fraction_of_copy": gb_per_s / copied if copied else None}
+
+
+class LinearInputs:
+    """Random bf16 hidden states and projection, whose logits have a deviation of 2, too."""
+
+    small = False
+
+    def __init__(self, n, d, v, device):
+        self.n, self.d, self.v, self.device = n, d, v, device
+        self.sizes = {"n": n, "d": d, "v": v}
+        random = lambda rows, deviation: (deviation * torch.randn(rows, d, device=device)).bfloat16()
+        self.hidden = random(n, 1).requires_grad_()
+        self.weight = random(v, 2 / d**0.5).requires_grad_()
+        self.targets = torch.arange(n, device=device) * 31 % v
+        self.facts = None
+
+    def restore(self):
+        pass  # no peer writes its inputs
+
+    def reference(self):
+        """Loss, and the gradients of some hidden states and of some classes' weights, in fp64."""
+        if self.facts is None:
+            hidden, weight, y = self.hidden.detach().double(), self.weight.detach().double(), self.targets
+            parts = []
+            for h, t in zip(hidden.split(256), y.split(256)):
+                z = h @ weight.T
+                parts.append(torch.stack([z.logsumexp(1), z.gather(1, t[:, None])[:, 0]]))
+            lse, z_y = torch.cat(parts, 1)
+            rows = torch.linspace(0, self.n - 1, 8, device=self.device).round().long()
+            classes = torch.cat([y[rows], torch.arange(8, device=self.device)])
+            grad = (hidden[rows] @ weight.T - lse[rows, None]).exp() / self.n
+            grad[torch.arange(8, device=self.device), y[rows]] -= 1 / self.n
+            of_classes = ((hidden @ weight[classes].T - lse[:, None]).exp() - (y[:, None] == classes).double()) / self.n
+            self.facts = (lse - z_y).mean(), (rows, grad @ weight), (classes, of_classes.T @ hidden)
+        return self.facts
+
+    def errors(self, result, smoothing, reduction):
+        loss, *grads = result if isinstance(result, tuple) else (result,)
+        expected, *parts = self.reference()
+        errors = {"loss_error": ((loss.detach().double() - expected) / expected).abs().item()}
+        if grads:
+            norms = [(g[at].double() - e).norm() / e.norm() for g, (at, e) in zip(grads, parts)]
+            errors["grad_error"] = torch.stack(norms).max().item()
+        return errors
+
+    def speed(self, run, bench, has_grad, ms):
+        products = 3 if has_grad else 1  # logits, and the gradients of both factors
+        return {"tflop_per_s": products * 2 * self.n * self.d * self.v / ms / 1e9,
+                "gradient_bytes": 2 * (self.n + self.v) * self.d if has_grad else 0}
+
 
 class Run:
     """Times work, and keeps the records."""
@@ -193,6 +279,17 @@ class Run:
         if self.cuda:
             torch.cuda.empty_cache()
 
+    def peak(self, work):
+        """Bytes that a call takes at most beyond what is there before it."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
     def device_samples(self, before, work):
         samples = []
         for i in range(-3, self.samples):  # three to warm up
@@ -225,22 +322,17 @@ class Run:
         return samples[1:]  # the first was a warm-up
 
     def record(self, bench, impl, inputs, **values):
-        record = {"bench": bench, "impl": impl, "n": inputs.n, "v": inputs.v, "dtype": "bf16", **values, **self.about}
+        record = {"bench": bench, "impl": impl, **inputs.sizes, "dtype": "bf16", **values, **self.about}
         self.records.append(record)
         if self.args.out:
             write(self.args.out, self.records)
 
-    def keep(self, bench, impl, inputs, passes, samples, **values):
+    def keep(self, bench, impl, inputs, has_grad, samples, **values):
         samples = sorted(samples)
         percentile = lambda percent: samples[(len(samples) - 1) * percent // 100]
-        gb_per_s = passes * 2 * inputs.n * inputs.v / percentile(50) / 1e6
-        shape = inputs.n, inputs.v
-        if bench == "copy":
-            self.copy_gb_per_s[shape] = gb_per_s
-        copied = self.copy_gb_per_s.get(shape)
+        speed = inputs.speed(self, bench, has_grad, percentile(50))
         self.record(bench, impl, inputs, median_ms=percentile(50), p10_ms=percentile(10), p90_ms=percentile(90),
-                    samples=len(samples), gb_per_s=gb_per_s, fraction_of_copy=gb_per_s / copied if copied else None,
-                    **values)
+                    samples=len(samples), **speed, **values)
         print(f"{bench:<32}{impl:<32}{inputs.n:>6}{inputs.v:>8} {percentile(50):>9.4f} ms", flush=True)
 
     def skip(self, bench, impl, inputs, why):
@@ -263,35 +355,19 @@ class Run:
         try:
             call = prepare()
             inputs.restore()
-            errors = self.check(call(), inputs, smoothing, reduction)
-            about = {"smoothing": smoothing, **errors, "software": version(package), "note": note}
-            passes = 2 if "grad_error" in errors else 1
-            self.keep(bench, impl, inputs, passes, self.device_samples(before, call), **about)
+            errors = inputs.errors(call(), smoothing, reduction)
+            has_grad = "grad_error" in errors
+            if not errors["loss_error"] <= LOSS_TOLERANCE or has_grad and not errors["grad_error"] <= GRAD_TOLERANCE:
+                raise ArithmeticError("wrong results: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
+            about = {"smoothing": smoothing, **errors, "software": version(package), "note": note,
+                     "peak_bytes": self.peak(call)}
+            self.keep(bench, impl, inputs, has_grad, self.device_samples(before, call), **about)
             if inputs.small:
-                self.keep(f"{bench}, host", impl, inputs, passes, self.host_samples(call), **about)
+                self.keep(f"{bench}, host", impl, inputs, has_grad, self.host_samples(call), **about)
         except Exception as error:  # whatever a peer raises; the others go on
             self.skip(bench, impl, inputs, error)
         finally:
             inputs.restore()
-
-    def check(self, result, inputs, smoothing, reduction):
-        loss, grad = result if isinstance(result, tuple) else (result, None)
-        expected, expected_grad = inputs.reference(smoothing, reduction)
-        errors = {"loss_error": ((loss.detach().double().sum() - expected) / expected).abs().item()}
-        if grad is not None:
-            some = inputs.row_facts()[-1]
-            at_target = torch.zeros_like(expected_grad, dtype=torch.bool)
-            at_target[torch.arange(len(some), device=some.device), inputs.targets[some]] = True
-            got = grad.detach()[some].double()
-            # The median, as it sees smoothing, which the few large gradients hide; and the targets' own.
-            each = ((got - expected_grad) / expected_grad).abs()
-            norm = ((got.norm() - expected_grad.norm()) / expected_grad.norm()).abs()
-            parts = torch.stack([each[~at_target].median(), each[at_target].max(), norm])
-            errors["grad_error"] = parts.max().item()  # NaN if any is, unlike Python's own
-        wrong = not errors["loss_error"] <= LOSS_TOLERANCE or not errors.get("grad_error", 0) <= GRAD_TOLERANCE
-        if wrong:
-            raise ArithmeticError("wrong results: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
-        return errors
 
 
 def driver():
@@ -314,9 +390,9 @@ def version(package):
 
 def copy(run, inputs):
     # The gradient's memory stands for any other of the logits' size.
-    run.keep("copy", "torch copy_", inputs, 2, run.device_samples(lambda: None, inputs.restore))
+    run.keep("copy", "torch copy_", inputs, True, run.device_samples(lambda: None, inputs.restore))
     if inputs.small:
-        run.keep("copy, host", "torch copy_", inputs, 2, run.host_samples(inputs.restore))
+        run.keep("copy, host", "torch copy_", inputs, True, run.host_samples(inputs.restore))
 
 
 def losses(inputs):
@@ -421,23 +497,101 @@ def quack(run, inputs):
     run.work("forward", "QuACK", inputs, prepare(), **about)
 
 
+def linear_both(run, impl, inputs, prepare, **about):
+    """Times prepare()'s loss of hidden states and projection alone, and with the gradients of both."""
+
+    def forward():
+        loss = prepare()
+        return lambda: loss(inputs.hidden.detach(), inputs.weight.detach())
+
+    def both():
+        loss = prepare()
+        return lambda: with_grad(lambda x: loss(*x), (inputs.hidden, inputs.weight))
+
+    run.work("linear forward + backward()", impl, inputs, both, smoothing="none", **about)
+    run.work("linear forward", impl, inputs, forward, smoothing="none", **about)
+
+
+def whole_logits(hidden, weight, targets):
+    return torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+
+
+def linear_eager(run, inputs):
+    linear_both(run, "PyTorch", inputs, lambda: lambda h, w: whole_logits(h, w, inputs.targets))
+
+
+def linear_compiled(run, inputs):
+    def prepare():
+        torch.compiler.reset()
+        loss = torch.compile(whole_logits, dynamic=False)
+        return lambda h, w: loss(h, w, inputs.targets)
+
+    linear_both(run, "torch.compile", inputs, prepare)
+
+
+def linear_liger(run, inputs):
+    def prepare(accum_dtype):
+        def ready():
+            from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+            loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=accum_dtype)
+            return lambda h, w: loss(w, h, inputs.targets)
+
+        return ready
+
+    linear_both(run, "Liger", inputs, prepare(None), package="liger-kernel")
+    linear_both(run, "Liger, f32 sums", inputs, prepare(torch.float32), package="liger-kernel")
+
+
+def linear_cut(run, inputs):
+    def prepare(**how):
+        def ready():
+            from cut_cross_entropy import linear_cross_entropy
+
+            return lambda h, w: linear_cross_entropy(h, w, inputs.targets, **how)
+
+        return ready
+
+    about = {"package": "cut-cross-entropy"}
+    linear_both(run, "Cut Cross-Entropy", inputs, prepare(), note="leaves out blocks of small gradients, of which "
+                "random logits have few", **about)
+    linear_both(run, "Cut Cross-Entropy, all gradients", inputs, prepare(filter_eps=None), **about)
+
+
+def linear_quack(run, inputs):
+    def prepare():
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return lambda h, w: chunked_linear_cross_entropy(h, w, inputs.targets, tuned=False)
+
+    linear_both(run, "QuACK", inputs, prepare, package="quack-kernels", note="not tuned for the shape")
+
+
 # Reading
 
 
 def print_table(records):
     """Large shapes in milliseconds with the fraction of a copy's bandwidth, small ones in microseconds."""
-    timed = [r for r in records if r.get("median_ms") is not None]
+    timed = [r for r in records if r.get("median_ms") is not None and "d" not in r]
+    linear = [r for r in records if r.get("median_ms") is not None and "d" in r]
     large = [r for r in timed if r["n"] >= ROWS]
     small = [r for r in timed if r["n"] < ROWS]
     pivot(f"{ROWS} rows, bf16: ms, and useful bandwidth in % of a copy's", large, lambda r: str(r["v"]),
           lambda r: f"{r['median_ms']:.3f} {100 * (r.get('fraction_of_copy') or 0):3.0f}%")
     pivot("few rows, bf16: µs", small, lambda r: f"{r['n']}x{r['v']}", lambda r: f"{1e3 * r['median_ms']:.1f}")
+    pivot("from hidden states, bf16: ms, and MiB beyond inputs and gradients", linear,
+          lambda r: f"{r['n']}x{r['d']}x{r['v']}", lambda r: f"{r['median_ms']:.2f} {beyond(r):6.0f}")
     skipped = {}
     for r in records:
         if "skipped" in r:
             skipped.setdefault((r["impl"], r["skipped"]), []).append(f"{r['bench']} {r['n']}x{r['v']}")
     for (impl, why), where in skipped.items():
         print(f"skipped {impl}: {why} ({where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''})")
+
+
+def beyond(record):
+    """MiB that a call from hidden states takes beyond inputs and gradients."""
+    return ((record.get("peak_bytes") or float("nan")) - record.get("gradient_bytes", 0)) / 2**20
 
 
 def pivot(title, records, column, cell):
@@ -447,9 +601,9 @@ def pivot(title, records, column, cell):
     rows = {}
     for r in records:
         rows.setdefault((r["bench"], r["impl"]), {})[column(r)] = cell(r)
-    print(f"\n{title}\n{'':<58}" + "".join(f"{c:>13}" for c in columns))
+    print(f"\n{title}\n{'':<72}" + "".join(f"{c:>18}" for c in columns))
     for bench, impl in sorted(rows, key=lambda key: key[0]):
-        print(f"{bench:<30}{impl:<28}" + "".join(f"{rows[bench, impl].get(c, '-'):>13}" for c in columns))
+        print(f"{bench:<42}{impl:<30}" + "".join(f"{rows[bench, impl].get(c, '-'):>18}" for c in columns))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Times this crate beside PyTorch, Liger and QuACK in one run on one GPU:
+# Times this crate beside PyTorch, Liger, QuACK and Cut Cross-Entropy in one run on one GPU:
 #
-#   compare.sh EXECUTABLE FOLDER [WHEEL …]    # EXECUTABLE from gpu-check.sh; needs PyTorch, and 8 minutes at most
+#   compare.sh [--logits|--linear] EXECUTABLE FOLDER [WHEEL …]    # EXECUTABLE from gpu-check.sh; needs PyTorch
 #
-# WHEELs (of liger-kernel, quack-kernels and what they need) are installed for this run only, offline. A peer that is
-# not there is in the result as skipped, with the reason. FOLDER gets GPU.json (such as h200.json), which belongs in
-# benches/results, and what it was merged from: ours.json, peers.json, and their output. A run that is cut off leaves
-# ours.json and peers.json with what was timed until then; `compare.py merge` joins them. Fails if a check of ours does,
-# after timing everything.
+# From logits, and from hidden states (`forward_linear`): 8 and 7 minutes at most; each alone with its option, where a
+# command may not take that long. WHEELs (of liger-kernel, quack-kernels, cut-cross-entropy and what they need) are
+# installed for this run only, offline. A peer that is not there is in the result as skipped, with the reason. FOLDER
+# gets GPU.json (such as h200.json), which belongs in benches/results, and what it was merged from: ours-WORK.json,
+# peers-WORK.json (of another run in FOLDER, too), and their output. A run that is cut off leaves these with what was
+# timed until then; `compare.py merge` joins them. Fails if a check of ours does, after timing everything.
 set -euo pipefail
+works=(logits linear)
+if [[ ${1:-} == --logits || ${1:-} == --linear ]]; then
+  works=("${1#--}")
+  shift
+fi
 if (($# < 2)); then
-  echo "usage: compare.sh EXECUTABLE FOLDER [WHEEL …]" >&2
+  echo "usage: compare.sh [--logits|--linear] EXECUTABLE FOLDER [WHEEL …]" >&2
   exit 2
 fi
 program=$(realpath "$1")
@@ -39,19 +45,28 @@ if ((${#wheels[@]})); then
   fi
 fi
 
-# Results of an earlier run would be merged where this one has none.
-rm -f "$out/ours.json" "$out/peers.json"
-# Each stops on its own before the time that this run may take is over.
-timeout --kill-after=10 180 "$here/cuda-run.sh" "$program" --timing-only --out "$out/ours.json" 2>&1 |
-  tee "$out/ours.txt" || failed+=("ours")
-commit=$(sed -n 's/.*"commit": "\([^"]*\)".*/\1/p' "$out/ours.json" 2>/dev/null | head -n 1 || true)
-"$python" "$here/compare.py" merge "$out/$gpu.json" "$out/ours.json"
-timeout --kill-after=10 290 "$python" -u "$here/compare.py" time --commit "${commit:-unknown}" --seconds 240 \
-  --out "$out/peers.json" >"$out/peers.txt" 2>&1 || { failed+=("peers") && tail -n 5 "$out/peers.txt"; }
-
-"$python" "$here/compare.py" merge "$out/$gpu.json" "$out/ours.json" "$out/peers.json"
+merge() {
+  local files=()
+  for file in "$out"/{ours,peers}-{logits,linear}.json; do
+    if [[ -e $file ]]; then files+=("$file"); fi
+  done
+  if ((${#files[@]})); then "$python" "$here/compare.py" merge "$out/$gpu.json" "${files[@]}"; fi
+}
+for work in "${works[@]}"; do
+  # Results of an earlier run would be merged where this one has none.
+  rm -f "$out/ours-$work.json" "$out/peers-$work.json"
+  # Each stops on its own before the time that this run may take is over.
+  timeout --kill-after=10 180 "$here/cuda-run.sh" "$program" --timing-only --timed "$work" \
+    --out "$out/ours-$work.json" 2>&1 | tee "$out/ours-$work.txt" || failed+=("ours from $work")
+  commit=$(sed -n 's/.*"commit": "\([^"]*\)".*/\1/p' "$out/ours-$work.json" 2>/dev/null | head -n 1 || true)
+  merge
+  timeout --kill-after=10 290 "$python" -u "$here/compare.py" time --work "$work" --commit "${commit:-unknown}" \
+    --seconds 240 --out "$out/peers-$work.json" >"$out/peers-$work.txt" 2>&1 ||
+    { failed+=("peers from $work") && tail -n 5 "$out/peers-$work.txt"; }
+  merge
+done
 "$python" "$here/compare.py" table "$out/$gpu.json"
 if ((${#failed[@]})); then
-  echo "compare: failed: ${failed[*]}; see $out/ours.txt and $out/peers.txt" >&2
+  echo "compare: failed: ${failed[*]}; see $out/ours-*.txt and $out/peers-*.txt" >&2
   exit 1
 fi

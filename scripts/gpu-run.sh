@@ -3,8 +3,8 @@
 #
 #   gpu-run.sh EXECUTABLE FOLDER      # EXECUTABLE from gpu-check.sh; everything goes to FOLDER
 #
-# The checks run as the crate chooses kernels, timings last, and without timings with the general kernels everywhere and,
-# on sm_90, with the on-chip kernels everywhere.
+# The checks run as the crate chooses kernels, and reduced with the general kernels everywhere and, on sm_90, with the
+# on-chip kernels everywhere. compare.sh has the timings.
 #
 # FOLDER gets machine.txt, check*.txt, check.json and sanitizer-TOOL.txt. Fails if a check or a tool does, after running
 # all of them; says so where there is no compute-sanitizer.
@@ -23,7 +23,7 @@ for kernel in "${kernels[@]}"; do
   CANDLE_CROSS_ENTROPY_KERNEL=$kernel "$here/cuda-run.sh" "$program" --reduced 2>&1 | tee "$out/check-$kernel.txt" ||
     failed+=("checks with $kernel")
 done
-"$here/cuda-run.sh" "$program" --out "$out/check.json" 2>&1 | tee "$out/check.txt" || failed+=(checks)
+"$here/cuda-run.sh" "$program" --no-timing --out "$out/check.json" 2>&1 | tee "$out/check.txt" || failed+=(checks)
 
 sanitizer=$(command -v compute-sanitizer ||
   find -L /usr/local /opt -name compute-sanitizer -type f -perm -u+x -print -quit 2>/dev/null || true)

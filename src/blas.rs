@@ -23,19 +23,33 @@ impl View {
         last(0) + last(1) + 1
     }
 
-    /// The transpose as BLAS reads it: whether it must transpose what is in memory, and the leading dimension.
+    /// The transpose as BLAS reads it: whether it must transpose what is in memory, and the leading dimension. The stride
+    /// of a dimension of one element does not matter.
     fn transposed_factor(&self) -> Result<(bool, usize), String> {
         let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
-        if by_column == 1 && by_row >= columns {
-            Ok((false, by_row))
-        } else if by_row == 1 && by_column >= rows {
-            Ok((true, by_column))
+        let lead = |stride: usize, count: usize, length: usize| {
+            if count == 1 {
+                stride.max(length)
+            } else {
+                stride
+            }
+        };
+        let (row_lead, column_lead) = (lead(by_row, rows, columns), lead(by_column, columns, rows));
+        if (by_column == 1 || columns == 1) && row_lead >= columns {
+            Ok((false, row_lead))
+        } else if (by_row == 1 || rows == 1) && column_lead >= rows {
+            Ok((true, column_lead))
         } else {
             Err(format!(
                 "a matrix {:?} with strides {:?}, one of which must be 1",
                 self.shape, self.stride
             ))
         }
+    }
+
+    /// Whether BLAS can read it where it is.
+    pub fn is_readable(&self) -> bool {
+        self.transposed_factor().is_ok()
     }
 }
 
@@ -144,6 +158,26 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// As broadcasting leaves them.
+    #[test]
+    fn strides_of_one_element_do_not_matter() {
+        for stride in [[0, 1], [1, 1], [9, 1]] {
+            let row = View {
+                shape: [1, 5],
+                stride,
+            };
+            let values = [1.0, 2.0, 3.0, 4.0, 5.0];
+            let g = Gemm::new(row, row.transposed(), 1).expect("one row");
+            let mut out = [0.0];
+            gemm(&g, &values, &values, &mut out);
+            assert_eq!(out, [55.0]);
+            let mut outer = [0.0; 25];
+            let g = Gemm::new(row.transposed(), row, 5).expect("one row");
+            gemm(&g, &values, &values, &mut outer);
+            assert!((0..25).all(|i| outer[i] == values[i / 5] * values[i % 5]));
         }
     }
 

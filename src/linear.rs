@@ -14,13 +14,23 @@ use candle_core::{
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::{CrossEntropy, Reduction, RowStats, call::Call, cpu, op::Forward, tiles::Tiles};
+use crate::{
+    CrossEntropy, Reduction, RowStats,
+    blas::View,
+    call::Call,
+    cpu,
+    op::Forward,
+    tiles::{Tile, Tiles},
+};
 
 /// Logits of a tile on the CPU: about what stays in the shared cache until the products have read it.
 const CPU_TILE: usize = 8 << 20;
 /// The same on CUDA. Wider tiles mean fewer passes over the f32 sums, which cost more than what a tile that fits in the
 /// L2 saves (docs/performance.md); with the sums of a batch of 8192 states of 4096, this is 240 MiB.
 const CUDA_TILE: usize = 112 << 20;
+
+/// Rows of a tile on CUDA start at multiples of so many elements, 16 bytes, for the products' sake.
+pub(crate) const CUDA_PITCH: usize = 8;
 
 /// What the backends do, in which order.
 pub(crate) struct Plan {
@@ -70,7 +80,11 @@ pub(crate) fn forward(
         return apply(options, call, &hidden, weight, bias, stats);
     };
     let select = SelectRows::new(&ids, call.rows, hidden.device())?;
-    let selected = call.select(&select.ids)?;
+    let selected = if ids == NOTHING {
+        call.select(&Tensor::zeros(1, DType::U32, hidden.device())?)?
+    } else {
+        call.select(&select.ids)?
+    };
     let hidden = hidden.contiguous()?.apply_op1(select.clone())?;
     let (loss, stats) = apply(options, selected, &hidden, weight, bias, stats)?;
     // Back to all rows; those left out have zeros.
@@ -96,6 +110,10 @@ pub(crate) fn forward(
     Ok((loss, stats.map(all_stats).transpose()?))
 }
 
+/// On CUDA, where candle cannot launch a kernel over nothing: a hidden state of zeros, for which the first row stands in
+/// everything else. It has no loss either.
+const NOTHING: [u32; 1] = [u32::MAX];
+
 /// Rows `ids` of a contiguous tensor, zeros where an id is `u32::MAX`. The backward selects again instead of adding, which
 /// on CUDA would take the rows one after another.
 #[derive(Clone)]
@@ -109,7 +127,7 @@ impl SelectRows {
     /// `ids` of `rows` rows, each at most once.
     fn new(ids: &[u32], rows: usize, device: &Device) -> Result<Self> {
         let mut back = vec![u32::MAX; rows];
-        for (place, &id) in (0..).zip(ids) {
+        for (place, &id) in (0..).zip(ids).filter(|(_, id)| **id != u32::MAX) {
             back[id as usize] = place;
         }
         Ok(Self {
@@ -185,7 +203,7 @@ fn rows_that_count(options: &CrossEntropy, call: &Call, stats: bool) -> Result<O
         .map(|(i, _)| i)
         .collect();
     Ok(match ids.len() {
-        0 if !on_cpu => Some(vec![0]), // candle launches no kernel over nothing; this one gives zeros as well
+        0 if !on_cpu => Some(NOTHING.to_vec()),
         n if n < call.rows => Some(ids),
         _ => None,
     })
@@ -215,8 +233,10 @@ fn apply(
     );
     let tracked =
         hidden.track_op() || weight.track_op() || bias.is_some_and(|bias| bias.track_op());
+    let pitch = if on_cpu { 1 } else { CUDA_PITCH };
     let keep = if tracked {
-        tiles.kept(logit_size, options.memory_budget)
+        let bytes = |tile: &Tile| tile.rows.len() * tile.pitch(pitch) * logit_size;
+        tiles.kept(options.memory_budget, bytes)
     } else {
         0
     };
@@ -236,12 +256,17 @@ fn apply(
     Ok((loss, state.row_stats.get().cloned()))
 }
 
-/// A matrix that products on every device can read: one of its strides is 1.
+/// A matrix that products on every device can read.
 fn with_unit_stride(matrix: &Tensor) -> Result<Tensor> {
-    match *matrix.stride() {
-        [by_row, 1] if by_row >= matrix.dims()[1] => Ok(matrix.clone()),
-        [1, by_column] if by_column >= matrix.dims()[0] => Ok(matrix.clone()),
-        _ => matrix.contiguous(),
+    let (rows, columns) = matrix.dims2()?;
+    let view = View {
+        shape: [rows, columns],
+        stride: [matrix.stride()[0], matrix.stride()[1]],
+    };
+    if view.is_readable() {
+        Ok(matrix.clone())
+    } else {
+        matrix.contiguous()
     }
 }
 

@@ -217,7 +217,7 @@ impl CrossEntropy {
 
     /// On CUDA, lets [`forward_linear`](Self::forward_linear) leave rows that are ignored or have weight 0 out of its
     /// products, as it does on the CPU. Their number has to be known on the host: costs a synchronisation. Off by
-    /// default.
+    /// default; then hidden states of such rows that are not finite make the weight's gradient NaN, as whole logits would.
     pub fn compact_rows(mut self, on: bool) -> Self {
         self.compact_rows = on;
         self

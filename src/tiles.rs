@@ -17,6 +17,11 @@ impl Tile {
     pub fn len(&self) -> usize {
         self.rows.len() * self.classes.len()
     }
+
+    /// Elements from a row to the next where rows start at multiples of `step`.
+    pub fn pitch(&self, step: usize) -> usize {
+        self.classes.len().next_multiple_of(step)
+    }
 }
 
 /// The tiles of N rows of V classes. Nothing here depends on the memory budget, so that no result does.
@@ -64,10 +69,10 @@ impl Tiles {
     }
 
     pub fn iter(self) -> impl Iterator<Item = Tile> {
-        let cut = if self.by_rows {
-            self.rows
-        } else {
-            self.classes
+        let cut = match self.rows {
+            0 => 0,
+            rows if self.by_rows => rows,
+            _ => self.classes,
         };
         (0..cut).step_by(self.extent).map(move |start| {
             let cut = start..(start + self.extent).min(cut);
@@ -85,12 +90,12 @@ impl Tiles {
         })
     }
 
-    /// How many tiles, from the first on, may be kept in `budget` bytes.
-    pub fn kept(self, logit_size: usize, budget: usize) -> usize {
+    /// How many tiles, from the first on, may be kept in `budget` bytes; `bytes` is a tile's size.
+    pub fn kept(self, budget: usize, bytes: impl Fn(&Tile) -> usize) -> usize {
         let mut left = budget;
         self.iter()
             .take_while(|tile| {
-                let size = tile.len() * logit_size;
+                let size = bytes(tile);
                 let fits = size <= left;
                 left = left.saturating_sub(size);
                 fits
@@ -144,7 +149,8 @@ mod tests {
         let tiles = Tiles::new((10, 100), 4, 10 * 30 * 4, true); // 25 classes each, by the evenness rule
         assert_eq!(shape(tiles), (false, 25, 4));
         for (budget, kept) in [(0, 0), (999, 0), (1000, 1), (3999, 3), (4000, 4), (9999, 4)] {
-            assert_eq!(tiles.kept(4, budget), kept, "{budget}");
+            let bytes = |tile: &Tile| 4 * tile.len();
+            assert_eq!(tiles.kept(budget, bytes), kept, "{budget}");
         }
     }
 }

@@ -39,15 +39,15 @@ pub enum Layout {
 
 /// Options of one column of the grid.
 #[derive(Clone, Copy, Default)]
-struct Options {
-    name: &'static str,
-    uniform: Option<f32>,
-    per_row: bool,
-    weights: bool,
-    z_loss: f32,
-    softcap: Option<f32>,
-    scale: Option<f32>,
-    padding: usize,
+pub struct Options {
+    pub name: &'static str,
+    pub uniform: Option<f32>,
+    pub per_row: bool,
+    pub weights: bool,
+    pub z_loss: f32,
+    pub softcap: Option<f32>,
+    pub scale: Option<f32>,
+    pub padding: usize,
 }
 
 const PLAIN: Options = Options {
@@ -61,7 +61,7 @@ const PLAIN: Options = Options {
     padding: 0,
 };
 
-const OPTIONS: &[Options] = &[
+pub const OPTIONS: &[Options] = &[
     PLAIN,
     Options {
         name: "uniform smoothing",
@@ -110,7 +110,7 @@ const OPTIONS: &[Options] = &[
     },
 ];
 
-const REDUCTIONS: [Reduction; 4] = [
+pub const REDUCTIONS: [Reduction; 4] = [
     Reduction::Mean,
     Reduction::None,
     Reduction::Sum,
@@ -601,7 +601,7 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// Error in units of the tolerance: 0 for the same NaN or infinity.
-fn off(got: f64, expected: f64, tolerance: f64) -> f64 {
+pub fn off(got: f64, expected: f64, tolerance: f64) -> f64 {
     if (got.is_nan() && expected.is_nan()) || got == expected {
         0.0
     } else if got.is_finite() && expected.is_finite() {
@@ -612,7 +612,7 @@ fn off(got: f64, expected: f64, tolerance: f64) -> f64 {
 }
 
 /// A unit in the last place of the 16-bit types, relative for f32.
-fn gradient_tolerance(dtype: DType, value: f64) -> f64 {
+pub fn gradient_tolerance(dtype: DType, value: f64) -> f64 {
     let (digits, least_exponent) = match dtype {
         DType::BF16 => (7, -126),
         DType::F16 => (10, -14),

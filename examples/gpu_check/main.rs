@@ -6,6 +6,7 @@
 mod cases;
 #[cfg(feature = "cuda")]
 mod device;
+mod linear;
 mod properties;
 mod report;
 
@@ -34,6 +35,10 @@ struct Args {
     /// Nothing but the timings, and a look at a few rows of each shape before it is timed.
     #[arg(long, conflicts_with_all = ["reduced", "no_timing"])]
     timing_only: bool,
+    /// What is timed.
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_enum, default_value_t = device::Timed::All)]
+    timed: device::Timed,
     /// Writes the timings here as JSON, and what was checked: after each shape that is timed, and at the end.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -67,14 +72,18 @@ fn main() -> Result<ExitCode> {
     if !args.timing_only {
         cases::run(&device, args.reduced, &mut report);
         properties::run(&device, args.reduced, &mut report);
+        linear::run(&device, args.reduced, &mut report);
     }
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
         if !args.timing_only {
-            device::check_graph(&device, &mut report);
+            device::graph::check(&device, &mut report);
+            if !args.reduced {
+                device::memory::check_linear(&device, &mut report);
+            }
         }
         if !args.reduced && !args.no_timing {
-            device::time(&device, &args.commit, &mut report, out)?;
+            device::time(args.timed, &device, &args.commit, &mut report, out)?;
         }
     }
     report.finish(out)

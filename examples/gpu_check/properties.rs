@@ -298,7 +298,7 @@ fn on(
 }
 
 /// Without the backtrace that RUST_BACKTRACE adds.
-fn message(error: &candle_core::Error) -> String {
+pub fn message(error: &candle_core::Error) -> String {
     error
         .to_string()
         .lines()

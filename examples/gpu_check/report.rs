@@ -75,34 +75,55 @@ impl Report {
     }
 
     pub fn finish(self, out: Option<&Path>) -> Result<ExitCode> {
-        if !self.timings.is_empty() {
+        let is_linear = |t: &&Value| t["d"].is_number();
+        let of_logits: Vec<_> = self.timings.iter().filter(|t| !is_linear(t)).collect();
+        let linear: Vec<_> = self.timings.iter().filter(is_linear).collect();
+        if !of_logits.is_empty() {
             println!(
                 "\n{:<32}{:<12}{:>7}{:>8} {:<6}{:>10}{:>10}{:>10}{:>9}{:>8}",
                 "work", "by", "n", "v", "type", "median ms", "p10", "p90", "GB/s", "copy"
             );
         }
-        for t in &self.timings {
-            let text = |k: &str| t[k].as_str().unwrap_or("").to_string();
-            let number = |k: &str| t[k].as_f64().unwrap_or(f64::NAN);
+        for t in of_logits {
             print!(
                 "{:<32}{:<12}{:>7}{:>8} {:<6}",
-                text("bench"),
-                text("impl"),
+                text(t, "bench"),
+                text(t, "impl"),
                 t["n"],
                 t["v"],
-                text("dtype")
+                text(t, "dtype")
             );
             match t["skipped"].as_str() {
                 Some(why) => println!("  skipped: {why}"),
                 None => println!(
                     "{:>10.4}{:>10.4}{:>10.4}{:>9.0}{:>7.0}%",
-                    number("median_ms"),
-                    number("p10_ms"),
-                    number("p90_ms"),
-                    number("gb_per_s"),
-                    100.0 * number("fraction_of_copy")
+                    number(t, "median_ms"),
+                    number(t, "p10_ms"),
+                    number(t, "p90_ms"),
+                    number(t, "gb_per_s"),
+                    100.0 * number(t, "fraction_of_copy")
                 ),
             }
+        }
+        if !linear.is_empty() {
+            println!(
+                "\n{:<42}{:<44}{:>8}{:>10}{:>10}{:>10}{:>9}{:>10}{:>11}",
+                "work", "by", "v", "median ms", "p10", "p90", "TFLOP/s", "products", "MiB beyond"
+            );
+        }
+        for t in linear {
+            println!(
+                "{:<42}{:<44}{:>8}{:>10.3}{:>10.3}{:>10.3}{:>9.0}{:>9.0}%{:>11.0}",
+                text(t, "bench"),
+                text(t, "impl"),
+                t["v"],
+                number(t, "median_ms"),
+                number(t, "p10_ms"),
+                number(t, "p90_ms"),
+                number(t, "tflop_per_s"),
+                100.0 * number(t, "fraction_of_products"),
+                (number(t, "peak_bytes") - number(t, "gradient_bytes")) / 1048576.0
+            );
         }
         let (total, failures) = (self.checks.len(), self.failures);
         println!("\n{} of {total} checks passed", total - failures);
@@ -113,4 +134,12 @@ impl Report {
             ExitCode::FAILURE
         })
     }
+}
+
+fn text(timing: &Value, key: &str) -> String {
+    timing[key].as_str().unwrap_or("").to_string()
+}
+
+fn number(timing: &Value, key: &str) -> f64 {
+    timing[key].as_f64().unwrap_or(f64::NAN)
 }

@@ -31,7 +31,7 @@ use crate::{
     blas::{Gemm, View},
     call::Call,
     kernel_abi::{Params, Running},
-    linear::{Operands, Plan, Wanted},
+    linear::{CUDA_PITCH, Operands, Plan, Wanted},
     op::Forward,
     tiles::Tile,
 };
@@ -172,7 +172,7 @@ impl<'a> Products<'a> {
         };
         let ones = |_| {
             let dtype = operands.hidden.0.dtype();
-            Tensor::ones(call.rows, dtype, &Device::Cuda(device.clone()))
+            Tensor::ones(call.rows.max(1), dtype, &Device::Cuda(device.clone()))
         };
         Ok(Self {
             hidden: Matrix::of(operands.hidden)?,
@@ -277,9 +277,9 @@ unsafe fn set_math_mode(handle: sys::cublasHandle_t, mode: sys::cublasMath_t) ->
     unsafe { sys::cublasSetMathMode(handle, mode) }.result().w()
 }
 
-/// Elements from a row of a tile to the next: rows start at 16 bytes, for the products' sake.
+/// Elements from a row of a tile to the next.
 fn pitch(tile: &Tile) -> usize {
-    tile.classes.len().next_multiple_of(8)
+    tile.pitch(CUDA_PITCH)
 }
 
 #[cfg(feature = "nvtx")]
