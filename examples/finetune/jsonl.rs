@@ -97,6 +97,7 @@ impl Encoder {
             encoder.before.extend(begin);
         }
         encoder.between = encoder.ids(between)?;
+        encoder.tokenizer.set_encode_special_tokens(true); // in samples they are text like any other
         Ok(encoder)
     }
 

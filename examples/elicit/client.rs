@@ -1,0 +1,223 @@
+//! One request to an OpenAI-compatible chat endpoint, and what its outcome means.
+
+use std::{io::ErrorKind, time::Duration};
+
+use anyhow::{Result, anyhow};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use ureq::http::{HeaderMap, StatusCode};
+
+use crate::limits::{exhausted, retry_after};
+
+/// Bytes of an answer that are read; an answer is a line or a few paragraphs.
+const LARGEST: u64 = 16 << 20;
+/// Time to reach the server; a model's answer takes longer.
+const CONNECT: Duration = Duration::from_secs(15);
+/// Characters of a server's message that are shown.
+const SHOWN: usize = 300;
+
+pub struct Client {
+    agent: ureq::Agent,
+    url: String,
+    authorization: Option<String>,
+    body: Map<String, Value>,
+}
+
+pub struct Reply {
+    /// What the model said; none where it was cut short, as a number's end would be missing.
+    pub text: Option<String>,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    /// Wait before any further request, where a limit is used up.
+    pub wait: Option<Duration>,
+}
+
+/// Why a request has no reply.
+pub enum Failure {
+    /// No request can succeed: the key, the address, the model.
+    Fatal(anyhow::Error),
+    /// The server will not answer this one.
+    Refused(String),
+    /// It may succeed later.
+    Passing {
+        reason: String,
+        /// As the server asks.
+        wait: Option<Duration>,
+        kind: Passing,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Passing {
+    /// A limit on requests, which holds for all of them.
+    Limit,
+    /// There is no server, or not the right one.
+    Unreachable,
+    /// An error of the server, a connection cut, no answer in time.
+    Error,
+}
+
+#[derive(Deserialize)]
+struct Completion {
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    message: Message,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    content: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    #[serde(default)]
+    prompt_tokens: u64,
+    #[serde(default)]
+    completion_tokens: u64,
+}
+
+impl Client {
+    /// `body` has further fields of every request.
+    pub fn new(
+        base_url: &str,
+        key: Option<&str>,
+        model: &str,
+        mut body: Map<String, Value>,
+        timeout: Duration,
+        concurrency: usize,
+    ) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(timeout))
+            .timeout_connect(Some(CONNECT.min(timeout)))
+            .max_idle_connections(concurrency)
+            .max_idle_connections_per_host(concurrency)
+            .build()
+            .new_agent();
+        body.insert("model".into(), model.into());
+        Self {
+            agent,
+            url: format!("{}/chat/completions", base_url.trim_end_matches('/')),
+            authorization: key.map(|key| format!("Bearer {key}")),
+            body,
+        }
+    }
+
+    pub fn ask(&self, prompt: &str) -> Result<Reply, Failure> {
+        let mut body = self.body.clone();
+        body.insert(
+            "messages".into(),
+            json!([{"role": "user", "content": prompt}]),
+        );
+        let mut request = self.agent.post(&self.url);
+        if let Some(authorization) = &self.authorization {
+            request = request.header("authorization", authorization);
+        }
+        let mut response = request.send_json(&body).map_err(|e| self.no_response(e))?;
+        let text = response
+            .body_mut()
+            .with_config()
+            .limit(LARGEST)
+            .lossy_utf8(true)
+            .read_to_string()
+            .map_err(|e| self.no_response(e))?;
+        match response.status() {
+            StatusCode::OK => reply(&text, response.headers()),
+            status => Err(self.failure(status, response.headers(), &text)),
+        }
+    }
+
+    fn no_response(&self, error: ureq::Error) -> Failure {
+        use ureq::Error::{
+            BadUri, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io, RedirectFailed,
+            Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
+        };
+        let reason = format!("{}: {error}", self.url);
+        let kind = match &error {
+            BadUri(_) | Http(_) | InvalidProxyUrl | RedirectFailed | Rustls(_) | Tls(_)
+            | TlsRequired | TooManyRedirects => {
+                return Failure::Fatal(anyhow!(reason));
+            }
+            ConnectionFailed
+            | HostNotFound
+            | Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => Passing::Unreachable,
+            // Invalid data: no TLS at the other end, or a certificate that does not hold.
+            Io(e) if [ErrorKind::ConnectionRefused, ErrorKind::InvalidData].contains(&e.kind()) => {
+                Passing::Unreachable
+            }
+            _ => Passing::Error,
+        };
+        Failure::Passing {
+            reason,
+            wait: None,
+            kind,
+        }
+    }
+
+    fn failure(&self, status: StatusCode, headers: &HeaderMap, text: &str) -> Failure {
+        let error = serde_json::from_str::<Value>(text)
+            .ok()
+            .and_then(|value| value.get("error").cloned())
+            .unwrap_or_default();
+        let field = |name| error.get(name).and_then(Value::as_str);
+        let message: String = field("message")
+            .or(error.as_str())
+            .unwrap_or(text)
+            .chars()
+            .take(SHOWN)
+            .collect();
+        let reason = format!("{status}: {}", message.trim());
+        // Servers differ in the status of an unknown model, and some say "too many requests" when the money is spent.
+        let code = field("code").or(field("type"));
+        let hopeless = code
+            .is_some_and(|code| ["model_not_found", "insufficient_quota"].contains(&code))
+            || field("param") == Some("model");
+        let wait = retry_after(headers);
+        let passing = |kind| Failure::Passing {
+            reason: reason.clone(),
+            wait,
+            kind,
+        };
+        match status.as_u16() {
+            _ if hopeless => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            429 => passing(Passing::Limit),
+            503 if wait.is_some() => passing(Passing::Limit),
+            408 | 409 | 425 | 500.. => passing(Passing::Error),
+            400 | 413 | 422 => Failure::Refused(reason),
+            _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+        }
+    }
+}
+
+fn reply(text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
+    let malformed = |what: String| {
+        let start: String = text.chars().take(SHOWN).collect();
+        Failure::Refused(format!(
+            "the answer is no chat completion ({what}): {start:?}"
+        ))
+    };
+    let completion: Completion =
+        serde_json::from_str(text).map_err(|e| malformed(e.to_string()))?;
+    let choice = completion
+        .choices
+        .into_iter()
+        .next()
+        .ok_or_else(|| malformed("no choices".into()))?;
+    let cut = choice.finish_reason.as_deref() == Some("length");
+    let usage = completion.usage.unwrap_or(Usage {
+        prompt_tokens: 0,
+        completion_tokens: 0,
+    });
+    Ok(Reply {
+        text: choice.message.content.filter(|_| !cut),
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        wait: exhausted(headers),
+    })
+}

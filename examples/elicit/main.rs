@@ -1,0 +1,93 @@
+//! Scores the uncertainty of instruction data: of each sample, how uncertain the right response to its prompt is, which
+//! `finetune --data` turns into label smoothing. See `docs/elicitation.md`.
+//!
+//! ```text
+//! cargo run --release --example elicit -- --data in.jsonl --out scored.jsonl --model MODEL
+//! cargo run --release --example elicit -- --data in.jsonl --out scored.jsonl --local MODEL.gguf
+//! ```
+//!
+//! [`remote`] asks a stronger model over an OpenAI-compatible chat endpoint, [`local`] takes the entropy of a model's
+//! predictions. [`answers`] keeps what is there on the disk.
+
+mod answers;
+mod args;
+mod client;
+#[path = "../common/gguf_tokenizer.rs"]
+mod gguf_tokenizer;
+mod limits;
+mod llama;
+mod local;
+mod log;
+mod progress;
+mod prompt;
+mod remote;
+mod samples;
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+use crate::{answers::Answers, args::Args, samples::Sample};
+
+/// Exit status when some samples could not be scored.
+const INCOMPLETE: u8 = 3;
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    args.check()?;
+    if args.print_prompt {
+        io::stdout().write_all(args.template()?.text().as_bytes())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let data = args.data.as_deref().context("--data is missing")?;
+    let out = args.out.as_deref().context("--out is missing")?;
+    ensure!(
+        !same_file(data, out),
+        "--out is {}, the file of the samples; choose another",
+        out.display()
+    );
+    // Before the first sample is scored, so that a wrong argument costs nothing.
+    args.template()?;
+    args.body()?;
+    let samples: Arc<[Sample]> = samples::read(data)?.into();
+
+    let model = match &args.local {
+        Some(path) => local::name(path)?,
+        None => args.model.clone().context("--model is missing")?,
+    };
+    let votes = args.local.is_none().then_some(args.votes);
+    let mut answers = Answers::resume(out, &samples, &model, votes)?;
+    let before = answers.done();
+    let missing = match &args.local {
+        _ if before == samples.len() => Default::default(),
+        Some(path) => local::score(path, args.tokenizer.as_deref(), &samples, &mut answers)?,
+        None => remote::score(&args, &samples, &mut answers)?,
+    };
+
+    println!(
+        "{} of {} samples are scored, {before} of them by earlier runs: {}",
+        answers.done(),
+        samples.len(),
+        out.display()
+    );
+    answers.close()?;
+    if missing.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("{} samples could not be scored:", missing.len());
+    for (sample, reason) in missing {
+        eprintln!("  {}: {reason}", samples[sample].id);
+    }
+    Ok(ExitCode::from(INCOMPLETE))
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}

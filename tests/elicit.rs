@@ -1,0 +1,782 @@
+//! The elicitation example from the outside: run as a process against a server that behaves as one is told, killed at
+//! random moments, and against a small local model. And its parsers, from the inside.
+
+#[path = "elicit/job.rs"]
+mod job;
+#[path = "../examples/elicit/limits.rs"]
+#[allow(dead_code)] // it is the example's, and not all of it is used here
+mod limits;
+#[path = "elicit/model.rs"]
+mod model;
+#[path = "../examples/elicit/prompt.rs"]
+#[allow(dead_code)]
+mod prompt;
+#[path = "elicit/server.rs"]
+mod server;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, OpenOptions},
+    io::Write,
+    path::Path,
+    process::{Child, Command},
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
+use ureq::http::HeaderMap;
+
+use crate::{
+    job::{Job, Run, example, line, percent},
+    model::{expected_uncertainty, write_model},
+    server::{Response, Server},
+};
+
+#[test]
+fn every_sample_is_scored_and_keeps_its_fields() {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)));
+    let job = Job::new(30);
+    let mut command = job.remote(&server, &["--body", r#"{"temperature": 0}"#]);
+    let run = Run::of(command.env("OPENAI_API_KEY", " secret\n").output().unwrap()).expect(0);
+    assert!(
+        run.stderr.contains("210 prompt + 90 completion tokens"),
+        "{}",
+        run.stderr
+    );
+    assert!(run.stdout.contains("30 of 30"), "{}", run.stdout);
+
+    let out = job.out();
+    for i in 0..30 {
+        let own = line(i);
+        let own = own.strip_suffix(" }").unwrap();
+        let found = out
+            .lines()
+            .find(|line| line.starts_with(own))
+            .expect("the input's text, unchanged");
+        let found: Value = serde_json::from_str(found).unwrap();
+        let u = percent(i) as f64 / 100.0;
+        assert_eq!(found["uncertainty"], u);
+        assert_eq!(found["votes"], json!([u]));
+        assert_eq!(found["spread"], 0.0);
+        assert_eq!(found["model"], "stronger");
+    }
+    assert_eq!(job.scored().len(), 30);
+    let asked = server.asked();
+    assert_eq!(asked.len(), 30);
+    for request in &asked {
+        assert_eq!(request.authorization, "Bearer secret");
+        assert_eq!(request.body["model"], "stronger");
+        assert_eq!(request.body["temperature"], 0);
+        assert!(request.text.contains(&format!("é {}", request.sample)));
+    }
+
+    job.run(&server, &[]).expect(0);
+    assert_eq!(server.asked().len(), 30, "nothing is asked twice");
+    assert_eq!(job.out(), out);
+}
+
+#[test]
+fn fine_tuning_takes_the_output_as_its_data() {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)));
+    let job = Job::new(20);
+    job.run(&server, &["--votes", "2"]).expect(0);
+    let small =
+        "--data out.jsonl --out run --dim 16 --layers 1 --heads 2 --pretrain-steps 1 --steps 1";
+    let mut finetune = Command::new(example("finetune"));
+    let run = Run::of(
+        finetune
+            .args(small.split(' '))
+            .current_dir(job.folder.path())
+            .output()
+            .unwrap(),
+    )
+    .expect(0);
+    assert!(
+        run.stdout.contains("uncertainty: 20 given, 0 estimated"),
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
+fn answers_that_cannot_be_parsed_are_asked_again_then_reported() {
+    let server = Server::start(|asked| match (asked.sample, asked.before) {
+        (3, _) => Response::says("I would say 40"),
+        (5, 0) => Response::says("Uncertainty: 140"),
+        (6, 0) => Response::new(
+            200,
+            json!({"choices": [{"message": {"content": "Uncertainty: 1"}, "finish_reason": "length"}]}),
+        ),
+        (7, 0) => Response::new(200, json!({"choices": [{"message": {"content": null}}]})),
+        (8, _) => Response::error(400, "too long for this model"),
+        (9, _) => Response::new(200, json!({"other": "service"})),
+        _ => Response::uncertainty(percent(asked.sample)),
+    });
+    let job = Job::new(12);
+    let count = |sample| {
+        server
+            .asked()
+            .iter()
+            .filter(|asked| asked.sample == sample)
+            .count()
+    };
+    let run = job.run(&server, &["--attempts", "4"]).expect(3);
+    assert!(
+        run.stderr
+            .contains("s3: 4 answers that cannot be parsed; the last ends with \"I would say 40\""),
+        "{}",
+        run.stderr
+    );
+    assert!(
+        run.stderr
+            .contains("s8: 400 Bad Request: too long for this model"),
+        "{}",
+        run.stderr
+    );
+    assert!(
+        run.stderr.contains("s9: the answer is no chat completion"),
+        "{}",
+        run.stderr
+    );
+    let missing = ["s3", "s8", "s9"];
+    let scored = job.scored();
+    for i in 0..12 {
+        let id = format!("s{i}");
+        assert_eq!(
+            scored.contains_key(&id),
+            !missing.contains(&id.as_str()),
+            "{id}"
+        );
+    }
+    assert_eq!(
+        (count(3), count(5), count(6), count(7), count(8), count(4)),
+        (4, 2, 2, 2, 1, 1)
+    );
+    assert_eq!(
+        scored["s6"]["uncertainty"], 0.42,
+        "not the answer that was cut short"
+    );
+
+    job.run(&server, &["--attempts", "1"]).expect(3);
+    assert_eq!(
+        (count(3), count(4)),
+        (5, 1),
+        "a later run asks for what is missing, and no more"
+    );
+}
+
+#[test]
+fn passing_failures_are_repeated_up_to_a_limit() {
+    let server = Server::start(|asked| match (asked.sample, asked.before) {
+        (2, _) => Response::error(500, "broken here"),
+        (4, 0) => Response::uncertainty(99).after(1500),
+        (i, n) if i % 3 == 0 && n < 2 => Response::error(502, "broken now"),
+        _ => Response::uncertainty(percent(asked.sample)),
+    });
+    let job = Job::new(10);
+    let run = job
+        .run(&server, &["--retries", "3", "--timeout", "0.7"])
+        .expect(3);
+    assert!(
+        run.stderr
+            .contains("s2: 500 Internal Server Error: broken here (given up after 4 requests)"),
+        "{}",
+        run.stderr
+    );
+    assert!(run.stderr.contains("requests repeated"), "{}", run.stderr);
+    let scored = job.scored();
+    assert_eq!(scored.len(), 9);
+    assert_eq!(
+        scored["s4"]["uncertainty"], 0.28,
+        "of the second request: the first was too slow"
+    );
+    let count = |sample| {
+        server
+            .asked()
+            .iter()
+            .filter(|asked| asked.sample == sample)
+            .count()
+    };
+    assert_eq!((count(2), count(3), count(4), count(5)), (4, 3, 2, 1));
+}
+
+#[test]
+fn the_servers_limits_are_honoured() {
+    // A limit that holds for a second, whoever asks.
+    let first: Mutex<Option<Instant>> = Mutex::new(None);
+    let server = Server::start(move |asked| {
+        let mut first = first.lock().unwrap();
+        if first.get_or_insert(asked.at).elapsed() < Duration::from_secs(1) {
+            return Response::error(429, "slow down").header("retry-after", "1");
+        }
+        Response::uncertainty(percent(asked.sample))
+    });
+    let job = Job::new(12);
+    job.run(&server, &["--concurrency", "3"]).expect(0);
+    assert_eq!(job.scored().len(), 12);
+    let asked = server.asked();
+    let early = asked
+        .iter()
+        .filter(|other| other.at - asked[0].at < Duration::from_secs(1))
+        .count();
+    assert!(
+        early <= 3,
+        "{early} requests while the server wanted none; those on their way are three"
+    );
+
+    // A limit that is used up, which the server says before anyone exceeds it.
+    let server = Server::start(|asked| match asked.sample {
+        0 => Response::uncertainty(1)
+            .header("x-ratelimit-remaining-requests", "0")
+            .header("x-ratelimit-reset-requests", "1s"),
+        _ => Response::uncertainty(1),
+    });
+    let job = Job::new(2);
+    job.run(&server, &["--concurrency", "1"]).expect(0);
+    let asked = server.asked();
+    assert!(asked[1].at - asked[0].at >= Duration::from_secs(1));
+
+    // Longer than the user would wait.
+    let server = Server::start(|_| Response::error(429, "tomorrow").header("retry-after", "86400"));
+    let run = Job::new(2).run(&server, &[]).expect(1);
+    assert!(
+        run.stderr
+            .contains("the server asks to wait 86400 s, and --max-wait is 600 s"),
+        "{}",
+        run.stderr
+    );
+
+    // Without an end.
+    let server = Server::start(|_| Response::error(429, "never"));
+    let run = Job::new(1).run(&server, &["--retries", "2"]).expect(1);
+    assert!(
+        run.stderr
+            .contains("429 Too Many Requests: never (given up after 3 requests)"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+fn errors_that_stay_stop_the_program_at_once() {
+    let cases = [
+        (401, json!({"message": "wrong key"})),
+        (404, json!({"message": "no such model"})),
+        (
+            400,
+            json!({"message": "unknown", "code": "model_not_found"}),
+        ),
+        (
+            429,
+            json!({"message": "pay first", "code": "insufficient_quota"}),
+        ),
+    ];
+    for (status, error) in cases {
+        let answer = json!({"error": error});
+        let server = Server::start(move |_| Response::new(status, answer.clone()));
+        let job = Job::new(20);
+        let run = job
+            .run(&server, &["--key", "hidden", "--concurrency", "2"])
+            .expect(1);
+        assert!(run.stderr.contains(&status.to_string()), "{}", run.stderr);
+        assert!(
+            run.stderr.contains(error["message"].as_str().unwrap()),
+            "{}",
+            run.stderr
+        );
+        assert!(!run.stderr.contains("hidden"), "the key must not be shown");
+        assert!(
+            server.asked().len() <= 2,
+            "{} requests",
+            server.asked().len()
+        );
+        assert_eq!(job.out(), "");
+    }
+    let server = Server::start(|_| Response::error(400, "no such parameter"));
+    let run = Job::new(50).run(&server, &[]).expect(1);
+    assert!(
+        run.stderr.contains("the first requests were all refused"),
+        "{}",
+        run.stderr
+    );
+    assert!(server.asked().len() < 50);
+
+    let nowhere = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m"]; // the discard port
+    let run = Run::of(Job::new(1).command(&nowhere).output().unwrap()).expect(1);
+    assert!(run.stderr.contains("127.0.0.1:9"), "{}", run.stderr);
+}
+
+#[test]
+fn votes_have_a_mean_and_a_spread() {
+    let server = Server::start(|asked| Response::uncertainty([10, 20, 60][asked.before]));
+    let job = Job::new(4);
+    job.run(&server, &["--votes", "3", "--concurrency", "5"])
+        .expect(0);
+    for line in job.scored().values() {
+        let mut votes: Vec<f64> = serde_json::from_value(line["votes"].clone()).unwrap();
+        votes.sort_by(f64::total_cmp);
+        assert_eq!(votes, [0.1, 0.2, 0.6]);
+        assert!((line["uncertainty"].as_f64().unwrap() - 0.3).abs() < 1e-12);
+        let spread = ((0.04 + 0.01 + 0.09) / 3f64).sqrt();
+        assert!((line["spread"].as_f64().unwrap() - spread).abs() < 1e-12);
+    }
+    assert!(!job.path("out.jsonl.votes").exists(), "all of it is in OUT");
+}
+
+/// Killed at random moments and started again until done.
+fn killed(samples: usize, votes: usize, seed: u64) {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)).after(8));
+    let job = Job::new(samples);
+    let (out, partial) = (job.path("out.jsonl"), job.path("out.jsonl.votes"));
+    let mut rng = StdRng::seed_from_u64(seed);
+    let whole_lines = |path: &Path| -> String {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text[..text.rfind('\n').map_or(0, |at| at + 1)].to_string()
+    };
+    let mut kills = 0;
+    for run in 0u64.. {
+        // Answers on the disk, by sample.
+        let before = whole_lines(&out);
+        let id = |line: &str| -> usize {
+            let line: Value = serde_json::from_str(line).unwrap();
+            line["id"].as_str().unwrap()[1..].parse().unwrap()
+        };
+        let mut there: BTreeMap<usize, usize> = BTreeMap::new();
+        whole_lines(&partial)
+            .lines()
+            .for_each(|line| *there.entry(id(line)).or_default() += 1);
+        before
+            .lines()
+            .for_each(|line| _ = there.insert(id(line), votes));
+
+        let mut child = job
+            .remote(
+                &server,
+                &[
+                    "--votes",
+                    &votes.to_string(),
+                    "--body",
+                    &format!("{{\"user\": {run}}}"),
+                ],
+            )
+            .spawn()
+            .unwrap();
+        let ended = wait(
+            &mut child,
+            Duration::from_millis(rng.random_range(5..60 + 10 * run)),
+        );
+        if !ended {
+            child.kill().unwrap();
+            kills += 1;
+        }
+        let result = Run::of(child.wait_with_output().unwrap());
+
+        assert!(
+            whole_lines(&out).starts_with(&before),
+            "a line that was there is gone"
+        );
+        for sample in 0..samples {
+            let user = Value::from(run);
+            let requests = server
+                .asked()
+                .iter()
+                .filter(|a| a.sample == sample && a.body["user"] == user)
+                .count();
+            let allowed = votes - there.get(&sample).unwrap_or(&0);
+            assert!(
+                requests <= allowed,
+                "sample {sample} asked {requests} times, lacking {allowed} answers"
+            );
+        }
+        if ended {
+            result.expect(0);
+            break;
+        }
+        // A kill hardly ever meets a write that is half done, so half a line is added by hand.
+        let torn = if votes > 1 && run % 2 == 0 {
+            &partial
+        } else {
+            &out
+        };
+        if run % 3 != 0 && torn.exists() {
+            let mut file = OpenOptions::new().append(true).open(torn).unwrap();
+            file.write_all(&line(samples).as_bytes()[..rng.random_range(1..30)])
+                .unwrap();
+        }
+    }
+    assert!(kills >= 3, "{kills} kills");
+    let scored = job.scored();
+    assert_eq!(scored.len(), samples);
+    for i in 0..samples {
+        let line = &scored[&format!("s{i}")];
+        let u = percent(i) as f64 / 100.0;
+        assert_eq!(line["votes"], json!(vec![u; votes]));
+        assert!((line["uncertainty"].as_f64().unwrap() - u).abs() < 1e-12);
+    }
+    assert!(!partial.exists());
+}
+
+fn wait(child: &mut Child, time: Duration) -> bool {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        if child.try_wait().unwrap().is_some() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+#[test]
+fn killed_at_any_moment_it_loses_nothing_and_asks_nothing_twice() {
+    killed(120, 1, 1);
+}
+
+#[test]
+fn killed_between_votes_it_keeps_those_that_were_given() {
+    killed(60, 3, 2);
+}
+
+#[test]
+fn a_torn_last_line_is_repaired() {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)));
+    let whole = |i: usize| {
+        let line = line(i);
+        let own = line.strip_suffix(" }").unwrap();
+        format!("{own},\"uncertainty\":0.5,\"votes\":[0.5],\"spread\":0.0,\"model\":\"stronger\"}}")
+    };
+    let torn = whole(1);
+    let inside_a_letter = torn.find('é').unwrap() + 1;
+    for cut in [1, 9, inside_a_letter, torn.len() - 1] {
+        let job = Job::new(3);
+        let left = [whole(0).as_bytes(), b"\n", &torn.as_bytes()[..cut]].concat();
+        fs::write(job.path("out.jsonl"), left).unwrap();
+        let before = server.asked().len();
+        job.run(&server, &[]).expect(0);
+        let asked: BTreeSet<usize> = server.asked()[before..].iter().map(|a| a.sample).collect();
+        assert_eq!(asked, BTreeSet::from([1, 2]), "cut at {cut}");
+        assert_eq!(job.scored().len(), 3);
+    }
+    // The line break alone is missing: the answer is there.
+    let job = Job::new(2);
+    fs::write(job.path("out.jsonl"), format!("{}\n{torn}", whole(0))).unwrap();
+    let before = server.asked().len();
+    job.run(&server, &[]).expect(0);
+    assert_eq!(server.asked().len(), before);
+    assert_eq!(job.out(), format!("{}\n{torn}\n", whole(0)));
+
+    // No work of this program is left as it is.
+    let job = Job::new(2);
+    fs::write(job.path("out.jsonl"), "my notes").unwrap();
+    job.run(&server, &[]).expect(1);
+    assert_eq!(job.out(), "my notes");
+}
+
+#[test]
+fn two_processes_do_not_share_an_output() {
+    let server = Server::start(|_| Response::uncertainty(1).after(400));
+    let job = Job::new(2);
+    let first = job
+        .remote(&server, &["--concurrency", "1"])
+        .spawn()
+        .unwrap();
+    while server.asked().is_empty() {
+        thread::sleep(Duration::from_millis(2));
+    }
+    let second = job.run(&server, &[]).expect(1);
+    assert!(
+        second
+            .stderr
+            .contains("another process is writing this file"),
+        "{}",
+        second.stderr
+    );
+    Run::of(first.wait_with_output().unwrap()).expect(0);
+    assert_eq!(server.asked().len(), 2);
+}
+
+#[test]
+fn an_output_of_another_job_is_refused() {
+    let server = Server::start(|_| Response::uncertainty(1));
+    let job = Job::new(2);
+    job.run(&server, &[]).expect(0);
+    let run = job.run(&server, &["--model", "other"]).expect(1);
+    assert!(
+        run.stderr.contains("scored by stronger, and now by other"),
+        "{}",
+        run.stderr
+    );
+    let run = job.run(&server, &["--votes", "2"]).expect(1);
+    assert!(
+        run.stderr
+            .contains("scored with 1 votes a sample, and now with 2"),
+        "{}",
+        run.stderr
+    );
+
+    fs::write(
+        job.path("in.jsonl"),
+        line(0) + "\n" + &line(1).replace('é', "e"),
+    )
+    .unwrap();
+    let run = job.run(&server, &[]).expect(1);
+    assert!(run.stderr.contains("another text"), "{}", run.stderr);
+    fs::write(job.path("in.jsonl"), line(0)).unwrap();
+    let run = job.run(&server, &[]).expect(1);
+    assert!(run.stderr.contains("s1 is not in --data"), "{}", run.stderr);
+    assert_eq!(server.asked().len(), 2);
+}
+
+#[test]
+fn samples_without_an_id_get_a_stable_one() {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)));
+    let job = Job::new(0);
+    let sample = |i: usize| format!("{{\"prompt\": \"question {i}?\", \"response\": \"r\"}}\n");
+    fs::write(
+        job.path("in.jsonl"),
+        sample(0) + &sample(1) + "\n" + &sample(0),
+    )
+    .unwrap();
+    job.run(&server, &[]).expect(0);
+    let ids: Vec<String> = job.scored().into_keys().collect();
+    assert_eq!((ids.len(), server.asked().len()), (3, 3));
+    assert!(
+        ids.iter().any(|id| id.ends_with("-2")),
+        "the same sample again: {ids:?}"
+    );
+    // In another order, with one more.
+    fs::write(
+        job.path("in.jsonl"),
+        sample(2) + &sample(0) + &sample(0) + &sample(1),
+    )
+    .unwrap();
+    job.run(&server, &[]).expect(0);
+    assert_eq!(server.asked().len(), 4);
+    assert!(ids.iter().all(|id| job.scored().contains_key(id)));
+}
+
+#[test]
+fn bad_input_is_named() {
+    let server = Server::start(|_| Response::uncertainty(1));
+    let cases = [
+        ("", "has no samples"),
+        (
+            "{\"prompt\": \"p\", \"response\": \"r\"}\nnonsense",
+            "in.jsonl:2",
+        ),
+        ("{\"prompt\": \"p\"}", "\"response\" is missing"),
+        (
+            "{\"prompt\": 1, \"response\": \"r\"}",
+            "\"prompt\" is not a string",
+        ),
+        (
+            "{\"prompt\": \"p\", \"response\": \" \"}",
+            "\"response\" is empty",
+        ),
+        (
+            "{\"prompt\": \"p\", \"response\": \"r\", \"model\": \"m\"}",
+            "a field \"model\" already",
+        ),
+        (
+            "{\"id\": 1.5, \"prompt\": \"p\", \"response\": \"r\"}",
+            "\"id\" is 1.5",
+        ),
+        (
+            "{\"id\": 1, \"prompt\": \"p\", \"response\": \"r\"}\n{\"id\": \"1\", \"prompt\": \"q\", \"response\": \"r\"}",
+            "as in line 1",
+        ),
+    ];
+    for (text, message) in cases {
+        let job = Job::new(0);
+        fs::write(job.path("in.jsonl"), text).unwrap();
+        let run = job.run(&server, &[]).expect(1);
+        assert!(run.stderr.contains(message), "{text}: {}", run.stderr);
+        assert!(!job.path("out.jsonl").exists());
+    }
+    let job = Job::new(1);
+    let same = ["--data", "in.jsonl", "--out", "./in.jsonl", "--model", "m"];
+    let run = Run::of(job.program().args(same).output().unwrap()).expect(1);
+    assert!(
+        run.stderr.contains("the file of the samples"),
+        "{}",
+        run.stderr
+    );
+    assert_eq!(
+        fs::read_to_string(job.path("in.jsonl")).unwrap(),
+        line(0) + "\n"
+    );
+    let run = job.run(&server, &["--votes", "0"]).expect(1);
+    assert!(run.stderr.contains("--votes is 0"), "{}", run.stderr);
+    let run = job.run(&server, &["--body", "[]"]).expect(1);
+    assert!(run.stderr.contains("--body"), "{}", run.stderr);
+    fs::write(job.path("p.txt"), "only {prompt}").unwrap();
+    let run = job.run(&server, &["--prompt", "p.txt"]).expect(1);
+    assert!(
+        run.stderr.contains("lacks the placeholder {response}"),
+        "{}",
+        run.stderr
+    );
+    assert!(server.asked().is_empty());
+}
+
+#[test]
+fn a_prompt_of_ones_own_takes_the_defaults_place() {
+    let server = Server::start(|_| Response::uncertainty(1));
+    let job = Job::new(0);
+    let sample = r#"{"prompt": "question 0? {response}", "response": "{prompt} {"}"#;
+    fs::write(job.path("in.jsonl"), sample).unwrap();
+    fs::write(job.path("p.txt"), "{x} {prompt} | {response} {prompt}").unwrap();
+    job.run(&server, &["--prompt", "p.txt"]).expect(0);
+    assert_eq!(
+        server.asked()[0].text,
+        "{x} question 0? {response} | {prompt} { question 0? {response}"
+    );
+
+    let printed = Run::of(job.command(&["--print-prompt"]).output().unwrap())
+        .expect(0)
+        .stdout;
+    assert_eq!(printed, prompt::Template::default().text());
+    let guide = include_str!("../docs/elicitation.md");
+    assert!(
+        guide.contains(&printed),
+        "docs/elicitation.md shows another prompt"
+    );
+}
+
+#[test]
+fn an_answer_is_a_number_in_its_last_line_and_nothing_else() {
+    for (text, value) in [
+        ("Uncertainty: 0", 0.0),
+        ("Uncertainty: 100", 1.0),
+        ("Uncertainty:37.5\n\n", 0.375),
+        ("Experts agree.\n  Uncertainty: 20  \n", 0.2),
+    ] {
+        assert_eq!(prompt::parse(text), Some(value), "{text:?}");
+    }
+    for text in [
+        "",
+        "37",
+        "Uncertainty:",
+        "Uncertainty: N",
+        "Uncertainty: 101",
+        "Uncertainty: 100.01",
+        "Uncertainty: -1",
+        "Uncertainty: +1",
+        "Uncertainty: 37%",
+        "Uncertainty: 3 7",
+        "Uncertainty: 1e1",
+        "Uncertainty: NaN",
+        "Uncertainty: 5.",
+        "Uncertainty: .5",
+        "Uncertainty: 10-20",
+        "uncertainty: 5",
+        "**Uncertainty: 5**",
+        "Uncertainty: 5\nI hope this helps.",
+        "The Uncertainty: 5",
+        "Uncertainty: ５",
+    ] {
+        assert_eq!(prompt::parse(text), None, "{text:?}");
+    }
+}
+
+#[test]
+fn waits_are_read_as_servers_write_them() {
+    let wait = |pairs: &[(&'static str, String)]| {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.insert(*name, value.parse().unwrap());
+        }
+        limits::retry_after(&headers).map(|wait| wait.as_secs_f64())
+    };
+    assert_eq!(wait(&[]), None);
+    assert_eq!(wait(&[("retry-after", "2.5".into())]), Some(2.5));
+    assert_eq!(
+        wait(&[
+            ("retry-after", "20".into()),
+            ("retry-after-ms", "150".into())
+        ]),
+        Some(0.15)
+    );
+    assert_eq!(wait(&[("retry-after", "soon".into())]), None);
+    assert_eq!(wait(&[("retry-after", "-5".into())]), None);
+    let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(30));
+    let until = wait(&[("retry-after", date)]).unwrap();
+    assert!((28.0..=30.0).contains(&until), "{until}");
+    assert_eq!(
+        wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT".into())]),
+        Some(0.0)
+    );
+    for (text, seconds) in [
+        ("1s", Some(1.0)),
+        ("6m0s", Some(360.0)),
+        ("1h1m1.5s", Some(3661.5)),
+        ("20ms", Some(0.02)),
+        ("3", Some(3.0)),
+        ("x", None),
+        ("5y", None),
+    ] {
+        let reset = [
+            ("x-ratelimit-remaining-tokens", "0".to_string()),
+            ("x-ratelimit-reset-tokens", text.to_string()),
+        ];
+        assert_eq!(wait(&reset), seconds, "{text}");
+    }
+    let left = [
+        ("x-ratelimit-remaining-tokens", "9".to_string()),
+        ("x-ratelimit-reset-tokens", "1s".to_string()),
+    ];
+    assert_eq!(wait(&left), None);
+
+    let first = Duration::from_secs(1);
+    for repetition in 0..40 {
+        let longest = 2f64.powi(repetition).min(60.0);
+        let wait = limits::backoff(first, repetition as u32).as_secs_f64();
+        assert!(
+            (longest / 2.0 - 1e-9..=longest + 1e-9).contains(&wait),
+            "{repetition}: {wait}"
+        );
+    }
+}
+
+#[test]
+fn a_local_model_scores_by_the_entropy_of_its_predictions() {
+    let job = Job::new(3);
+    let model = job.path("small.gguf");
+    let weights = write_model(&model);
+    let long = format!(
+        "{{\"id\": \"long\", \"prompt\": \"question 9?\", \"response\": \"{}\"}}\n",
+        "a".repeat(64)
+    );
+    let lines = fs::read_to_string(job.path("in.jsonl")).unwrap();
+    fs::write(job.path("in.jsonl"), format!("{long}{lines}")).unwrap();
+    let run = Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(3);
+    assert!(
+        run.stderr.contains("long: it has 9") && run.stderr.contains("the model takes 64"),
+        "{}",
+        run.stderr
+    );
+    let scored = job.scored();
+    assert_eq!(scored.len(), 3);
+    for i in 0..3 {
+        let line = &scored[&format!("s{i}")];
+        let (found, expected) = (
+            line["uncertainty"].as_f64().unwrap(),
+            expected_uncertainty(&weights, i),
+        );
+        assert!((found - expected).abs() < 1e-6, "{found} and {expected}");
+        assert!(expected > 0.1 && expected < 0.999, "{expected}");
+        assert_eq!(line["model"], "small.gguf");
+        assert!(line.get("votes").is_none() && line.get("spread").is_none());
+    }
+
+    // Continues, and does the same samples to the same digits.
+    let all = job.out();
+    let cut = all.find('\n').unwrap() + 20;
+    fs::write(job.path("out.jsonl"), &all[..cut]).unwrap();
+    fs::write(job.path("in.jsonl"), lines).unwrap();
+    Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(0);
+    assert_eq!(job.out(), all);
+}
