@@ -14,7 +14,7 @@ use crate::{
 
 /// Fine-tunes a small language model plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL), and
 /// compares them on held-out samples.
-#[derive(Parser, Debug, Serialize)]
+#[derive(Parser, Clone, Debug, Serialize)]
 pub struct Args {
     /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1]; a
     /// missing one is estimated: the rank, among the training samples, of the response's cross-entropy under a

@@ -36,23 +36,22 @@ mod plots;
 mod pretrained;
 mod progress;
 mod report;
+mod setup;
 mod synthetic;
 mod train;
 
-use std::{fs, time::Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
-use candle_cross_entropy::ual::SmoothingMap;
+use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
 
 use crate::{
-    args::{Args, device, plans},
-    checkpoint::Checkpoints,
+    args::{Args, device},
     memory::StepMemory,
-    model::{Config, Decoder, Trained},
     report::Run,
-    train::{Curve, Method, Plan, train},
+    setup::Setup,
+    train::{Curve, Method, Plan},
 };
 
 /// What metrics.json holds.
@@ -74,116 +73,27 @@ fn main() -> Result<()> {
     args.check()?;
     let start = Instant::now();
     let device = device(&args.device)?;
-    fs::create_dir_all(&args.out)
-        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    let setup = Setup::new(&args, &device)?;
+    report::save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
 
-    let loaded = match &args.model {
-        Some(path) => Some(pretrained::load(path, args.max_tokens, &device)?),
-        None => None,
-    };
-    let data = match &args.data {
-        None => synthetic::generate(args.seed),
-        Some(path) => {
-            let tokenizer = loaded.as_ref().map(|model| model.tokenizer.clone());
-            let Args {
-                seed,
-                held_out,
-                vocab,
-                max_tokens,
-                limit,
-                ..
-            } = args;
-            let options = jsonl::Options {
-                seed,
-                held_out,
-                vocab,
-                max_tokens,
-                limit,
-            };
-            jsonl::load(path, tokenizer, &options)?
-        }
-    };
-    let uncertainties: Vec<f32> = data.train.iter().map(|sample| sample.uncertainty).collect();
-    let map = SmoothingMap::fit(&uncertainties, args.mean_smoothing, args.max_smoothing)
-        .context("the uncertainties of the training samples")?;
-    report::save_json(&args.out.join("smoothing_map.json"), &map)?;
-    println!("{}", data.description);
-
-    let (plan, pretraining) = plans(&args, &data);
-    let checkpoints = |name: &str| Checkpoints {
-        path: checkpoint::path(&args.out, name),
-        every: args.checkpoint_every,
-        resume: args.resume,
-        fingerprint: format!("{name}, {} of {}", args.fingerprint(), data.description),
-    };
-    let of_model = loaded.is_some();
-    let model = match loaded {
-        Some(loaded) => {
-            let trained = args.lora.map_or(Trained::All, |rank| Trained::Lora {
-                rank,
-                scale: args.lora_alpha.unwrap_or(2.0 * rank as f64) / rank as f64,
-            });
-            Decoder::from_weights(loaded.config, loaded.weights, trained, args.seed, &device)?
-        }
-        None => {
-            let shape = (args.dim, args.layers, args.heads);
-            let config = Config::small(data.vocab, shape, data.longest());
-            Decoder::new(config, args.seed, &device)?
-        }
-    };
-    let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
-    let Config { layers, dim, .. } = model.config();
-    println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
-    let pretraining = if of_model {
-        None
-    } else {
-        let corpus = (data.pretrain.as_slice(), &[][..]);
-        let checkpoints = checkpoints("pre-training");
-        Some(train(
-            "pre-training",
-            &model,
-            &Method::Sft,
-            corpus,
-            &pretraining,
-            &checkpoints,
-            &device,
-        )?)
-    };
-    let initial = model.weights()?;
-
-    let held_out: Vec<_> = data.held_out.iter().collect();
-    let median = held_out.iter().map(|sample| sample.uncertainty).collect();
-    let median = metrics::median(median).context("no held-out samples")?;
-    let ual = Method::Ual(map);
+    let ual = Method::Ual(setup.map.clone());
     let mut runs = Vec::new();
     for method in [
         Method::Sft,
         Method::Constant(args.mean_smoothing),
         ual.clone(),
     ] {
-        model.set_weights(&initial)?;
-        let training = train(
-            method.name(),
-            &model,
-            &method,
-            (&data.train, &data.held_out),
-            &plan,
-            &checkpoints(method.name()),
-            &device,
-        )?;
-        let rows = evaluate::evaluate(&model, &held_out, plan.batch, &device)?;
-        let mean_smoothing = method.mean_smoothing(&uncertainties)?;
-        runs.push(Run {
-            method: method.name(),
-            mean_smoothing,
-            groups: report::groups(&rows, median),
-            training,
-        });
+        let (run, _) = setup.run(&args, method.name(), &method, &setup.data.train, &device)?;
+        runs.push(run);
     }
 
     println!("{}", report::table(&runs));
-    println!("certain: uncertainty below the held-out samples' median, {median:.3}");
-    let memory = StepMemory::measure(&model, &ual, &data.train, &plan, &device)?;
+    println!(
+        "certain: uncertainty below the held-out samples' median, {:.3}",
+        setup.median
+    );
+    let (model, plan) = (&setup.model, setup.plan);
+    let memory = StepMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
     if let Some(memory) = memory {
         println!("{memory}");
     }
@@ -191,13 +101,13 @@ fn main() -> Result<()> {
     plots::losses(&args.out.join("losses.svg"), &runs)?;
     let report = Report {
         arguments: &args,
-        data: &data.description,
-        vocab: data.vocab,
-        parameters,
-        median_uncertainty: median,
+        data: &setup.data.description,
+        vocab: setup.data.vocab,
+        parameters: setup.parameters,
+        median_uncertainty: setup.median,
         plan,
         peak_step_bytes: memory,
-        pretraining: pretraining.as_ref(),
+        pretraining: setup.pretraining.as_ref(),
         runs: &runs,
     };
     report::save_json(&args.out.join("metrics.json"), &report)?;

@@ -8,10 +8,11 @@ use plotters::{coord::Shift, prelude::*};
 use crate::report::{Group, Run};
 
 const SIZE: (u32, u32) = (1000, 500);
-const COLORS: [RGBColor; 3] = [
+pub const COLORS: [RGBColor; 4] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
 ];
 const FONT: (&str, u32) = ("sans-serif", 15);
 

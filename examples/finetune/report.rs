@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// One training and its held-out results.
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 pub struct Run {
     pub method: &'static str,
     /// Over the training samples.
@@ -21,7 +21,7 @@ pub struct Run {
 }
 
 /// Held-out rows of all samples, of the certain or of the uncertain.
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 pub struct Group {
     pub name: &'static str,
     pub summary: Option<Summary>,

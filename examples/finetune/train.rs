@@ -103,7 +103,7 @@ pub struct Point {
     pub held_out_nll: f64,
 }
 
-#[derive(Default, Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct Curve {
     pub points: Vec<Point>,
     pub seconds: f64,

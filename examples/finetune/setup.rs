@@ -1,0 +1,174 @@
+//! What the trainings that are compared have in common: data, the initial model and the plan.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use candle_cross_entropy::ual::SmoothingMap;
+
+use crate::{
+    args::{Args, plans},
+    checkpoint::{self, Checkpoints},
+    data::{Dataset, Sample},
+    evaluate, jsonl,
+    metrics::{self, Row},
+    model::{Config, Decoder, Trained},
+    pretrained::{self, Pretrained},
+    report::{self, Run},
+    synthetic,
+    train::{Curve, Method, Plan, train},
+};
+
+pub struct Setup {
+    pub data: Dataset,
+    /// Of the training samples.
+    pub uncertainties: Vec<f32>,
+    /// Of the held-out samples' uncertainties.
+    pub median: f32,
+    /// Fitted on the training samples.
+    pub map: SmoothingMap,
+    pub model: Decoder,
+    /// How many numbers are trained.
+    pub parameters: usize,
+    pub plan: Plan,
+    pub pretraining: Option<Curve>,
+    /// What every training begins with.
+    initial: Vec<Tensor>,
+}
+
+impl Setup {
+    /// Loads or makes data and model; pre-trains a model that was made here.
+    pub fn new(args: &Args, device: &Device) -> Result<Self> {
+        fs::create_dir_all(&args.out)
+            .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+        let loaded = match &args.model {
+            Some(path) => Some(pretrained::load(path, args.max_tokens, device)?),
+            None => None,
+        };
+        let data = dataset(args, loaded.as_ref())?;
+        let uncertainties: Vec<f32> = data.train.iter().map(|sample| sample.uncertainty).collect();
+        let map = SmoothingMap::fit(&uncertainties, args.mean_smoothing, args.max_smoothing)
+            .context("the uncertainties of the training samples")?;
+        let median = data.held_out.iter().map(|sample| sample.uncertainty);
+        let median = metrics::median(median.collect()).context("no held-out samples")?;
+        println!("{}", data.description);
+
+        let of_model = loaded.is_some();
+        let model = decoder(args, loaded, &data, device)?;
+        let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
+        let Config { layers, dim, .. } = model.config();
+        println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
+        let (plan, pretraining_plan) = plans(args, &data);
+        let pretraining = if of_model {
+            None
+        } else {
+            let name = "pre-training";
+            let checkpoints = checkpoints(args, &data, name);
+            let corpus = (data.pretrain.as_slice(), &[][..]);
+            let plan = &pretraining_plan;
+            let sft = Method::Sft;
+            Some(train(
+                name,
+                &model,
+                &sft,
+                corpus,
+                plan,
+                &checkpoints,
+                device,
+            )?)
+        };
+        Ok(Self {
+            initial: model.weights()?,
+            data,
+            uncertainties,
+            median,
+            map,
+            model,
+            parameters,
+            plan,
+            pretraining,
+        })
+    }
+
+    /// Trains on `samples` from the initial weights, and evaluates; the model keeps what it learned.
+    pub fn run(
+        &self,
+        args: &Args,
+        name: &'static str,
+        method: &Method,
+        samples: &[Sample],
+        device: &Device,
+    ) -> Result<(Run, Vec<Row>)> {
+        self.model.set_weights(&self.initial)?;
+        let training = train(
+            name,
+            &self.model,
+            method,
+            (samples, &self.data.held_out),
+            &self.plan,
+            &checkpoints(args, &self.data, name),
+            device,
+        )?;
+        let held_out: Vec<_> = self.data.held_out.iter().collect();
+        let rows = evaluate::evaluate(&self.model, &held_out, self.plan.batch, device)?;
+        let run = Run {
+            method: name,
+            mean_smoothing: method.mean_smoothing(&self.uncertainties)?,
+            groups: report::groups(&rows, self.median),
+            training,
+        };
+        Ok((run, rows))
+    }
+}
+
+fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
+    let &Args {
+        seed,
+        held_out,
+        vocab,
+        max_tokens,
+        limit,
+        ..
+    } = args;
+    let Some(path) = &args.data else {
+        return Ok(synthetic::generate(seed));
+    };
+    let options = jsonl::Options {
+        seed,
+        held_out,
+        vocab,
+        max_tokens,
+        limit,
+    };
+    jsonl::load(path, loaded.map(|model| model.tokenizer.clone()), &options)
+}
+
+fn decoder(
+    args: &Args,
+    loaded: Option<Pretrained>,
+    data: &Dataset,
+    device: &Device,
+) -> Result<Decoder> {
+    let Some(loaded) = loaded else {
+        let shape = (args.dim, args.layers, args.heads);
+        let config = Config::small(data.vocab, shape, data.longest());
+        return Ok(Decoder::new(config, args.seed, device)?);
+    };
+    let trained = args.lora.map_or(Trained::All, |rank| Trained::Lora {
+        rank,
+        scale: args.lora_alpha.unwrap_or(2.0 * rank as f64) / rank as f64,
+    });
+    let (config, weights) = (loaded.config, loaded.weights);
+    Ok(Decoder::from_weights(
+        config, weights, trained, args.seed, device,
+    )?)
+}
+
+fn checkpoints(args: &Args, data: &Dataset, name: &str) -> Checkpoints {
+    Checkpoints {
+        path: checkpoint::path(&args.out, name),
+        every: args.checkpoint_every,
+        resume: args.resume,
+        fingerprint: format!("{name}, {} of {}", args.fingerprint(), data.description),
+    }
+}

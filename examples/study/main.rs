@@ -1,0 +1,188 @@
+//! Evidence: plain fine-tuning, constant smoothing of the same mean, uncertainty-aware smoothing, and the control in which
+//! the same uncertainties are dealt to the samples at random, over several seeds; held-out metrics and the clustering of
+//! tokens in the last hidden layer, as mean ± deviation over seeds, in a Markdown report with pictures.
+//!
+//! ```text
+//! cargo run --release --example study
+//! cargo run --release --example study -- --data scored.jsonl --model MODEL.gguf --lora 8 --limit 200
+//! ```
+//!
+//! All options of the example `finetune` are its own. A seed changes data, initial weights, batches and the control.
+
+#[path = "../finetune/args.rs"]
+#[allow(dead_code)] // of finetune's modules, not everything is used here
+mod args;
+#[path = "../finetune/checkpoint.rs"]
+mod checkpoint;
+mod clusters;
+#[path = "../finetune/data.rs"]
+mod data;
+#[path = "../finetune/evaluate.rs"]
+mod evaluate;
+#[path = "../common/gguf_tokenizer.rs"]
+mod gguf_tokenizer;
+#[path = "../finetune/jsonl.rs"]
+mod jsonl;
+#[path = "../finetune/linear.rs"]
+mod linear;
+#[path = "../finetune/metrics.rs"]
+mod metrics;
+#[path = "../finetune/model.rs"]
+mod model;
+#[path = "../finetune/ngram.rs"]
+mod ngram;
+#[path = "../finetune/optimizer.rs"]
+mod optimizer;
+mod pictures;
+#[path = "../finetune/plots.rs"]
+mod plots;
+#[path = "../finetune/pretrained.rs"]
+mod pretrained;
+#[path = "../finetune/progress.rs"]
+mod progress;
+#[path = "../finetune/report.rs"]
+#[allow(dead_code)]
+mod report;
+#[path = "../finetune/setup.rs"]
+#[allow(dead_code)]
+mod setup;
+mod summary;
+#[path = "../finetune/synthetic.rs"]
+mod synthetic;
+#[path = "../finetune/train.rs"]
+#[allow(dead_code)]
+mod train;
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use clap::Parser;
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::Serialize;
+
+use crate::{
+    args::{Args, device},
+    clusters::{Clusters, Points},
+    data::Sample,
+    metrics::Row,
+    report::Run,
+    setup::Setup,
+    train::Method,
+};
+
+#[derive(Parser)]
+struct Options {
+    /// How many seeds, from --seed on
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    #[command(flatten)]
+    run: Args,
+}
+
+/// A training of a seed, and what it came to.
+#[derive(Serialize)]
+struct Outcome {
+    seed: u64,
+    run: Run,
+    clusters: Option<Clusters>,
+}
+
+/// What the pictures show: of the first seed.
+struct First {
+    runs: Vec<Run>,
+    points: Vec<(&'static str, Points)>,
+    /// Uncertainty and smoothing of the training samples.
+    smoothing: Vec<(f32, f32)>,
+}
+
+/// The uncertainties of `samples`, dealt to them at random.
+fn shuffled(samples: &[Sample], seed: u64) -> Vec<Sample> {
+    let mut uncertainties: Vec<f32> = samples.iter().map(|sample| sample.uncertainty).collect();
+    uncertainties.shuffle(&mut StdRng::seed_from_u64(seed ^ 0x5eed));
+    let dealt = samples.iter().zip(uncertainties);
+    dealt
+        .map(|(sample, uncertainty)| Sample {
+            tokens: sample.tokens.clone(),
+            truth: sample.truth.clone(),
+            uncertainty,
+            ..*sample
+        })
+        .collect()
+}
+
+/// Every method from the same initial weights.
+fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
+    let setup = Setup::new(args, device)?;
+    let control = shuffled(&setup.data.train, args.seed);
+    let ual = Method::Ual(setup.map.clone());
+    let constant = Method::Constant(args.mean_smoothing);
+    let train = setup.data.train.as_slice();
+    let methods = [
+        ("SFT", Method::Sft, train),
+        ("constant", constant, train),
+        ("shuffled", ual.clone(), control.as_slice()),
+        ("UAL", ual, train),
+    ];
+    let mut outcomes = Vec::new();
+    let mut first = First {
+        runs: Vec::new(),
+        points: Vec::new(),
+        smoothing: Vec::new(),
+    };
+    for (name, method, samples) in methods {
+        let (run, _): (Run, Vec<Row>) = setup.run(args, name, &method, samples, device)?;
+        let batch = setup.plan.batch;
+        let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
+        first.runs.push(run.clone());
+        outcomes.push(Outcome {
+            seed: args.seed,
+            run,
+            clusters: points.clusters(),
+        });
+        first.points.push((name, points));
+    }
+    for &uncertainty in &setup.uncertainties {
+        let smoothing = setup.map.smoothing(uncertainty)?;
+        first.smoothing.push((uncertainty, smoothing));
+    }
+    Ok((outcomes, first))
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    options.run.check()?;
+    ensure!(
+        options.seeds > 0,
+        "--seeds is 0; it must be at least 1, and 3 for a deviation that means something"
+    );
+    let folder = options.run.out.clone();
+    let device = device(&options.run.device)?;
+    let mut outcomes = Vec::new();
+    let mut first = None;
+    for seed in 0..options.seeds {
+        let args = Args {
+            seed: options.run.seed + seed,
+            out: folder.join(format!("seed-{}", options.run.seed + seed)),
+            ..options.run.clone()
+        };
+        let (of_seed, pictured) = of_seed(&args, &device)?;
+        outcomes.extend(of_seed);
+        first.get_or_insert(pictured);
+    }
+    let first = first.context("there is a seed")?;
+    report::save_json(&folder.join("outcomes.json"), &outcomes)?;
+    plots::losses(&folder.join("losses.svg"), &first.runs)?;
+    plots::reliability(&folder.join("reliability.svg"), &first.runs)?;
+    pictures::smoothing(&folder.join("smoothing.svg"), &first.smoothing)?;
+    pictures::projections(&folder.join("clusters.svg"), &first.points)?;
+    let text = summary::markdown(&outcomes, options.seeds as usize);
+    let path = folder.join("report.md");
+    fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{text}");
+    println!(
+        "report.md, its pictures and outcomes.json are in {}",
+        folder.display()
+    );
+    Ok(())
+}

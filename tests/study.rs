@@ -1,0 +1,150 @@
+//! The study: its clusters on points with a known answer, and a small run whose report says what its outcomes are.
+
+#[path = "../examples/study/clusters.rs"]
+#[allow(dead_code)] // each module is an example's, and not all of it is used here
+mod clusters;
+#[path = "../examples/finetune/data.rs"]
+#[allow(dead_code)]
+mod data;
+#[path = "../examples/finetune/linear.rs"]
+#[allow(dead_code)]
+mod linear;
+#[path = "../examples/finetune/model.rs"]
+#[allow(dead_code)]
+mod model;
+#[path = "common/program.rs"]
+mod program;
+
+use std::{fs, process::Command};
+
+use clusters::Points;
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn points(clusters: &[&[[f64; 3]]]) -> Points {
+    let mut points = Points::default();
+    for (label, states) in clusters.iter().enumerate() {
+        points.labels.extend(states.iter().map(|_| label));
+        points
+            .states
+            .extend(states.iter().map(|state| state.to_vec()));
+    }
+    points
+}
+
+#[test]
+fn silhouette_and_distances_by_hand() {
+    // Pairs at distance 2; from one pair to the other 10 or √104.
+    let square = points(&[
+        &[[0.0, 0.0, 1.0], [0.0, 2.0, 1.0]],
+        &[[10.0, 0.0, 1.0], [10.0, 2.0, 1.0]],
+    ]);
+    let clusters = square.clusters().unwrap();
+    let between = (10.0 + 104f64.sqrt()) / 2.0;
+    assert_eq!((clusters.clusters, clusters.states), (2, 4));
+    assert!((clusters.silhouette - (between - 2.0) / between).abs() < 1e-12);
+    assert!((clusters.within_over_between - 2.0 / between).abs() < 1e-12);
+    // The other way round, every point is nearer to the other cluster.
+    let crossed = points(&[
+        &[[0.0, 0.0, 1.0], [10.0, 2.0, 1.0]],
+        &[[10.0, 0.0, 1.0], [0.0, 2.0, 1.0]],
+    ]);
+    let crossed = crossed.clusters().unwrap();
+    assert!(crossed.silhouette < -0.3 && crossed.within_over_between > 1.5);
+    let same = points(&[&[[1.0; 3]; 3], &[[1.0; 3]; 3]])
+        .clusters()
+        .unwrap();
+    assert_eq!(same.silhouette, 0.0);
+    assert!(points(&[&[[0.0; 3]; 4]]).clusters().is_none());
+    assert!(Points::default().clusters().is_none());
+}
+
+#[test]
+fn the_projection_keeps_the_two_widest_directions() {
+    // 6 wide, 2 wide and 0.2 wide, rotated in the plane of the first two.
+    let corners: Vec<[f64; 3]> = (0..8)
+        .map(|i| {
+            let sign = |bit: usize| if i >> bit & 1 == 0 { -1.0 } else { 1.0 };
+            let (x, y, z) = (3.0 * sign(0), sign(1), 0.1 * sign(2));
+            [0.6 * x - 0.8 * y + 5.0, 0.8 * x + 0.6 * y, z]
+        })
+        .collect();
+    let projected = points(&[&corners]).projection();
+    for (x, y) in projected {
+        assert!(
+            (x.abs() - 3.0).abs() < 1e-6 && (y.abs() - 1.0).abs() < 1e-6,
+            "{x}, {y}"
+        );
+    }
+    assert!(Points::default().projection().is_empty());
+}
+
+fn study(out: &std::path::Path) -> (String, Vec<Value>) {
+    let output = Command::new(program::example("study"))
+        .env("RAYON_NUM_THREADS", "1") // how products round depends on it
+        .args(["--seeds", "2", "--steps", "4", "--pretrain-steps", "2"])
+        .args(["--dim", "16", "--layers", "1", "--heads", "2", "--out"])
+        .arg(out)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let outcomes = fs::read(out.join("outcomes.json")).unwrap();
+    let report = fs::read_to_string(out.join("report.md")).unwrap();
+    (report, serde_json::from_slice(&outcomes).unwrap())
+}
+
+#[test]
+fn a_small_study_reports_its_outcomes() {
+    let folder = TempDir::new().unwrap();
+    let (report, outcomes) = study(&folder.path().join("a"));
+    let methods: Vec<_> = outcomes
+        .iter()
+        .map(|o| o["run"]["method"].as_str().unwrap())
+        .collect();
+    let all = ["SFT", "constant", "shuffled", "UAL"];
+    assert_eq!(methods, [all, all].concat());
+    for picture in ["losses", "reliability", "smoothing", "clusters"] {
+        let picture = format!("{picture}.svg");
+        assert!(report.contains(&picture));
+        let text = fs::read_to_string(folder.path().join("a").join(picture)).unwrap();
+        assert!(text.starts_with("<svg"));
+    }
+    // Means and deviations of two seeds, by hand.
+    let nll = |seed: usize, method: usize, group: usize| {
+        let groups = &outcomes[4 * seed + method]["run"]["groups"];
+        groups[group]["summary"]["nll"].as_f64().unwrap()
+    };
+    let mut sections = report.split("\n## ").skip(1);
+    for group in 0..3 {
+        let section = sections.next().unwrap();
+        for (m, method) in all.iter().enumerate() {
+            let (a, b) = (nll(0, m, group), nll(1, m, group));
+            let deviation = (a - b).abs() / 2f64.sqrt();
+            let row = format!("| {method} | {:.4} ± {deviation:.4} |", (a + b) / 2.0);
+            assert!(section.contains(&row), "{row}\n{section}");
+        }
+    }
+    let differences = sections.next().unwrap();
+    let less: Vec<f64> = (0..2)
+        .map(|seed| nll(seed, 3, 0) - nll(seed, 0, 0))
+        .collect();
+    let lower = less.iter().filter(|d| **d < 0.0).count();
+    let mean = (less[0] + less[1]) / 2.0;
+    let row = differences
+        .lines()
+        .find(|line| line.starts_with("| all | less SFT |"));
+    let row = row.unwrap();
+    assert!(row.contains(&format!("| {mean:.4} ±")), "{row}, {mean}");
+    assert!(row.contains(&format!("({lower} of 2)")), "{row}");
+    // The control has other samples' uncertainties, so it differs from UAL; and the same run gives the same numbers.
+    assert_ne!(nll(0, 2, 0), nll(0, 3, 0));
+    let (_, again) = study(&folder.path().join("b"));
+    let groups = |outcomes: &[Value]| -> Vec<Value> {
+        outcomes
+            .iter()
+            .map(|o| o["run"]["groups"].clone())
+            .collect()
+    };
+    assert_eq!(groups(&again), groups(&outcomes));
+}
