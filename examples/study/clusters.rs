@@ -47,11 +47,11 @@ pub fn points(
         let inputs = Batch::new(samples, device)?.inputs;
         let states = model.hidden(&inputs)?.detach().to_vec3::<f32>()?;
         for (sample, states) in samples.iter().zip(states) {
-            let inputs = sample.tokens.len() - 1;
-            for t in sample.prompt..inputs {
-                let of_token = by_token.entry(sample.tokens[t]).or_default();
+            let inputs = &sample.tokens[..sample.tokens.len() - 1];
+            for (token, state) in inputs.iter().zip(states).skip(sample.prompt) {
+                let of_token = by_token.entry(*token).or_default();
                 if of_token.len() < MOST {
-                    of_token.push(states[t].iter().map(|&x| x.into()).collect());
+                    of_token.push(state.into_iter().map(f64::from).collect());
                 }
             }
         }
