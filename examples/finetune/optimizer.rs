@@ -44,6 +44,7 @@ impl AdamW {
             let Some(gradient) = gradients.get(var) else {
                 continue;
             };
+            let gradient = &gradient.detach(); // or the moments would keep every step's graph
             let Moments { first, second } = moments;
             *first = ((&*first * first_beta)? + (gradient * (1.0 - first_beta))?)?;
             *second = ((&*second * second_beta)? + (gradient.sqr()? * (1.0 - second_beta))?)?;

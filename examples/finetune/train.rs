@@ -198,16 +198,24 @@ pub fn train(
     Ok(curve)
 }
 
+/// Adds the gradients of the variables. candle's hold on to the activations they were computed from, these do not.
 fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle_core::Result<()> {
+    let gradients = vars.iter().map(|var| more.remove(var).map(|g| g.detach()));
+    let gradients: Vec<_> = gradients.collect();
     let Some(sum) = sum else {
+        for (var, gradient) in vars.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                more.insert(var, gradient);
+            }
+        }
         *sum = Some(more);
         return Ok(());
     };
-    for var in vars {
-        if let Some(more) = more.remove(var) {
+    for (var, gradient) in vars.iter().zip(gradients) {
+        if let Some(gradient) = gradient {
             let total = match sum.remove(var) {
-                Some(gradient) => (gradient + more)?,
-                None => more,
+                Some(before) => (before + gradient)?,
+                None => gradient,
             };
             sum.insert(var, total);
         }
