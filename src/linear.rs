@@ -5,7 +5,7 @@
 //! results. The backward goes over them again: the product, unless the tile was kept, its gradient in place, and from it
 //! the gradients of both factors.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
@@ -52,6 +52,20 @@ pub(crate) struct Wanted {
     pub hidden: bool,
     pub weight: bool,
     pub bias: bool,
+}
+
+/// Logits of the first tiles. The first backward takes them, a second one computes them again.
+pub(crate) struct Kept<S>(Mutex<Vec<S>>);
+
+impl<S> Kept<S> {
+    pub fn new(tiles: Vec<S>) -> Self {
+        Self(Mutex::new(tiles))
+    }
+
+    pub fn take(&self) -> impl Iterator<Item = S> + use<S> {
+        let mut tiles = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        std::mem::take(&mut *tiles).into_iter()
+    }
 }
 
 /// What a backend's forward leaves for its backward.

@@ -8,6 +8,8 @@ mod job;
 mod limits;
 #[path = "elicit/model.rs"]
 mod model;
+#[path = "common/program.rs"]
+mod program;
 #[path = "../examples/elicit/prompt.rs"]
 #[allow(dead_code)]
 mod prompt;
@@ -30,7 +32,7 @@ use serde_json::{Value, json};
 use ureq::http::HeaderMap;
 
 use crate::{
-    job::{Job, Run, example, line, percent},
+    job::{Job, Run, line, percent},
     model::{expected_uncertainty, write_model},
     server::{Response, Server},
 };
@@ -85,7 +87,7 @@ fn fine_tuning_takes_the_output_as_its_data() {
     job.run(&server, &["--votes", "2"]).expect(0);
     let small =
         "--data out.jsonl --out run --dim 16 --layers 1 --heads 2 --pretrain-steps 1 --steps 1";
-    let mut finetune = Command::new(example("finetune"));
+    let mut finetune = Command::new(program::example("finetune"));
     let run = Run::of(
         finetune
             .args(small.split(' '))

@@ -1,5 +1,8 @@
 //! The fine-tuning example from the outside: a small run of each kind of data, and bad input.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -11,20 +14,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 fn finetune(arguments: &[&str]) -> Output {
-    // Beside this test's own folder: `cargo test` builds examples, but names no path to them.
-    let test = std::env::current_exe().unwrap();
-    let program = test
-        .parent()
-        .and_then(Path::parent)
+    Command::new(program::example("finetune"))
+        .args(arguments)
+        .output()
         .unwrap()
-        .join("examples/finetune");
-    assert!(
-        program
-            .with_extension(std::env::consts::EXE_EXTENSION)
-            .exists(),
-        "cargo build --example finetune first"
-    );
-    Command::new(program).args(arguments).output().unwrap()
 }
 
 fn small_run(out: &Path, more: &[&str]) -> (String, Value) {

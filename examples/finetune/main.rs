@@ -83,8 +83,7 @@ fn main() -> Result<()> {
         Method::Constant(args.mean_smoothing),
         ual.clone(),
     ] {
-        let (run, _) = setup.run(&args, method.name(), &method, &setup.data.train, &device)?;
-        runs.push(run);
+        runs.push(setup.run(&args, method.name(), &method, &setup.data.train, &device)?);
     }
 
     println!("{}", report::table(&runs));

@@ -10,8 +10,7 @@ use crate::{
     args::{Args, plans},
     checkpoint::{self, Checkpoints},
     data::{Dataset, Sample},
-    evaluate, jsonl,
-    metrics::{self, Row},
+    evaluate, jsonl, metrics,
     model::{Config, Decoder, Trained},
     pretrained::{self, Pretrained},
     report::{self, Run},
@@ -98,7 +97,7 @@ impl Setup {
         method: &Method,
         samples: &[Sample],
         device: &Device,
-    ) -> Result<(Run, Vec<Row>)> {
+    ) -> Result<Run> {
         self.model.set_weights(&self.initial)?;
         let training = train(
             name,
@@ -111,13 +110,12 @@ impl Setup {
         )?;
         let held_out: Vec<_> = self.data.held_out.iter().collect();
         let rows = evaluate::evaluate(&self.model, &held_out, self.plan.batch, device)?;
-        let run = Run {
+        Ok(Run {
             method: name,
             mean_smoothing: method.mean_smoothing(&self.uncertainties)?,
             groups: report::groups(&rows, self.median),
             training,
-        };
-        Ok((run, rows))
+        })
     }
 }
 

@@ -65,7 +65,6 @@ use crate::{
     args::{Args, device},
     clusters::{Clusters, Points},
     data::Sample,
-    metrics::Row,
     report::Run,
     setup::Setup,
     train::Method,
@@ -131,7 +130,7 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
         smoothing: Vec::new(),
     };
     for (name, method, samples) in methods {
-        let (run, _): (Run, Vec<Row>) = setup.run(args, name, &method, samples, device)?;
+        let run = setup.run(args, name, &method, samples, device)?;
         let batch = setup.plan.batch;
         let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
         first.runs.push(run.clone());

@@ -2,9 +2,12 @@
 //!
 //! Products are computed in f32 (f64 for f64), whatever the type of their factors, and so are the logits between them.
 
-use std::{ops::Range, sync::Mutex};
+use std::ops::Range;
 
-use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail, utils::get_num_threads};
+use candle_core::{
+    CpuStorage, DType, Layout, Result, Tensor, WithDType, backend::BackendStorage, bail,
+    utils::get_num_threads,
+};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
@@ -20,7 +23,7 @@ use super::{
 };
 use crate::{
     call::{Call, Row},
-    linear::{Operands, Plan, Wanted},
+    linear::{Kept, Operands, Plan, Wanted},
     op::Forward,
     tiles::Tile,
 };
@@ -29,8 +32,7 @@ use crate::{
 pub(crate) struct Saved {
     rows: Vec<Option<Row>>,
     normalisers: Vec<Normaliser>,
-    /// Logits of the first tiles. The first backward takes them, a second one computes them again.
-    kept: Mutex<Vec<CpuStorage>>,
+    kept: Kept<CpuStorage>,
 }
 
 /// A type that products are computed in.
@@ -436,9 +438,7 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
     operands: &Operands<CpuStorage>,
     wanted: Wanted,
 ) -> Result<[Option<CpuStorage>; 3]> {
-    let upstream = upstream
-        .to_dtype(candle_core::DType::F64)?
-        .to_vec1::<f64>()?;
+    let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let divisor = divisor(call, &saved.rows);
     let mut factors = Factors::<E>::new(operands)?;
     let (depth, by_rows) = (factors.depth(), plan.tiles.by_rows);
@@ -448,8 +448,7 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
     let mut weight_gradient = gradient(call.width, by_rows, wanted.weight);
     let mut bias_gradient = wanted.bias.then(|| vec![0.0f64; call.width]);
 
-    let kept = std::mem::take(&mut *saved.kept.lock().unwrap_or_else(|e| e.into_inner()));
-    let mut kept = kept.into_iter();
+    let mut kept = saved.kept.take();
     let mut logits = Vec::new();
     for tile in plan.tiles.iter() {
         match kept.next() {
@@ -543,7 +542,6 @@ pub(crate) fn forward(
     let rows = call.read_rows()?;
     let (results, normalisers, kept) =
         with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
-    use candle_core::backend::BackendStorage;
     let dtype = result_type(operands.hidden.0.dtype());
     let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
     Ok(Forward {
@@ -552,7 +550,7 @@ pub(crate) fn forward(
         saved: crate::linear::Saved::Cpu(Saved {
             rows,
             normalisers,
-            kept: Mutex::new(kept),
+            kept: Kept::new(kept),
         }),
     })
 }

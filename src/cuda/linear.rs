@@ -1,11 +1,7 @@
 //! `forward_linear` on CUDA: tile by tile, a product by cuBLAS, and a kernel over what it left. The number of launches a
 //! tile is constant, and nothing waits for the device. The twin of `cpu::linear`.
 
-use std::{
-    ffi::c_void,
-    ops::Range,
-    sync::{Arc, Mutex},
-};
+use std::{ffi::c_void, ops::Range, sync::Arc};
 
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Tensor,
@@ -31,7 +27,7 @@ use crate::{
     blas::{Gemm, View},
     call::Call,
     kernel_abi::{Params, Running},
-    linear::{CUDA_PITCH, Operands, Plan, Wanted},
+    linear::{CUDA_PITCH, Kept, Operands, Plan, Wanted},
     op::Forward,
     tiles::Tile,
 };
@@ -39,8 +35,7 @@ use crate::{
 /// What the forward leaves for the backward.
 pub(crate) struct Saved {
     rows: super::Saved,
-    /// Logits of the first tiles. The first backward takes them, a second one computes them again.
-    kept: Mutex<Vec<CudaStorage>>,
+    kept: Kept<CudaStorage>,
 }
 
 /// A view of two dimensions, one of whose strides is 1.
@@ -436,7 +431,7 @@ pub(crate) fn forward(
                 state,
                 total_weight,
             },
-            kept: Mutex::new(kept),
+            kept: Kept::new(kept),
         }),
     })
 }
@@ -468,8 +463,7 @@ pub(crate) fn backward(
     let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
     let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
 
-    let kept = std::mem::take(&mut *saved.kept.lock().unwrap_or_else(|e| e.into_inner()));
-    let mut kept = kept.into_iter();
+    let mut kept = saved.kept.take();
     let mut free = None;
     for tile in plan.tiles.iter() {
         let mut logits = match kept.next() {

@@ -3,29 +3,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::server::Server;
-
-/// An example that `cargo test` has built: it names no path to them, but they are beside this test's own folder.
-pub fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let folder = test
-        .parent()
-        .and_then(Path::parent)
-        .unwrap()
-        .join("examples");
-    let program = folder
-        .join(name)
-        .with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(program.exists(), "cargo build --example {name} first");
-    program
-}
+use crate::{program::example, server::Server};
 
 /// A folder with `in.jsonl` of samples 0 to n − 1.
 pub struct Job {
