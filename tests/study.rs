@@ -6,6 +6,8 @@ mod clusters;
 #[path = "../examples/finetune/data.rs"]
 #[allow(dead_code)]
 mod data;
+#[path = "../examples/finetune/fused.rs"]
+mod fused;
 #[path = "../examples/finetune/linear.rs"]
 #[allow(dead_code)]
 mod linear;
@@ -14,6 +16,8 @@ mod linear;
 mod model;
 #[path = "common/program.rs"]
 mod program;
+#[path = "../examples/finetune/separate.rs"]
+mod separate;
 
 use std::{fs, process::Command};
 

@@ -46,7 +46,7 @@ impl Linear {
             return x.matmul(&self.weight);
         };
         let frozen = x.contiguous()?.apply_op1(Frozen(self.weight.clone()))?;
-        frozen + (x.matmul(down)?.matmul(up)? * *scale)?
+        frozen + (x.matmul(down)? * *scale)?.matmul(up)?
     }
 }
 

@@ -23,6 +23,7 @@ mod args;
 mod checkpoint;
 mod data;
 mod evaluate;
+mod fused;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 mod jsonl;
@@ -36,6 +37,7 @@ mod plots;
 mod pretrained;
 mod progress;
 mod report;
+mod separate;
 mod setup;
 mod synthetic;
 mod train;

@@ -1,15 +1,15 @@
-//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU. Built
-//! from operations that have a backward in candle; the fused softmax, rms_norm and rope of candle-nn have none.
+//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-use candle_core::{D, Device, Result, Tensor, Var};
-use candle_nn::{
-    ops::{rms_norm_slow, silu, softmax},
-    rotary_emb::{rope_i_slow, rope_slow},
-};
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, Var};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-use crate::linear::Linear;
+use crate::{
+    fused::{Attention, Rotation, rms_norm, swiglu},
+    linear::Linear,
+};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
@@ -108,9 +108,7 @@ pub struct Decoder {
     norm: Tensor,
     /// (V, D)
     projection: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor,
+    rotation: Arc<Rotation>,
     vars: Vec<Var>,
 }
 
@@ -234,24 +232,16 @@ impl Decoder {
         (embedding, layers, norm, projection): (Tensor, Vec<Layer>, Tensor, Tensor),
         init: Init,
     ) -> Result<Self> {
-        let (half, length) = (config.head_size() / 2, config.max_tokens);
-        let angle = |t: usize, i: usize| t as f32 / config.rope_base.powf(i as f32 / half as f32);
-        let angles: Vec<f32> = (0..length)
-            .flat_map(|t| (0..half).map(move |i| angle(t, i)))
-            .collect();
-        let angles = Tensor::from_vec(angles, (length, half), init.device)?;
-        let mask: Vec<f32> = (0..length)
-            .flat_map(|t| (0..length).map(move |s| if s <= t { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
+        let (length, size) = (config.max_tokens, config.head_size());
+        let (base, interleaved) = (config.rope_base, config.rope_interleaved);
+        let rotation = Rotation::new(length, size, base, interleaved, init.device)?;
         Ok(Self {
             config,
             embedding,
             layers,
             norm,
             projection,
-            cos: angles.cos()?,
-            sin: angles.sin()?,
-            mask: Tensor::from_vec(mask, (length, length), init.device)?,
+            rotation: Arc::new(rotation),
             vars: init.vars,
         })
     }
@@ -303,68 +293,22 @@ impl Decoder {
 
     /// Rows (B·T, dim) throughout, so that every linear map is one matrix product.
     fn rows(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (batch, length) = tokens.dims2()?;
-        let epsilon = self.config.norm_epsilon;
+        let (_, length) = tokens.dims2()?;
+        let attention = Attention {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            size: self.config.head_size(),
+            length,
+            rotation: self.rotation.clone(),
+        };
+        let norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, self.config.norm_epsilon);
         let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
         for layer in &self.layers {
-            let normed = rms_norm_slow(&x, &layer.attention_norm, epsilon)?;
-            x = (&x + self.attention(layer, &normed, batch, length)?)?;
-            let normed = rms_norm_slow(&x, &layer.mlp_norm, epsilon)?;
-            let gate_up = layer.gate_up.forward(&normed)?.chunk(2, D::Minus1)?;
-            x = (&x + layer.down.forward(&(silu(&gate_up[0])? * &gate_up[1])?)?)?;
+            let qkv = layer.qkv.forward(&norm(&x, &layer.attention_norm)?)?;
+            x = (&x + layer.output.forward(&attention.clone().forward(&qkv)?)?)?;
+            let gate_up = layer.gate_up.forward(&norm(&x, &layer.mlp_norm)?)?;
+            x = (&x + layer.down.forward(&swiglu(&gate_up)?)?)?;
         }
-        rms_norm_slow(&x, &self.norm, epsilon)
-    }
-
-    fn attention(&self, layer: &Layer, x: &Tensor, batch: usize, length: usize) -> Result<Tensor> {
-        let Config {
-            heads, kv_heads, ..
-        } = self.config;
-        let (size, dim, kv_dim) = (
-            self.config.head_size(),
-            self.config.dim,
-            self.config.kv_dim(),
-        );
-        let qkv = layer.qkv.forward(x)?;
-        // (B, heads, T, size)
-        let split = |start: usize, heads: usize| {
-            qkv.narrow(1, start, heads * size)?
-                .reshape((batch, length, heads, size))?
-                .transpose(1, 2)?
-                .contiguous()
-        };
-        let rope = if self.config.rope_interleaved {
-            rope_i_slow
-        } else {
-            rope_slow
-        };
-        let q = rope(&split(0, heads)?, &self.cos, &self.sin)?;
-        let k = rope(&split(dim, kv_heads)?, &self.cos, &self.sin)?;
-        let v = split(dim + kv_dim, kv_heads)?;
-        let (k, v) = (self.spread(&k)?, self.spread(&v)?);
-        let scores = (q.matmul(&k.t()?.contiguous()?)? * (size as f64).powf(-0.5))?;
-        let mask = self.mask.narrow(0, 0, length)?.narrow(1, 0, length)?;
-        let weights = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
-        let mixed = weights
-            .matmul(&v)?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((batch * length, dim))?;
-        layer.output.forward(&mixed)
-    }
-
-    /// Keys or values (B, kv_heads, T, size) to (B, heads, T, size).
-    fn spread(&self, x: &Tensor) -> Result<Tensor> {
-        let Config {
-            heads, kv_heads, ..
-        } = self.config;
-        if heads == kv_heads {
-            return Ok(x.clone());
-        }
-        let (batch, _, length, size) = x.dims4()?;
-        x.unsqueeze(2)?
-            .broadcast_as((batch, kv_heads, heads / kv_heads, length, size))?
-            .contiguous()?
-            .reshape((batch, heads, length, size))
+        norm(&x, &self.norm)
     }
 }

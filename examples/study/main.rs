@@ -19,6 +19,8 @@ mod clusters;
 mod data;
 #[path = "../finetune/evaluate.rs"]
 mod evaluate;
+#[path = "../finetune/fused.rs"]
+mod fused;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 #[path = "../finetune/jsonl.rs"]
@@ -43,6 +45,8 @@ mod progress;
 #[path = "../finetune/report.rs"]
 #[allow(dead_code)]
 mod report;
+#[path = "../finetune/separate.rs"]
+mod separate;
 #[path = "../finetune/setup.rs"]
 #[allow(dead_code)]
 mod setup;
