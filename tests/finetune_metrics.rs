@@ -113,15 +113,15 @@ fn only_responses_are_targets() {
     let batch = Batch::new(&[&long, &short], &Device::Cpu).unwrap();
     assert_eq!(
         batch.inputs.to_vec2::<u32>().unwrap(),
-        [[7, 8, 9], [7, 8, 0]]
+        [[7, 8, 9, 10], [7, 8, 11, 0]]
     );
     assert_eq!(
         batch.targets.to_vec2::<i64>().unwrap(),
-        [[IGNORED, 9, 10], [8, 11, IGNORED]]
+        [[IGNORED, 9, 10, IGNORED], [8, 11, IGNORED, IGNORED]]
     );
     assert_eq!(
         (batch.rows, batch.tokens, batch.uncertainties),
-        (4, 5, vec![0.25, 0.75])
+        (4, 7, vec![0.25, 0.75])
     );
 }
 

@@ -1,6 +1,7 @@
 //! Samples, and batches of them as tensors.
 
 use candle_core::{Device, Result, Tensor};
+use candle_cross_entropy::ual::Layout;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 /// Target of rows that take no part in the loss: prompt tokens and padding.
@@ -42,9 +43,11 @@ impl Dataset {
 }
 
 pub struct Batch {
+    /// Rows (B, T), one a token.
+    pub layout: Layout,
     /// (B, T) u32.
     pub inputs: Tensor,
-    /// (B, T) i64, `IGNORED` for rows whose next token is the prompt's or padding.
+    /// (B, T) i64, `IGNORED` for rows whose next token is the prompt's, or which have none.
     pub targets: Tensor,
     /// Of the B samples.
     pub uncertainties: Vec<f32>,
@@ -56,28 +59,17 @@ pub struct Batch {
 
 impl Batch {
     pub fn new(samples: &[&Sample], device: &Device) -> Result<Self> {
-        let width = samples
-            .iter()
-            .map(|s| s.tokens.len() - 1)
-            .max()
-            .unwrap_or(0);
-        let shape = (samples.len(), width);
-        let mut inputs = vec![0u32; samples.len() * width];
-        let mut targets = vec![IGNORED; samples.len() * width];
-        for (i, sample) in samples.iter().enumerate() {
-            for (t, pair) in sample.tokens.windows(2).enumerate() {
-                inputs[i * width + t] = pair[0];
-                if t + 1 >= sample.prompt {
-                    targets[i * width + t] = i64::from(pair[1]);
-                }
-            }
-        }
+        let tokens: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
+        let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.len()).collect();
+        let prompts: Vec<usize> = samples.iter().map(|s| s.prompt).collect();
+        let layout = Layout::padded(&lengths)?;
         Ok(Self {
-            rows: targets.iter().filter(|&&t| t != IGNORED).count(),
-            tokens: samples.iter().map(|s| s.tokens.len() - 1).sum(),
+            inputs: layout.tokens(&tokens, 0, device)?,
+            targets: layout.targets(&tokens, &prompts, IGNORED, device)?,
+            layout,
             uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
-            inputs: Tensor::from_vec(inputs, shape, device)?,
-            targets: Tensor::from_vec(targets, shape, device)?,
+            rows: samples.iter().map(|s| s.tokens.len() - s.prompt).sum(),
+            tokens: lengths.iter().sum(),
         })
     }
 }

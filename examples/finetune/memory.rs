@@ -39,6 +39,7 @@ impl StepMemory {
                 Ok(())
             })
         };
+        step(Loss::Linear)?; // what threads allocate once and keep
         let (linear, logits) = (step(Loss::Linear)?, step(Loss::Logits)?);
         Ok(linear
             .zip(logits)

@@ -53,7 +53,7 @@ pub fn attention(attention: &Attention, qkv: &Tensor) -> Result<Tensor> {
     let (k, v) = (spread(&k)?, spread(&v)?);
     let scores = (q.matmul(&k.t()?.contiguous()?)? * (size as f64).powf(-0.5))?;
     let seen = Tensor::tril2(length, DType::U8, qkv.device())?.broadcast_as(scores.shape())?;
-    let unseen = scores.ones_like()?.affine(0.0, f64::NEG_INFINITY)?;
+    let unseen = Tensor::new(f32::NEG_INFINITY, qkv.device())?.broadcast_as(scores.shape())?;
     let weights = softmax(&seen.where_cond(&scores, &unseen)?, D::Minus1)?;
     weights
         .matmul(&v)?

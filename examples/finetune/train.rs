@@ -53,13 +53,15 @@ impl Method {
         })
     }
 
-    fn loss(&self, uncertainties: &[f32], device: &Device) -> candle_core::Result<CrossEntropy> {
+    fn loss(&self, batch: &Batch) -> candle_core::Result<CrossEntropy> {
+        let loss = CrossEntropy::new();
         Ok(match self {
-            Self::Sft => CrossEntropy::new(),
-            Self::Constant(smoothing) => CrossEntropy::new().smoothing(*smoothing),
+            Self::Sft => loss,
+            Self::Constant(smoothing) => loss.smoothing(*smoothing),
             // (B, 1): the loss broadcasts it over the sequence.
             Self::Ual(map) => {
-                CrossEntropy::new().smoothing(map.smoothing_column(uncertainties, device)?)
+                let (uncertainties, device) = (&batch.uncertainties, batch.inputs.device());
+                loss.smoothing(batch.layout.smoothing(map, uncertainties, device)?)
             }
         })
     }
@@ -233,7 +235,7 @@ pub fn forward(
 ) -> candle_core::Result<(Tensor, RowStats)> {
     let (inputs, targets) = (&batch.inputs, &batch.targets);
     let options = method
-        .loss(&batch.uncertainties, inputs.device())?
+        .loss(batch)?
         .reduction(Reduction::SumOver(rows.max(1) as f64));
     match loss {
         Loss::Linear => {
