@@ -69,9 +69,10 @@ use crate::{
     args::{Args, device},
     clusters::{Clusters, Points},
     data::Sample,
+    model::Config,
     report::Run,
     setup::Setup,
-    train::Method,
+    train::{Method, Plan},
 };
 
 #[derive(Parser)]
@@ -91,8 +92,9 @@ struct Outcome {
     clusters: Option<Clusters>,
 }
 
-/// What the pictures show: of the first seed.
+/// What the pictures show and the report begins with: of the first seed.
 struct First {
+    about: String,
     runs: Vec<Run>,
     points: Vec<(&'static str, Points)>,
     /// Uncertainty and smoothing of the training samples.
@@ -114,6 +116,25 @@ fn shuffled(samples: &[Sample], seed: u64) -> Vec<Sample> {
         .collect()
 }
 
+fn about(setup: &Setup, args: &Args) -> String {
+    let Config { layers, dim, .. } = setup.model.config();
+    let Plan {
+        steps,
+        batch,
+        accumulate,
+        learning_rate,
+        ..
+    } = setup.plan;
+    format!(
+        "Data: {}.\nModel: {layers} layers of width {dim}, {} parameters trained. {steps} steps of {} samples, peak \
+         learning rate {learning_rate}, mean smoothing {} where there is any.",
+        setup.data.description,
+        setup.parameters,
+        batch * accumulate,
+        args.mean_smoothing
+    )
+}
+
 /// Every method from the same initial weights.
 fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
     let setup = Setup::new(args, device)?;
@@ -129,6 +150,7 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
     ];
     let mut outcomes = Vec::new();
     let mut first = First {
+        about: about(&setup, args),
         runs: Vec::new(),
         points: Vec::new(),
         smoothing: Vec::new(),
@@ -179,7 +201,7 @@ fn main() -> Result<()> {
     plots::reliability(&folder.join("reliability.svg"), &first.runs)?;
     pictures::smoothing(&folder.join("smoothing.svg"), &first.smoothing)?;
     pictures::projections(&folder.join("clusters.svg"), &first.points)?;
-    let text = summary::markdown(&outcomes, options.seeds as usize);
+    let text = summary::markdown(&outcomes, options.seeds as usize, &first.about);
     let path = folder.join("report.md");
     fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{text}");

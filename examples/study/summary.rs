@@ -65,7 +65,8 @@ fn values(
         .collect()
 }
 
-pub fn markdown(outcomes: &[Outcome], seeds: usize) -> String {
+/// `about` says what was trained on what.
+pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
     let mut text = String::new();
     let command: Vec<String> = std::env::args().skip(1).collect();
     let add = |text: &mut String, line: &str| writeln!(text, "{line}").expect("a string grows");
@@ -73,7 +74,7 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize) -> String {
     add(
         &mut text,
         &format!(
-            "`cargo run --release --example study -- {}`\n\nMean ± sample deviation over {seeds} seeds, on held-out \
+            "`cargo run --release --example study -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
              samples. *Certain* samples have an uncertainty below the median. *shuffled* is UAL with the same \
              uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.\n",
             command.join(" ")
