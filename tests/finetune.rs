@@ -120,19 +120,30 @@ fn a_run_on_synthetic_data_reports_every_method_and_repeats() {
 }
 
 #[test]
-fn a_run_on_real_data_estimates_what_is_missing() {
+fn a_run_on_real_data_without_uncertainties_estimates_them() {
     let folder = TempDir::new().unwrap();
-    let lines: Vec<String> = (0..24)
-        .map(|i| match i % 3 {
-            0 => format!(
-                r#"{{"prompt": "Add 1 to {i}.", "response": "It is {}.", "uncertainty": 0.0}}"#,
-                i + 1
-            ),
-            1 => format!(r#"{{"prompt": "", "response": "free words {i} é ☃", "id": {i}}}"#),
-            _ => format!(r#"{{"prompt": "Say {i}.", "response": "{i}", "uncertainty": null}}"#),
-        })
-        .collect();
-    let data = write_data(&folder, (lines.join("\n") + "\n\n").as_bytes());
+    let line = |i: usize, more: &str| match i % 3 {
+        0 => format!(
+            r#"{{"prompt": "Add 1 to {i}.", "response": "It is {}."{more}}}"#,
+            i + 1
+        ),
+        1 => format!(r#"{{"prompt": "", "response": "free words {i} é ☃", "id": {i}{more}}}"#),
+        _ => format!(r#"{{"prompt": "Say {i}.", "response": "{i}"{more}}}"#),
+    };
+    let lines = |more: &dyn Fn(usize) -> &'static str| -> Vec<u8> {
+        let lines: Vec<String> = (0..24).map(|i| line(i, more(i))).collect();
+        (lines.join("\n") + "\n\n").into_bytes()
+    };
+    let data = write_data(
+        &folder,
+        &lines(&|i| {
+            if i == 4 {
+                r#", "uncertainty": null"#
+            } else {
+                ""
+            }
+        }),
+    );
     let more = [
         "--data",
         data.to_str().unwrap(),
@@ -148,10 +159,7 @@ fn a_run_on_real_data_estimates_what_is_missing() {
         stdout.contains("19 training samples, 5 held out"),
         "{stdout}"
     );
-    assert!(
-        stdout.contains("uncertainty: 8 given, 16 estimated"),
-        "{stdout}"
-    );
+    assert!(stdout.contains("uncertainty: estimated"), "{stdout}");
     assert!(
         metrics["runs"][2]["groups"][0]["summary"]["nll"]
             .as_f64()
@@ -162,6 +170,51 @@ fn a_run_on_real_data_estimates_what_is_missing() {
 
     let (_, again) = small_run(&folder.path().join("again"), &more);
     assert_eq!(results(metrics), results(again));
+
+    // Estimates are on a scale of their own.
+    write_data(
+        &folder,
+        &lines(&|i| {
+            if i == 4 {
+                ""
+            } else {
+                r#", "uncertainty": 0.01"#
+            }
+        }),
+    );
+    let refusal = refusal(&more);
+    assert!(
+        refusal.contains(":5: 1 of 24 samples have no uncertainty"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn responses_to_one_prompt_are_trained_on_or_held_out() {
+    let folder = TempDir::new().unwrap();
+    let line = |i: usize| {
+        format!(
+            r#"{{"prompt": "Question {}", "response": "{i}", "uncertainty": 0.{}}}"#,
+            i / 3,
+            1 + i % 7
+        )
+    };
+    let lines: Vec<String> = (0..30).map(line).collect();
+    let data = write_data(&folder, lines.join("\n").as_bytes());
+    let data = data.to_str().unwrap();
+    // A fifth of 30 are 6, of 20 are 4: two whole prompts of three.
+    for (limit, expected) in [
+        ("30", "24 training samples, 6 held out"),
+        ("20", "14 training samples, 6 held out"),
+    ] {
+        let (stdout, _) = small_run(
+            &folder.path().join(limit),
+            &[
+                "--data", data, "--vocab", "300", "--limit", limit, "--batch", "6",
+            ],
+        );
+        assert!(stdout.contains(expected), "{stdout}");
+    }
 }
 
 /// Negative log-likelihoods of every method's loss curve.

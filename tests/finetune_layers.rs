@@ -87,7 +87,7 @@ fn attention() -> Result<()> {
     ];
     for (batch, length, heads, kv_heads, size) in shapes {
         for interleaved in [false, true] {
-            let rotation = Rotation::new(length + 2, size, 10_000.0, interleaved, CPU)?;
+            let rotation = Rotation::new((length + 2, size), 10_000.0, None, interleaved, CPU)?;
             let attention = Attention {
                 heads,
                 kv_heads,
@@ -114,7 +114,7 @@ fn rows_that_are_no_whole_sequences_are_refused() -> Result<()> {
         kv_heads: 1,
         size: 2,
         length: 3,
-        rotation: Arc::new(Rotation::new(3, 2, 10_000.0, false, CPU)?),
+        rotation: Arc::new(Rotation::new((3, 2), 10_000.0, None, false, CPU)?),
     };
     let error = attention.forward(&random((4, 6), 5)?).unwrap_err();
     assert!(error.to_string().contains("(4, 6)"), "{error}");

@@ -14,7 +14,7 @@ mod synthetic;
 
 use candle_core::Device;
 use data::{Batch, Batches, IGNORED, Sample};
-use metrics::{Row, expected_calibration_error, median, reliability, split, summarise};
+use metrics::{Row, expected_calibration_error, reliability, split, summarise, threshold};
 use ngram::{NGram, rank};
 
 fn row(confidence: f64, correct: bool) -> Row {
@@ -90,7 +90,7 @@ fn the_median_parts_certain_from_uncertain() {
         uncertainty,
         ..row(0.5, true)
     });
-    let middle = median(rows.iter().map(|row| row.uncertainty).collect()).unwrap();
+    let middle = threshold(rows.iter().map(|row| row.uncertainty).collect()).unwrap();
     assert_eq!(middle, 0.5);
     let (certain, uncertain) = split(&rows, middle);
     assert_eq!(
@@ -101,7 +101,11 @@ fn the_median_parts_certain_from_uncertain() {
         [0.1, 0.2]
     );
     assert_eq!(uncertain.len(), 2);
-    assert_eq!(median(Vec::new()), None);
+    assert_eq!(threshold(Vec::new()), None);
+    // Neither part is empty unless all are equal.
+    assert_eq!(threshold(vec![0.0, 0.8, 0.0, 0.3, 0.0]), Some(0.3));
+    assert_eq!(threshold(vec![0.1, 0.8, 0.8, 0.8]), Some(0.8));
+    assert_eq!(threshold(vec![0.5; 3]), Some(0.5));
 }
 
 #[test]

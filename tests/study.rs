@@ -114,6 +114,12 @@ fn a_small_study_reports_its_outcomes() {
         let text = fs::read_to_string(folder.path().join("a").join(picture)).unwrap();
         assert!(text.starts_with("<svg"));
     }
+    // All that smooth have one mean over the rows they are trained on.
+    for (m, outcome) in outcomes.iter().enumerate() {
+        let mean = outcome["run"]["mean_smoothing"].as_f64().unwrap();
+        let expected = if m % 4 == 0 { 0.0 } else { 0.1 };
+        assert!((mean - expected).abs() < 1e-5, "{mean}");
+    }
     // Means and deviations of two seeds, by hand.
     let nll = |seed: usize, method: usize, group: usize| {
         let groups = &outcomes[4 * seed + method]["run"]["groups"];

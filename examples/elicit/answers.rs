@@ -165,6 +165,11 @@ impl<'a> Answers<'a> {
         self.done.iter().filter(|&&done| done).count()
     }
 
+    /// Whether there is an answer, of this run or an earlier one.
+    pub fn any(&self) -> bool {
+        self.done() > 0 || self.given.iter().any(|given| !given.is_empty())
+    }
+
     /// Writes an answer, in \[0, 1\]. When this returns it is on the disk.
     pub fn add(&mut self, sample: usize, answer: f64) -> Result<()> {
         let Some(votes) = self.votes else {

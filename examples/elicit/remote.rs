@@ -110,7 +110,7 @@ pub fn score(
 
     let mut missing = BTreeMap::new();
     let mut refusals = BTreeSet::new();
-    let mut answered = false;
+    let mut answered = answers.any();
     let mut fatal = None;
     let mut deadline: Option<Instant> = None;
     loop {

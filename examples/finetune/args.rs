@@ -16,8 +16,8 @@ use crate::{
 /// compares them on held-out samples.
 #[derive(Parser, Clone, Debug, Serialize)]
 pub struct Args {
-    /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1]; a
-    /// missing one is estimated: the rank, among the training samples, of the response's cross-entropy under a
+    /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1];
+    /// where no sample has one it is estimated: the rank, among the training samples, of the response's cross-entropy under a
     /// trigram model of the other training samples. Without this option the data are synthetic
     #[arg(long, value_name = "FILE.jsonl")]
     pub data: Option<PathBuf>,
@@ -37,7 +37,7 @@ pub struct Args {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Steps of each of the three trainings [default: 300; with --data three epochs; with --model 100]
+    /// Steps of each training [default: 300; with --data three epochs; with --model 100]
     #[arg(long)]
     pub steps: Option<usize>,
     /// Steps of next-token prediction that make the common starting point [default: 600; with --data five epochs]
@@ -58,7 +58,7 @@ pub struct Args {
     /// How the trainings compute their loss. The results differ by rounding alone
     #[arg(long, value_enum, default_value_t)]
     pub loss: Loss,
-    /// Mean smoothing over the training samples, of the constant and of the uncertainty-aware training
+    /// Mean smoothing over the training samples' response tokens, of the constant and of the uncertainty-aware training
     #[arg(long, default_value_t = 0.1)]
     pub mean_smoothing: f32,
     /// Largest smoothing of a sample

@@ -3,8 +3,9 @@
 use candle_core::{Device, Result, Tensor};
 use candle_cross_entropy::ual::Layout;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use sha2::{Digest, Sha256};
 
-/// Target of rows that take no part in the loss: prompt tokens and padding.
+/// Target of rows that take no part in the loss: their next token is the prompt's, or there is none.
 pub const IGNORED: i64 = -100;
 
 /// The true distribution of a response token: (token, probability), the probabilities above 0.
@@ -21,6 +22,18 @@ pub struct Sample {
     pub truth: Vec<Distribution>,
 }
 
+impl Sample {
+    /// How many rows of a loss are its response's.
+    pub fn rows(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    /// Its uncertainty for each of those.
+    pub fn of_rows(&self) -> impl Iterator<Item = f32> {
+        std::iter::repeat_n(self.uncertainty, self.rows())
+    }
+}
+
 pub struct Dataset {
     pub vocab: usize,
     /// What the model learns before any fine-tuning: plain next-token prediction.
@@ -31,7 +44,32 @@ pub struct Dataset {
     pub description: String,
 }
 
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 impl Dataset {
+    /// A hash of all samples.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for sample in [&self.pretrain, &self.train, &self.held_out]
+            .into_iter()
+            .flatten()
+        {
+            for number in [
+                sample.tokens.len() as u32,
+                sample.prompt as u32,
+                sample.uncertainty.to_bits(),
+            ] {
+                hash.update(number.to_le_bytes());
+            }
+            for token in &sample.tokens {
+                hash.update(token.to_le_bytes());
+            }
+        }
+        hex(&hash.finalize())
+    }
+
     pub fn longest(&self) -> usize {
         let all = [&self.pretrain, &self.train, &self.held_out];
         all.into_iter()
@@ -68,7 +106,7 @@ impl Batch {
             targets: layout.targets(&tokens, &prompts, IGNORED, device)?,
             layout,
             uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
-            rows: samples.iter().map(|s| s.tokens.len() - s.prompt).sum(),
+            rows: samples.iter().map(|s| s.rows()).sum(),
             tokens: lengths.iter().sum(),
         })
     }

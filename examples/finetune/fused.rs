@@ -205,16 +205,18 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// For `length` positions and heads of `size`.
+    /// For `length` positions and heads of `size`. Element i turns by t/baseⁱᐟʰ at position t, h being half of the size,
+    /// and `factors` times slower where there are any: Llama 3.1 stretches the slow rotations.
     pub fn new(
-        length: usize,
-        size: usize,
+        (length, size): (usize, usize),
         base: f32,
+        factors: Option<&[f32]>,
         interleaved: bool,
         device: &Device,
     ) -> Result<Self> {
         let half = size / 2;
-        let angle = |t: usize, i: usize| t as f32 / base.powf(i as f32 / half as f32);
+        let factor = |i: usize| factors.map_or(1.0, |factors| factors[i]);
+        let angle = |t: usize, i: usize| t as f32 / (base.powf(i as f32 / half as f32) * factor(i));
         let angles: Vec<f32> = (0..length)
             .flat_map(|t| (0..half).map(move |i| angle(t, i)))
             .collect();
@@ -278,10 +280,9 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// out (m, n), rows `stride` apart, is a (m, k) · b (k, n), or grows by it.
+/// out (m, n), rows `stride` apart, becomes a (m, k) · b (k, n).
 fn product(
     (out, stride): (&mut [f32], usize),
-    add: bool,
     (m, k, n): (usize, usize, usize),
     a: Matrix,
     b: Matrix,
@@ -298,7 +299,7 @@ fn product(
             out.as_mut_ptr(),
             1,
             stride as isize,
-            add,
+            false,
             a.as_ptr(),
             a_column as isize,
             a_row as isize,
@@ -363,7 +364,7 @@ impl Attention {
     fn weights(&self, q: &[f32], k: &[f32], weights: &mut [f32]) {
         let (length, size) = (self.length, self.size);
         let (q, k) = (Matrix(q, size, 1), Matrix(k, size, 1).t());
-        product((&mut *weights, length), false, (length, size, length), q, k);
+        product((&mut *weights, length), (length, size, length), q, k);
         for (t, row) in weights.chunks_exact_mut(length).enumerate() {
             let (seen, unseen) = row.split_at_mut(t + 1);
             let largest = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -385,7 +386,6 @@ impl Attention {
             self.weights(&q, &k, &mut weights);
             product(
                 (&mut y[h * size..], self.heads * size),
-                false,
                 (length, length, size),
                 Matrix(&weights, length, 1),
                 Matrix(&qkv[head.value..], self.width(), 1),
@@ -416,17 +416,10 @@ impl Attention {
             self.weights(&q, &k, &mut weights);
             let gradient = Matrix(&gradient[h * size..], self.heads * size, 1);
             let values = Matrix(&qkv[head.value..], width, 1);
-            product(
-                (&mut of_scores, length),
-                false,
-                square,
-                gradient,
-                values.t(),
-            );
+            product((&mut of_scores, length), square, gradient, values.t());
             let mut of_v = vec![0.0; length * size];
             product(
                 (&mut of_v, size),
-                false,
                 tall,
                 Matrix(&weights, length, 1).t(),
                 gradient,
@@ -442,17 +435,11 @@ impl Attention {
                 }
             }
             let scores = Matrix(&of_scores, length, 1);
-            product(
-                (&mut of_k, size),
-                false,
-                tall,
-                scores.t(),
-                Matrix(&q, size, 1),
-            );
+            product((&mut of_k, size), tall, scores.t(), Matrix(&q, size, 1));
             self.rotation.apply(&mut of_k, size, 1.0, true);
             add_rows(head.key, &of_k);
             let mut of_q = of_v;
-            product((&mut of_q, size), false, tall, scores, Matrix(&k, size, 1));
+            product((&mut of_q, size), tall, scores, Matrix(&k, size, 1));
             self.rotation.apply(&mut of_q, size, self.scale(), true);
             add_rows(head.query, &of_q);
         }

@@ -1,10 +1,10 @@
 //! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
 //!
 //! The tokeniser is the model's own, or a byte-level BPE trained on the training samples' text. A sample is
-//! `<begin> prompt <answer> response <end>`, where the control tokens are those of [`Encoder`]. A missing uncertainty is
-//! estimated, see [`crate::ngram`].
+//! `<begin> prompt <answer> response <end>`, where the control tokens are those of [`Encoder`]. Where no sample has
+//! an uncertainty it is estimated, see [`crate::ngram`].
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
@@ -32,6 +32,9 @@ pub struct Record {
     pub prompt: String,
     pub response: String,
     pub uncertainty: Option<f32>,
+    /// Of the file, from 1.
+    #[serde(skip)]
+    line: usize,
 }
 
 pub struct Options {
@@ -121,9 +124,16 @@ impl Encoder {
 /// `tokenizer` is that of the model, if there is one.
 pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Result<Dataset> {
     let mut records = read(path)?;
-    records.shuffle(&mut StdRng::seed_from_u64(options.seed));
+    let estimated = is_to_be_estimated(path, &records)?;
+    shuffle(&mut records, options.seed);
     records.truncate(options.limit.unwrap_or(usize::MAX));
-    let held_out = (records.len() as f64 * options.held_out).round() as usize;
+    let mut held_out = (records.len() as f64 * options.held_out).round() as usize;
+    // Responses to one prompt stay together: none is trained on while another is held out.
+    while (1..records.len()).contains(&held_out)
+        && records[held_out].question() == records[held_out - 1].question()
+    {
+        held_out += 1;
+    }
     if held_out == 0 || held_out >= records.len() {
         bail!(
             "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out",
@@ -148,11 +158,9 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         .chain(&held_out_samples)
         .filter(|(_, truncated)| *truncated)
         .count();
-    let estimated = estimate_missing(
-        (&train, &mut train_samples),
-        (&records, &mut held_out_samples),
-        encoder.vocab(),
-    );
+    if estimated {
+        estimate(&mut train_samples, &mut held_out_samples, encoder.vocab());
+    }
 
     let samples = |list: Vec<(Sample, bool)>| {
         list.into_iter()
@@ -170,13 +178,16 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         vocab: encoder.vocab(),
         pretrain: train.iter().map(plain).collect(),
         description: format!(
-            "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: {} given, \
-             {estimated} estimated by the rank of the response's trigram cross-entropy",
+            "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: \
+             {}",
             path.display(),
             train.len(),
             held_out.len(),
             options.max_tokens,
-            train.len() + held_out.len() - estimated,
+            match estimated {
+                true => "estimated by the rank of the response's trigram cross-entropy",
+                false => "given",
+            },
         ),
         train,
         held_out,
@@ -194,7 +205,7 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
         if line.trim().is_empty() {
             continue;
         }
-        let record: Record = serde_json::from_str(line).map_err(|e| {
+        let mut record: Record = serde_json::from_str(line).map_err(|e| {
             // serde_json counts lines inside the one it was given.
             let text = e.to_string();
             let text = text.split(" at line ").next().unwrap_or(&text);
@@ -210,9 +221,47 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
                 "\"uncertainty\" is {u}; it must be in [0, 1]"
             )));
         }
+        record.line = number + 1;
         records.push(record);
     }
     Ok(records)
+}
+
+/// Whether no record has an uncertainty. That only some have one is an error: an estimate is on another scale.
+fn is_to_be_estimated(path: &Path, records: &[Record]) -> Result<bool> {
+    let (with, without): (Vec<&Record>, _) = records.iter().partition(|r| r.uncertainty.is_some());
+    if let (false, Some(first)) = (with.is_empty(), without.first()) {
+        bail!(
+            "{}:{}: {} of {} samples have no uncertainty, of which this is the first; all must have one, or none",
+            path.display(),
+            first.line,
+            without.len(),
+            records.len()
+        );
+    }
+    Ok(with.is_empty())
+}
+
+impl Record {
+    /// What makes samples be about the same: the prompt, or, of a text without one, the text.
+    fn question(&self) -> &str {
+        match self.prompt.trim() {
+            "" => &self.response,
+            prompt => prompt,
+        }
+    }
+}
+
+/// Questions in random order, the samples of each one after another.
+fn shuffle(records: &mut Vec<Record>, seed: u64) {
+    let mut questions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
+    for record in records.drain(..) {
+        let question = record.question().to_string();
+        questions.entry(question).or_default().push(record);
+    }
+    let mut questions: Vec<Vec<Record>> = questions.into_values().collect();
+    questions.shuffle(&mut StdRng::seed_from_u64(seed));
+    records.extend(questions.into_iter().flatten());
 }
 
 fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
@@ -276,38 +325,17 @@ fn encode(record: &Record, encoder: &Encoder, max_tokens: usize) -> Result<(Samp
     ))
 }
 
-type Part<'a> = (&'a [Record], &'a mut Vec<(Sample, bool)>);
-
-/// Estimates the uncertainties that records lack, from the training samples' text. Returns how many.
-fn estimate_missing(train: Part, held_out: Part, vocab: usize) -> usize {
-    let missing = train
-        .0
-        .iter()
-        .chain(held_out.0)
-        .filter(|record| record.uncertainty.is_none())
-        .count();
-    if missing == 0 {
-        return 0;
-    }
+/// Estimates the uncertainties from the training samples' text.
+fn estimate(train: &mut [(Sample, bool)], held_out: &mut [(Sample, bool)], vocab: usize) {
     let mut model = NGram::new(vocab);
-    train.1.iter().for_each(|(sample, _)| model.add(sample));
+    train.iter().for_each(|(sample, _)| model.add(sample));
     // A training sample must not be judged by a model that has seen it.
-    let seen: Vec<f64> = train
-        .1
-        .iter()
-        .map(|(sample, _)| model.cross_entropy_without(sample))
-        .collect();
-    let unseen: Vec<f64> = held_out
-        .1
-        .iter()
-        .map(|(sample, _)| model.cross_entropy(sample))
-        .collect();
-    for ((records, samples), scores) in [(train, &seen), (held_out, &unseen)] {
-        for ((record, (sample, _)), &score) in records.iter().zip(samples).zip(scores) {
-            sample.uncertainty = record
-                .uncertainty
-                .unwrap_or_else(|| ngram::rank(score, &seen));
-        }
+    let seen = train.iter().map(|(s, _)| model.cross_entropy_without(s));
+    let seen: Vec<f64> = seen.collect();
+    for ((sample, _), &score) in train.iter_mut().zip(&seen) {
+        sample.uncertainty = ngram::rank(score, &seen);
     }
-    missing
+    for (sample, _) in held_out {
+        sample.uncertainty = ngram::rank(model.cross_entropy(sample), &seen);
+    }
 }

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Without `--data` the program makes its data, whose true answer distributions are known: see [`synthetic`]. With it,
-//! a line of the file is a sample: see [`jsonl`], and [`ngram`] for how a missing uncertainty is estimated. With `--model`
+//! a line of the file is a sample: see [`jsonl`], and [`ngram`] for how uncertainties are estimated where there are none. With `--model`
 //! the weights and the tokeniser are a model's of the Llama family (see [`pretrained`]), all of which or adapters of which
 //! are trained. With `--checkpoint-every` a run that was cut off goes on exactly where it was (`--resume`).
 //!
@@ -63,7 +63,7 @@ struct Report<'a> {
     data: &'a str,
     vocab: usize,
     parameters: usize,
-    median_uncertainty: f32,
+    threshold: f32,
     plan: Plan,
     peak_step_bytes: Option<StepMemory>,
     pretraining: Option<&'a Curve>,
@@ -90,8 +90,8 @@ fn main() -> Result<()> {
 
     println!("{}", report::table(&runs));
     println!(
-        "certain: uncertainty below the held-out samples' median, {:.3}",
-        setup.median
+        "certain: uncertainty below {:.3}, the held-out samples' median",
+        setup.threshold
     );
     let (model, plan) = (&setup.model, setup.plan);
     let memory = StepMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
@@ -105,7 +105,7 @@ fn main() -> Result<()> {
         data: &setup.data.description,
         vocab: setup.data.vocab,
         parameters: setup.parameters,
-        median_uncertainty: setup.median,
+        threshold: setup.threshold,
         plan,
         peak_step_bytes: memory,
         pretraining: setup.pretraining.as_ref(),

@@ -88,13 +88,19 @@ pub fn expected_calibration_error(bins: &[Bin]) -> f64 {
         / rows.max(1) as f64
 }
 
-/// The middle value (of an even number, the upper one of the two); None of nothing.
-pub fn median(mut values: Vec<f32>) -> Option<f32> {
-    values.sort_by(f32::total_cmp);
-    values.get(values.len() / 2).copied()
+/// What parts certain samples, below it, from uncertain ones: the median of their uncertainties (of an even number, the
+/// upper one of the two). Where half of them are the least there is, the next larger: they are certain. None of nothing.
+pub fn threshold(mut uncertainties: Vec<f32>) -> Option<f32> {
+    uncertainties.sort_by(f32::total_cmp);
+    let (least, median) = (
+        *uncertainties.first()?,
+        uncertainties[uncertainties.len() / 2],
+    );
+    let larger = uncertainties.iter().find(|&&u| u > least);
+    Some(larger.map_or(median, |&larger| median.max(larger)))
 }
 
-/// Rows of certain samples and of uncertain ones: below the median uncertainty, and from it on.
-pub fn split(rows: &[Row], median: f32) -> (Vec<Row>, Vec<Row>) {
-    rows.iter().partition(|row| row.uncertainty < median)
+/// Rows of certain samples and of uncertain ones.
+pub fn split(rows: &[Row], threshold: f32) -> (Vec<Row>, Vec<Row>) {
+    rows.iter().partition(|row| row.uncertainty < threshold)
 }

@@ -50,11 +50,11 @@ impl Config {
         }
     }
 
-    fn head_size(&self) -> usize {
+    pub fn head_size(&self) -> usize {
         self.dim / self.heads
     }
 
-    fn kv_dim(&self) -> usize {
+    pub fn kv_dim(&self) -> usize {
         self.head_size() * self.kv_heads
     }
 }
@@ -88,13 +88,15 @@ pub struct Weights {
     pub norm: Tensor,
     /// (V, D); none where the embedding serves.
     pub projection: Option<Tensor>,
+    /// By how much slower the elements of half a head turn, where a file says so.
+    pub rope_factors: Option<Vec<f32>>,
 }
 
 /// What is trained of given weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Trained {
     All,
-    /// Low-rank adapters of every matrix of the layers.
+    /// Low-rank adapters of every matrix of the layers: queries, keys and values are one, gate and up are one.
     Lora {
         rank: usize,
         scale: f64,
@@ -195,7 +197,7 @@ impl Decoder {
             .collect::<Result<Vec<_>>>()?;
         let norm = init.ones(dim)?;
         let projection = init.normal(dim, vocab, std)?.t()?;
-        Self::assemble(config, (embedding, layers, norm, projection), init)
+        Self::assemble(config, None, (embedding, layers, norm, projection), init)
     }
 
     /// With given weights; `seed` is that of the adapters.
@@ -207,6 +209,7 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self> {
         let mut init = Init::new(seed, device);
+        let factors = weights.rope_factors;
         let embedding = init.other(weights.embedding, trained)?;
         let layers = weights.layers.into_iter().map(|layer| {
             Ok(Layer {
@@ -224,17 +227,23 @@ impl Decoder {
             Some(projection) => init.other(projection, trained)?,
             None => embedding.clone(),
         };
-        Self::assemble(config, (embedding, layers, norm, projection), init)
+        Self::assemble(
+            config,
+            factors.as_deref(),
+            (embedding, layers, norm, projection),
+            init,
+        )
     }
 
     fn assemble(
         config: Config,
+        factors: Option<&[f32]>,
         (embedding, layers, norm, projection): (Tensor, Vec<Layer>, Tensor, Tensor),
         init: Init,
     ) -> Result<Self> {
-        let (length, size) = (config.max_tokens, config.head_size());
+        let positions = (config.max_tokens, config.head_size());
         let (base, interleaved) = (config.rope_base, config.rope_interleaved);
-        let rotation = Rotation::new(length, size, base, interleaved, init.device)?;
+        let rotation = Rotation::new(positions, base, factors, interleaved, init.device)?;
         Ok(Self {
             config,
             embedding,

@@ -2,16 +2,20 @@
 //! Hugging Face has them. Weights become f32.
 
 use std::{
+    collections::{HashMap, HashSet},
     fs::{self, File},
+    io::Read,
     path::Path,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor, quantized::gguf_file::Content};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
+    data::hex,
     gguf_tokenizer,
     model::{Config, LayerWeights, Weights},
 };
@@ -20,6 +24,8 @@ pub struct Pretrained {
     pub config: Config,
     pub weights: Weights,
     pub tokenizer: Tokenizer,
+    /// A hash of the files with weights.
+    pub digest: String,
 }
 
 /// A model whose rotary positions reach `max_tokens`.
@@ -29,7 +35,80 @@ pub fn load(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretraine
     } else {
         load_gguf(path, max_tokens, device)
     };
-    loaded.with_context(|| format!("cannot load the model {}", path.display()))
+    let checked = loaded.and_then(|loaded| {
+        check(&loaded.config, &loaded.weights)?;
+        Ok(loaded)
+    });
+    checked.with_context(|| format!("cannot load the model {}", path.display()))
+}
+
+/// That sizes and shapes go together.
+fn check(config: &Config, weights: &Weights) -> Result<()> {
+    let &Config {
+        vocab,
+        dim,
+        heads,
+        kv_heads,
+        hidden,
+        ..
+    } = config;
+    let even = heads > 0 && kv_heads > 0 && heads.is_multiple_of(kv_heads);
+    ensure!(
+        even && dim.is_multiple_of(2 * heads),
+        "width {dim}, {heads} heads and {kv_heads} of keys and values do not go together"
+    );
+    let shape = |name: &str, tensor: &Tensor, expected: &[usize]| {
+        let found = tensor.dims();
+        ensure!(
+            found == expected,
+            "{name} is {found:?}; by the model's sizes it must be {expected:?}"
+        );
+        Ok(())
+    };
+    shape("the embedding", &weights.embedding, &[vocab, dim])?;
+    for layer in &weights.layers {
+        let qkv = [dim, dim + 2 * config.kv_dim()];
+        shape("a layer's queries, keys and values", &layer.qkv, &qkv)?;
+        shape("a layer's attention output", &layer.output, &[dim, dim])?;
+        shape("a layer's gate and up", &layer.gate_up, &[dim, 2 * hidden])?;
+        shape("a layer's down", &layer.down, &[hidden, dim])?;
+    }
+    if let Some(factors) = &weights.rope_factors {
+        let half = config.head_size() / 2;
+        ensure!(
+            factors.len() == half,
+            "{} factors of rotary positions; there must be {half}",
+            factors.len()
+        );
+    }
+    Ok(())
+}
+
+fn digest(files: &[impl AsRef<Path>]) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut block = vec![0; 1 << 20];
+    for file in files {
+        let mut file = File::open(file)?;
+        loop {
+            match file.read(&mut block)? {
+                0 => break,
+                length => hash.update(&block[..length]),
+            }
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+/// That nothing in a file was left unread: a bias, say, that the model would lack.
+fn check_unread(mut unread: Vec<&String>) -> Result<()> {
+    unread.sort();
+    if let Some(first) = unread.first() {
+        bail!(
+            "{} of its tensors have no place in a Llama, {first} among them",
+            unread.len()
+        );
+    }
+    Ok(())
 }
 
 /// Where a layer's weights are, and those outside the layers.
@@ -58,6 +137,8 @@ const GGUF: Names = Names {
     gate_up: ["ffn_gate.weight", "ffn_up.weight"],
     down: "ffn_down.weight",
 };
+
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 const HUGGING_FACE: Names = Names {
     embedding: "model.embed_tokens.weight",
@@ -112,6 +193,7 @@ fn weights(
         } else {
             Some(read(names.projection)?)
         },
+        rope_factors: None,
     })
 }
 
@@ -149,13 +231,27 @@ fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrain
         norm_epsilon: value("llama.attention.layer_norm_rms_epsilon")?.to_f32()?,
     };
     let tied = !content.tensor_infos.contains_key(GGUF.projection);
-    let weights = weights(&GGUF, config.layers, tied, |name| {
+    let rotated = size("llama.rope.dimension_count").unwrap_or(config.head_size());
+    ensure!(
+        rotated == config.head_size(),
+        "{rotated} elements of a head of {} are rotated; it must be all",
+        config.head_size()
+    );
+    let mut unread: HashSet<&String> = content.tensor_infos.keys().collect();
+    let mut read = |name: &str| {
+        unread.remove(&name.to_string());
         let tensor = content.tensor(&mut file, name, device);
         Ok(tensor
             .with_context(|| name.to_string())?
             .dequantize(device)?)
-    })?;
+    };
+    let mut weights = weights(&GGUF, config.layers, tied, &mut read)?;
+    if content.tensor_infos.contains_key(ROPE_FACTORS) {
+        weights.rope_factors = Some(read(ROPE_FACTORS)?.to_vec1()?);
+    }
+    check_unread(unread.into_iter().collect())?;
     Ok(Pretrained {
+        digest: digest(&[path])?,
         config,
         weights,
         tokenizer: gguf_tokenizer::tokenizer(&content)?,
@@ -174,25 +270,44 @@ struct HuggingFace {
     intermediate_size: usize,
     rms_norm_eps: f32,
     rope_theta: Option<f32>,
-    rope_scaling: Option<serde_json::Value>,
+    rope_scaling: Option<RopeParameters>,
+    /// Where transformers 5 has them.
+    rope_parameters: Option<RopeParameters>,
     #[serde(default)]
     tie_word_embeddings: bool,
+}
+
+#[derive(Deserialize)]
+struct RopeParameters {
+    rope_theta: Option<f32>,
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+}
+
+impl HuggingFace {
+    fn rope_base(&self) -> Result<f32> {
+        let parameters = self.rope_parameters.as_ref();
+        for rope in parameters.iter().chain(&self.rope_scaling.as_ref()) {
+            let kind = rope.rope_type.as_deref().unwrap_or("default");
+            ensure!(
+                kind == "default",
+                "its rotary positions are of the type {kind}; they must be default"
+            );
+        }
+        let base = parameters.and_then(|parameters| parameters.rope_theta);
+        Ok(base.or(self.rope_theta).unwrap_or(10_000.0))
+    }
 }
 
 fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
     let config = fs::read(folder.join("config.json")).context("config.json")?;
     let config: HuggingFace = serde_json::from_slice(&config).context("config.json")?;
-    if config.model_type != "llama" || config.rope_scaling.is_some() {
-        bail!(
-            "it is a {} model{}; it must be llama without rope_scaling",
-            config.model_type,
-            if config.rope_scaling.is_some() {
-                " with rope_scaling"
-            } else {
-                ""
-            }
-        );
-    }
+    ensure!(
+        config.model_type == "llama",
+        "it is a {} model; it must be llama",
+        config.model_type
+    );
+    let rope_base = config.rope_base()?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
         .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
     let mut files: Vec<_> = fs::read_dir(folder)?
@@ -200,9 +315,9 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     files.sort();
-    let mut tensors = std::collections::HashMap::new();
-    for file in files {
-        tensors.extend(candle_core::safetensors::load(&file, device)?);
+    let mut tensors = HashMap::new();
+    for file in &files {
+        tensors.extend(candle_core::safetensors::load(file, device)?);
     }
     let weights = weights(
         &HUGGING_FACE,
@@ -214,6 +329,11 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
             Ok(tensor.to_dtype(DType::F32)?)
         },
     )?;
+    let unread = tensors.keys().filter(|name| {
+        let copy = config.tie_word_embeddings && *name == HUGGING_FACE.projection;
+        !copy && !name.ends_with("rotary_emb.inv_freq")
+    });
+    check_unread(unread.collect())?;
     Ok(Pretrained {
         config: Config {
             vocab: config.vocab_size,
@@ -225,11 +345,12 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
                 .unwrap_or(config.num_attention_heads),
             hidden: config.intermediate_size,
             max_tokens,
-            rope_base: config.rope_theta.unwrap_or(10_000.0),
+            rope_base,
             rope_interleaved: false,
             norm_epsilon: config.rms_norm_eps,
         },
         weights,
         tokenizer,
+        digest: digest(&files)?,
     })
 }

@@ -14,7 +14,7 @@ use crate::{
 #[derive(Clone, Serialize)]
 pub struct Run {
     pub method: &'static str,
-    /// Over the training samples.
+    /// Over the rows of the training samples' responses.
     pub mean_smoothing: f32,
     pub groups: Vec<Group>,
     pub training: Curve,
@@ -29,8 +29,8 @@ pub struct Group {
 }
 
 /// The rows of all samples, of the certain and of the uncertain.
-pub fn groups(rows: &[Row], median: f32) -> Vec<Group> {
-    let (certain, uncertain) = split(rows, median);
+pub fn groups(rows: &[Row], threshold: f32) -> Vec<Group> {
+    let (certain, uncertain) = split(rows, threshold);
     let group = |name, rows: &[Row]| Group {
         name,
         summary: summarise(rows),

@@ -20,10 +20,8 @@ use crate::{
 
 pub struct Setup {
     pub data: Dataset,
-    /// Of the training samples.
-    pub uncertainties: Vec<f32>,
-    /// Of the held-out samples' uncertainties.
-    pub median: f32,
+    /// Of the held-out samples' uncertainties: certain below it, else uncertain.
+    pub threshold: f32,
     /// Fitted on the training samples.
     pub map: SmoothingMap,
     pub model: Decoder,
@@ -33,6 +31,16 @@ pub struct Setup {
     pub pretraining: Option<Curve>,
     /// What every training begins with.
     initial: Vec<Tensor>,
+    /// What a checkpoint must have been made from.
+    fingerprint: String,
+}
+
+/// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
+/// counts more than a short one.
+pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
+    let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
+    SmoothingMap::fit(&of_rows, args.mean_smoothing, args.max_smoothing)
+        .context("the uncertainties of the training samples")
 }
 
 impl Setup {
@@ -45,14 +53,18 @@ impl Setup {
             None => None,
         };
         let data = dataset(args, loaded.as_ref())?;
-        let uncertainties: Vec<f32> = data.train.iter().map(|sample| sample.uncertainty).collect();
-        let map = SmoothingMap::fit(&uncertainties, args.mean_smoothing, args.max_smoothing)
-            .context("the uncertainties of the training samples")?;
-        let median = data.held_out.iter().map(|sample| sample.uncertainty);
-        let median = metrics::median(median.collect()).context("no held-out samples")?;
+        let map = fit(&data.train, args)?;
+        let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
+        let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
         println!("{}", data.description);
 
         let of_model = loaded.is_some();
+        let fingerprint = format!(
+            "{} of data {} and model {}",
+            args.fingerprint(),
+            data.digest(),
+            loaded.as_ref().map_or("none", |loaded| &loaded.digest)
+        );
         let model = decoder(args, loaded, &data, device)?;
         let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
         let Config { layers, dim, .. } = model.config();
@@ -62,7 +74,7 @@ impl Setup {
             None
         } else {
             let name = "pre-training";
-            let checkpoints = checkpoints(args, &data, name);
+            let checkpoints = checkpoints(args, &fingerprint, name);
             let corpus = (data.pretrain.as_slice(), &[][..]);
             let plan = &pretraining_plan;
             let sft = Method::Sft;
@@ -79,13 +91,13 @@ impl Setup {
         Ok(Self {
             initial: model.weights()?,
             data,
-            uncertainties,
-            median,
+            threshold,
             map,
             model,
             parameters,
             plan,
             pretraining,
+            fingerprint,
         })
     }
 
@@ -105,15 +117,15 @@ impl Setup {
             method,
             (samples, &self.data.held_out),
             &self.plan,
-            &checkpoints(args, &self.data, name),
+            &checkpoints(args, &self.fingerprint, name),
             device,
         )?;
         let held_out: Vec<_> = self.data.held_out.iter().collect();
         let rows = evaluate::evaluate(&self.model, &held_out, self.plan.batch, device)?;
         Ok(Run {
             method: name,
-            mean_smoothing: method.mean_smoothing(&self.uncertainties)?,
-            groups: report::groups(&rows, self.median),
+            mean_smoothing: method.mean_smoothing(samples)?,
+            groups: report::groups(&rows, self.threshold),
             training,
         })
     }
@@ -162,11 +174,11 @@ fn decoder(
     )?)
 }
 
-fn checkpoints(args: &Args, data: &Dataset, name: &str) -> Checkpoints {
+fn checkpoints(args: &Args, fingerprint: &str, name: &str) -> Checkpoints {
     Checkpoints {
         path: checkpoint::path(&args.out, name),
         every: args.checkpoint_every,
         resume: args.resume,
-        fingerprint: format!("{name}, {} of {}", args.fingerprint(), data.description),
+        fingerprint: format!("{name}, {fingerprint}"),
     }
 }

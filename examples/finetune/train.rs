@@ -38,17 +38,16 @@ impl Method {
         }
     }
 
-    /// Over the training samples.
-    pub fn mean_smoothing(&self, uncertainties: &[f32]) -> candle_core::Result<f32> {
+    /// Over the rows of the samples' responses.
+    pub fn mean_smoothing(&self, samples: &[Sample]) -> candle_core::Result<f32> {
         Ok(match self {
             Self::Sft => 0.0,
             Self::Constant(smoothing) => *smoothing,
             Self::Ual(map) => {
-                let all = uncertainties
-                    .iter()
-                    .map(|&u| map.smoothing(u))
-                    .collect::<candle_core::Result<Vec<_>>>()?;
-                all.iter().sum::<f32>() / all.len() as f32
+                let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
+                let smoothing = map.smoothing_values(&of_rows)?;
+                let sum: f64 = smoothing.iter().copied().map(f64::from).sum();
+                (sum / smoothing.len() as f64) as f32
             }
         })
     }
@@ -164,7 +163,10 @@ pub fn train(
             bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
         }
         let mut gradients = gradients.context("a step has a batch")?;
-        clip(&mut gradients, vars, plan.clip)?;
+        let norm = clip(&mut gradients, vars, plan.clip)?;
+        if !norm.is_finite() {
+            bail!("{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help");
+        }
         let learning_rate = plan.learning_rate * schedule(step, plan.steps);
         optimizer.step(&gradients, learning_rate)?;
 
@@ -268,7 +270,8 @@ fn schedule(step: usize, steps: usize) -> f64 {
     0.1 + 0.45 * (1.0 + (std::f64::consts::PI * done).cos())
 }
 
-fn clip(gradients: &mut GradStore, vars: &[Var], largest: f64) -> candle_core::Result<()> {
+/// The norm that the gradients had.
+fn clip(gradients: &mut GradStore, vars: &[Var], largest: f64) -> candle_core::Result<f64> {
     let squares = vars
         .iter()
         .filter_map(|var| gradients.get(var))
@@ -282,5 +285,5 @@ fn clip(gradients: &mut GradStore, vars: &[Var], largest: f64) -> candle_core::R
             }
         }
     }
-    Ok(())
+    Ok(norm)
 }

@@ -1,6 +1,9 @@
 //! How tokens cluster in the last hidden layer: the states of one token in different contexts are a cluster.
 
-use std::collections::BTreeMap;
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashSet},
+};
 
 use candle_core::{Device, Result};
 use serde::Serialize;
@@ -41,28 +44,34 @@ pub fn points(
     batch: usize,
     device: &Device,
 ) -> Result<Points> {
-    let mut by_token: BTreeMap<u32, Vec<Vec<f64>>> = BTreeMap::new();
+    // Of each token, in how many contexts it stands, and its states.
+    let mut by_token: BTreeMap<u32, (usize, Vec<Vec<f64>>)> = BTreeMap::new();
+    let mut seen = HashSet::new();
     let samples: Vec<&Sample> = samples.iter().collect();
     for samples in samples.chunks(batch) {
         let inputs = Batch::new(samples, device)?.inputs;
         let states = model.hidden(&inputs)?.detach().to_vec3::<f32>()?;
         for (sample, states) in samples.iter().zip(states) {
             let inputs = &sample.tokens[..sample.tokens.len() - 1];
-            for (token, state) in inputs.iter().zip(states).skip(sample.prompt) {
-                let of_token = by_token.entry(*token).or_default();
-                if of_token.len() < MOST {
-                    of_token.push(state.into_iter().map(f64::from).collect());
+            for (t, (token, state)) in inputs.iter().zip(states).enumerate().skip(sample.prompt) {
+                if !seen.insert(&inputs[..=t]) {
+                    continue; // the same context gives the same state
+                }
+                let (contexts, states) = by_token.entry(*token).or_default();
+                *contexts += 1;
+                if states.len() < MOST {
+                    states.push(state.into_iter().map(f64::from).collect());
                 }
             }
         }
     }
     let mut frequent: Vec<_> = by_token
         .into_values()
-        .filter(|s| s.len() >= LEAST)
+        .filter(|(contexts, _)| *contexts >= LEAST)
         .collect();
-    frequent.sort_by_key(|states| std::cmp::Reverse(states.len())); // stable: equals in the tokens' order
+    frequent.sort_by_key(|(contexts, _)| Reverse(*contexts)); // stable: equals in the tokens' order
     let mut points = Points::default();
-    for (label, states) in frequent.into_iter().take(TOKENS).enumerate() {
+    for (label, (_, states)) in frequent.into_iter().take(TOKENS).enumerate() {
         points.labels.extend(states.iter().map(|_| label));
         points.states.extend(states);
     }

@@ -61,7 +61,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::Serialize;
 
@@ -139,13 +139,15 @@ fn about(setup: &Setup, args: &Args) -> String {
 fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
     let setup = Setup::new(args, device)?;
     let control = shuffled(&setup.data.train, args.seed);
+    // Each of the same mean: dealt anew, uncertainties meet other lengths of responses.
     let ual = Method::Ual(setup.map.clone());
+    let of_control = Method::Ual(setup::fit(&control, args)?);
     let constant = Method::Constant(args.mean_smoothing);
     let train = setup.data.train.as_slice();
     let methods = [
         ("SFT", Method::Sft, train),
         ("constant", constant, train),
-        ("shuffled", ual.clone(), control.as_slice()),
+        ("shuffled", of_control, control.as_slice()),
         ("UAL", ual, train),
     ];
     let mut outcomes = Vec::new();
@@ -167,7 +169,7 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
         });
         first.points.push((name, points));
     }
-    for &uncertainty in &setup.uncertainties {
+    for &Sample { uncertainty, .. } in train {
         let smoothing = setup.map.smoothing(uncertainty)?;
         first.smoothing.push((uncertainty, smoothing));
     }
@@ -175,7 +177,9 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
 }
 
 fn main() -> Result<()> {
-    let options = Options::parse();
+    // Not the folder of `finetune`.
+    let command = Options::command().mut_arg("out", |out| out.default_value("out/study"));
+    let options = Options::from_arg_matches(&command.get_matches())?;
     options.run.check()?;
     ensure!(
         options.seeds > 0,
