@@ -16,7 +16,7 @@ use std::{
 };
 
 use candle_core::{
-    Device, Tensor, Var,
+    DType, Device, Tensor, Var,
     quantized::{
         GgmlDType, QTensor,
         gguf_file::{self, Value as Metadata},
@@ -95,6 +95,10 @@ fn weights() -> BTreeMap<String, Tensor> {
 }
 
 fn write_gguf(folder: &Path) -> PathBuf {
+    write_gguf_with(folder, 500.0, None)
+}
+
+fn write_gguf_with(folder: &Path, rope_base: f32, more: Option<(&str, Tensor)>) -> PathBuf {
     let string = |text: &str| Metadata::String(text.into());
     let strings =
         |texts: &[String]| Metadata::Array(texts.iter().map(|text| string(text)).collect());
@@ -111,7 +115,7 @@ fn write_gguf(folder: &Path) -> PathBuf {
             Metadata::U32(KV_HEADS as u32),
         ),
         ("llama.feed_forward_length", Metadata::U32(HIDDEN as u32)),
-        ("llama.rope.freq_base", Metadata::F32(500.0)),
+        ("llama.rope.freq_base", Metadata::F32(rope_base)),
         (
             "llama.attention.layer_norm_rms_epsilon",
             Metadata::F32(1e-5),
@@ -131,6 +135,7 @@ fn write_gguf(folder: &Path) -> PathBuf {
         .collect();
     let quantized: Vec<(String, QTensor)> = weights()
         .into_iter()
+        .chain(more.map(|(name, tensor)| (name.to_string(), tensor)))
         .map(|(name, tensor)| (name, QTensor::quantize(&tensor, GgmlDType::F32).unwrap()))
         .collect();
     let tensors: Vec<_> = quantized
@@ -152,7 +157,7 @@ fn halves(matrix: &Tensor) -> Tensor {
 
 fn write_folder(folder: &Path) -> PathBuf {
     let folder = folder.join("model");
-    fs::create_dir(&folder).unwrap();
+    fs::create_dir_all(&folder).unwrap();
     let config = json!({
         "model_type": "llama", "vocab_size": tokens().len(), "hidden_size": DIM, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "intermediate_size": HIDDEN,
@@ -246,10 +251,15 @@ impl Setup {
             .arg(&self.model)
             .arg("--out")
             .arg(self.folder.path().join(out))
-            .args(["--steps", "6", "--lr", "0.01", "--max-tokens", "64"])
+            .args(["--max-tokens", "64"])
             .args(more)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        for usual in [["--steps", "6"], ["--lr", "0.01"]] {
+            if !more.contains(&usual[0]) {
+                command.args(usual);
+            }
+        }
         command
     }
 
@@ -316,6 +326,70 @@ fn both_kinds_of_file_train_alike() {
     }
 }
 
+/// What was trained is saved in the form it came in, and predicts held-out samples as it did when it was trained.
+#[test]
+fn the_trained_model_is_a_model_to_begin_with() {
+    let mut setup = Setup::new(20);
+    let models = [setup.model.clone(), write_folder(setup.folder.path())];
+    for (model, saved) in models.iter().zip(["model/model.gguf", "model"]) {
+        for more in [&[][..], &["--lora", "4"]] {
+            setup.model = model.clone();
+            let trained = setup.run("out", more);
+            let expected = *held_out_nll(&trained).last().unwrap();
+            setup.model = setup.folder.path().join("out").join(saved);
+            let again = setup.run("again", &["--steps", "1", "--lr", "1e-9"]);
+            assert_near(&held_out_nll(&again)[..1], &[expected], 1e-5);
+        }
+    }
+}
+
+/// The factors 4^(i/h), h being half a head, with the base 500/4 are the base 500.
+#[test]
+fn rotary_positions_are_those_of_the_file() {
+    let mut setup = Setup::new(20);
+    let run = |setup: &Setup| held_out_nll(&setup.run("out", &["--steps", "1"]));
+    let expected = run(&setup);
+    let half = HEAD / 2;
+    let factors: Vec<f32> = (0..half)
+        .map(|i| 4f32.powf(i as f32 / half as f32))
+        .collect();
+    let factors = Tensor::new(factors, &Device::Cpu).unwrap();
+    setup.model = write_gguf_with(
+        setup.folder.path(),
+        125.0,
+        Some(("rope_freqs.weight", factors)),
+    );
+    let stretched = run(&setup);
+    assert_near(&stretched, &expected, 1e-4);
+    setup.model = setup.folder.path().join("out/model/model.gguf");
+    let saved = setup.run("again", &["--steps", "1", "--lr", "1e-9"]);
+    assert_near(&held_out_nll(&saved)[..1], &stretched[2..], 1e-5);
+    setup.model = write_gguf_with(setup.folder.path(), 125.0, None);
+    let other = run(&setup);
+    assert!(
+        other
+            .iter()
+            .zip(&expected)
+            .all(|(a, b)| (a - b).abs() > 1e-4 * b),
+        "{other:?}"
+    );
+
+    // As transformers 5 writes them; and a kind that is not known.
+    setup.model = write_folder(setup.folder.path());
+    let config = setup.model.join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let with = |kind: &str| {
+        let parameters =
+            format!(r#""rope_parameters":{{"rope_theta":500.0,"rope_type":"{kind}"}}"#);
+        text.replace(r#""rope_theta":500.0"#, &parameters)
+    };
+    fs::write(&config, with("default")).unwrap();
+    assert_near(&run(&setup), &expected, 1e-3);
+    fs::write(&config, with("llama3")).unwrap();
+    let text = setup.refusal("out", &[]);
+    assert!(text.contains("of the type llama3"), "{text}");
+}
+
 /// Four samples in one batch, or in two whose gradients are added.
 #[test]
 fn accumulated_gradients_are_those_of_the_whole() {
@@ -363,6 +437,22 @@ fn what_does_not_fit_is_refused() {
         &["--checkpoint-every", "3", "--resume", "--seed", "2"],
     );
     assert!(text.contains("other arguments or data"), "{text}");
+    // Another uncertainty of one sample; another model under the same name.
+    let data = fs::read_to_string(&setup.data).unwrap();
+    fs::write(&setup.data, data.replacen("0.5", "0.51", 1)).unwrap();
+    let text = setup.refusal("out", &["--checkpoint-every", "3", "--resume"]);
+    assert!(text.contains("other arguments or data"), "{text}");
+    fs::write(&setup.data, data).unwrap();
+    setup.run("out", &["--checkpoint-every", "3", "--resume"]);
+    let model = fs::read(&setup.model).unwrap();
+    fs::write(
+        &setup.model,
+        [&model[..model.len() - 1], &[model[model.len() - 1] ^ 1]].concat(),
+    )
+    .unwrap();
+    let text = setup.refusal("out", &["--checkpoint-every", "3", "--resume"]);
+    assert!(text.contains("other arguments or data"), "{text}");
+    fs::write(&setup.model, model).unwrap();
     let text = setup.refusal("out", &["--lora", "0"]);
     assert!(text.contains("--lora is 0"), "{text}");
     let text = setup.refusal("out", &["--dim", "8"]);
@@ -376,6 +466,17 @@ fn what_does_not_fit_is_refused() {
     fs::write(&broken.model, b"GGUF").unwrap();
     let text = broken.refusal("out", &[]);
     assert!(text.contains("cannot load the model"), "{text}");
+    let bias = Tensor::zeros(DIM, DType::F32, &Device::Cpu).unwrap();
+    broken.model = write_gguf_with(
+        broken.folder.path(),
+        500.0,
+        Some(("blk.0.attn_q.bias", bias)),
+    );
+    let text = broken.refusal("out", &[]);
+    assert!(
+        text.contains("1 of its tensors have no place in a Llama, blk.0.attn_q.bias"),
+        "{text}"
+    );
     broken.model = broken.folder.path().join("nothing");
     let text = broken.refusal("out", &[]);
     assert!(text.contains("nothing"), "{text}");

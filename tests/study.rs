@@ -19,8 +19,9 @@ mod program;
 #[path = "../examples/finetune/separate.rs"]
 mod separate;
 
-use std::{fs, process::Command};
+use std::{collections::BTreeSet, fs, process::Command};
 
+use candle_core::Device;
 use clusters::Points;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -81,6 +82,30 @@ fn the_projection_keeps_the_two_widest_directions() {
         );
     }
     assert!(Points::default().projection().is_empty());
+}
+
+#[test]
+fn a_context_counts_once() {
+    let config = model::Config::small(20, (8, 1, 2), 10);
+    let model = model::Decoder::new(config, 1, &Device::Cpu).unwrap();
+    let sample = |tokens: &[u32]| data::Sample {
+        tokens: tokens.to_vec(),
+        prompt: 2,
+        uncertainty: 0.0,
+        truth: Vec::new(),
+    };
+    // The token 7 in five contexts, of which one stands twice, and 8 in four.
+    let mut samples: Vec<_> = (0..5).map(|i| sample(&[i, 5, 7, 9])).collect();
+    samples.push(sample(&[0, 5, 7, 10, 9]));
+    samples.extend((0..4).map(|i| sample(&[i, 6, 8, 9])));
+    let points = clusters::points(&model, &samples, 3, &Device::Cpu).unwrap();
+    assert_eq!(points.labels, [0; 5]);
+    let distinct: BTreeSet<String> = points
+        .states
+        .iter()
+        .map(|state| format!("{state:?}"))
+        .collect();
+    assert_eq!(distinct.len(), 5);
 }
 
 fn study(out: &std::path::Path) -> (String, Vec<Value>) {

@@ -40,6 +40,14 @@ impl Linear {
         }
     }
 
+    /// (in, out), the adapter merged.
+    pub fn merged(&self) -> Result<Tensor> {
+        match &self.adapter {
+            Some(Adapter { down, up, scale }) => &self.weight + (down.matmul(up)? * *scale)?,
+            None => Ok(self.weight.clone()),
+        }
+    }
+
     /// x (N, in) to (N, out).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Some(Adapter { down, up, scale }) = &self.adapter else {

@@ -12,7 +12,7 @@
 //! Without `--data` the program makes its data, whose true answer distributions are known: see [`synthetic`]. With it,
 //! a line of the file is a sample: see [`jsonl`], and [`ngram`] for how uncertainties are estimated where there are none. With `--model`
 //! the weights and the tokeniser are a model's of the Llama family (see [`pretrained`]), all of which or adapters of which
-//! are trained. With `--checkpoint-every` a run that was cut off goes on exactly where it was (`--resume`).
+//! are trained; what UAL made of it is saved in the same form. With `--checkpoint-every` a run that was cut off goes on exactly where it was (`--resume`).
 //!
 //! The same arguments give the same numbers on one machine with the same number of threads (`RAYON_NUM_THREADS`): how
 //! candle splits a matrix product, and so how it rounds, depends on both.
@@ -23,6 +23,7 @@ mod args;
 mod checkpoint;
 mod data;
 mod evaluate;
+mod export;
 mod fused;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
@@ -88,6 +89,19 @@ fn main() -> Result<()> {
         runs.push(setup.run(&args, method.name(), &method, &setup.data.train, &device)?);
     }
 
+    let saved = match &args.model {
+        Some(source) => {
+            let (config, weights) = (setup.model.config(), setup.model.merged()?);
+            Some(export::save(
+                source,
+                &config,
+                &weights,
+                &args.out.join("model"),
+            )?)
+        }
+        None => None,
+    };
+
     println!("{}", report::table(&runs));
     println!(
         "certain: uncertainty below {:.3}, the held-out samples' median",
@@ -112,6 +126,9 @@ fn main() -> Result<()> {
         runs: &runs,
     };
     report::save_json(&args.out.join("metrics.json"), &report)?;
+    if let Some(path) = saved {
+        println!("the model that UAL trained is {}", path.display());
+    }
     println!(
         "{:.0} s in all; reliability.svg, losses.svg, metrics.json and smoothing_map.json are in {}",
         start.elapsed().as_secs_f64(),

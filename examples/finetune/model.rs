@@ -108,8 +108,9 @@ pub struct Decoder {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
-    /// (V, D)
+    /// (V, D); the embedding where the two are tied.
     projection: Tensor,
+    tied: bool,
     rotation: Arc<Rotation>,
     vars: Vec<Var>,
 }
@@ -197,7 +198,8 @@ impl Decoder {
             .collect::<Result<Vec<_>>>()?;
         let norm = init.ones(dim)?;
         let projection = init.normal(dim, vocab, std)?.t()?;
-        Self::assemble(config, None, (embedding, layers, norm, projection), init)
+        let outside = (embedding, norm, Some(projection));
+        Self::assemble(config, None, outside, layers, init)
     }
 
     /// With given weights; `seed` is that of the adapters.
@@ -223,22 +225,17 @@ impl Decoder {
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let norm = init.other(weights.norm, trained)?;
-        let projection = match weights.projection {
-            Some(projection) => init.other(projection, trained)?,
-            None => embedding.clone(),
-        };
-        Self::assemble(
-            config,
-            factors.as_deref(),
-            (embedding, layers, norm, projection),
-            init,
-        )
+        let projection = weights.projection;
+        let projection = projection.map(|weight| init.other(weight, trained));
+        let outside = (embedding, norm, projection.transpose()?);
+        Self::assemble(config, factors.as_deref(), outside, layers, init)
     }
 
     fn assemble(
         config: Config,
         factors: Option<&[f32]>,
-        (embedding, layers, norm, projection): (Tensor, Vec<Layer>, Tensor, Tensor),
+        (embedding, norm, projection): (Tensor, Tensor, Option<Tensor>),
+        layers: Vec<Layer>,
         init: Init,
     ) -> Result<Self> {
         let positions = (config.max_tokens, config.head_size());
@@ -246,10 +243,11 @@ impl Decoder {
         let rotation = Rotation::new(positions, base, factors, interleaved, init.device)?;
         Ok(Self {
             config,
-            embedding,
             layers,
             norm,
-            projection,
+            tied: projection.is_none(),
+            projection: projection.unwrap_or_else(|| embedding.clone()),
+            embedding,
             rotation: Arc::new(rotation),
             vars: init.vars,
         })
@@ -277,6 +275,28 @@ impl Decoder {
             .iter()
             .zip(weights)
             .try_for_each(|(var, weight)| var.set(weight))
+    }
+
+    /// As they would come from a file, adapters merged, without the graph that they are variables of. Factors of rotary
+    /// positions are not among them.
+    pub fn merged(&self) -> Result<Weights> {
+        let layers = self.layers.iter().map(|layer| {
+            Ok(LayerWeights {
+                attention_norm: layer.attention_norm.detach(),
+                qkv: layer.qkv.merged()?.detach(),
+                output: layer.output.merged()?.detach(),
+                mlp_norm: layer.mlp_norm.detach(),
+                gate_up: layer.gate_up.merged()?.detach(),
+                down: layer.down.merged()?.detach(),
+            })
+        });
+        Ok(Weights {
+            embedding: self.embedding.detach(),
+            layers: layers.collect::<Result<_>>()?,
+            norm: self.norm.detach(),
+            projection: (!self.tied).then(|| self.projection.detach()),
+            rope_factors: None,
+        })
     }
 
     /// Tokens (B, T) to logits (B, T, vocabulary).

@@ -111,21 +111,21 @@ fn check_unread(mut unread: Vec<&String>) -> Result<()> {
     Ok(())
 }
 
-/// Where a layer's weights are, and those outside the layers.
-struct Names {
-    embedding: &'static str,
-    norm: &'static str,
-    projection: &'static str,
-    layer: fn(usize) -> String,
-    attention_norm: &'static str,
-    qkv: [&'static str; 3],
-    output: &'static str,
-    mlp_norm: &'static str,
-    gate_up: [&'static str; 2],
-    down: &'static str,
+/// What a layer's weights are called, and those outside the layers.
+pub struct Names {
+    pub embedding: &'static str,
+    pub norm: &'static str,
+    pub projection: &'static str,
+    pub layer: fn(usize) -> String,
+    pub attention_norm: &'static str,
+    pub qkv: [&'static str; 3],
+    pub output: &'static str,
+    pub mlp_norm: &'static str,
+    pub gate_up: [&'static str; 2],
+    pub down: &'static str,
 }
 
-const GGUF: Names = Names {
+pub const GGUF: Names = Names {
     embedding: "token_embd.weight",
     norm: "output_norm.weight",
     projection: "output.weight",
@@ -138,9 +138,9 @@ const GGUF: Names = Names {
     down: "ffn_down.weight",
 };
 
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-const HUGGING_FACE: Names = Names {
+pub const HUGGING_FACE: Names = Names {
     embedding: "model.embed_tokens.weight",
     norm: "model.norm.weight",
     projection: "lm_head.weight",

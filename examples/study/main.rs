@@ -26,10 +26,12 @@ mod gguf_tokenizer;
 #[path = "../finetune/jsonl.rs"]
 mod jsonl;
 #[path = "../finetune/linear.rs"]
+#[allow(dead_code)]
 mod linear;
 #[path = "../finetune/metrics.rs"]
 mod metrics;
 #[path = "../finetune/model.rs"]
+#[allow(dead_code)]
 mod model;
 #[path = "../finetune/ngram.rs"]
 mod ngram;
@@ -39,6 +41,7 @@ mod pictures;
 #[path = "../finetune/plots.rs"]
 mod plots;
 #[path = "../finetune/pretrained.rs"]
+#[allow(dead_code)]
 mod pretrained;
 #[path = "../finetune/progress.rs"]
 mod progress;
