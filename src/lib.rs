@@ -64,4 +64,13 @@ mod select;
 mod tiles;
 pub mod ual;
 
+/// Their code must compile.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/guide.md")]
+    struct Guide;
+}
+
 pub use loss::{CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing, cross_entropy};

@@ -65,7 +65,7 @@ fn write_data(folder: &TempDir, lines: &[u8]) -> PathBuf {
 /// What two runs with the same arguments must have in common.
 fn results(mut metrics: Value) -> Value {
     metrics["arguments"].take();
-    metrics["peak_step_bytes"].take(); // how tasks fall to threads moves it by some bytes
+    metrics["peak_batch_bytes"].take(); // how tasks fall to threads moves it by some bytes
     let (pretraining, runs) = (
         metrics["pretraining"].take(),
         metrics["runs"].as_array_mut().unwrap(),
@@ -233,7 +233,7 @@ fn the_linear_loss_trains_alike_in_less_memory() {
         let (stdout, metrics) = small_run(&out.path().join(name), more);
         assert_eq!(metrics["plan"]["loss"], name);
         let [linear, logits] = ["linear", "logits"].map(|loss| {
-            let bytes = metrics["peak_step_bytes"][loss].as_f64().unwrap();
+            let bytes = metrics["peak_batch_bytes"][loss].as_f64().unwrap();
             let figure = format!("{:.1} MiB with --loss {loss}", bytes / f64::from(1 << 20));
             assert!(stdout.contains(&figure), "no {figure:?} in {stdout}");
             bytes

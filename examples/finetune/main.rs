@@ -1,7 +1,7 @@
 //! Fine-tunes a small language model three times from the same weights and the same batches: plainly (SFT), with a
 //! constant label smoothing, and uncertainty-aware (UAL), where a sample's smoothing grows with its uncertainty and has
 //! the constant's mean. Reports how well each predicts held-out samples, certain and uncertain ones apart, and how much
-//! memory a training step takes with the loss from hidden states and from logits (`--loss`).
+//! memory a batch takes with the loss from hidden states and from logits (`--loss`).
 //!
 //! ```text
 //! cargo run --release --example finetune
@@ -51,7 +51,7 @@ use serde::Serialize;
 
 use crate::{
     args::{Args, device},
-    memory::StepMemory,
+    memory::BatchMemory,
     report::Run,
     setup::Setup,
     train::{Curve, Method, Plan},
@@ -66,7 +66,7 @@ struct Report<'a> {
     parameters: usize,
     threshold: f32,
     plan: Plan,
-    peak_step_bytes: Option<StepMemory>,
+    peak_batch_bytes: Option<BatchMemory>,
     pretraining: Option<&'a Curve>,
     runs: &'a [Run],
 }
@@ -108,7 +108,7 @@ fn main() -> Result<()> {
         setup.threshold
     );
     let (model, plan) = (&setup.model, setup.plan);
-    let memory = StepMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
+    let memory = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
     if let Some(memory) = memory {
         println!("{memory}");
     }
@@ -121,7 +121,7 @@ fn main() -> Result<()> {
         parameters: setup.parameters,
         threshold: setup.threshold,
         plan,
-        peak_step_bytes: memory,
+        peak_batch_bytes: memory,
         pretraining: setup.pretraining.as_ref(),
         runs: &runs,
     };

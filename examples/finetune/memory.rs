@@ -1,4 +1,4 @@
-//! How much memory a training step takes with either way to compute the loss, so that they can be compared.
+//! How much memory a batch takes with either way to compute the loss, so that they can be compared.
 
 use std::fmt;
 
@@ -13,14 +13,15 @@ use crate::{
     train::{self, Loss, Method, Plan},
 };
 
-/// Peak bytes of a step's forward and backward, beyond the weights, the optimizer's state and the data.
+/// Peak bytes of a batch's forward and backward, beyond the weights, the optimizer's state, the data and the gradients of a
+/// step's other batches.
 #[derive(Clone, Copy, Serialize)]
-pub struct StepMemory {
+pub struct BatchMemory {
     linear: usize,
     logits: usize,
 }
 
-impl StepMemory {
+impl BatchMemory {
     /// Of the largest batch in the first epoch of `plan`, with either loss. No weight changes. `None` where memory cannot
     /// be counted.
     pub fn measure(
@@ -47,12 +48,12 @@ impl StepMemory {
     }
 }
 
-impl fmt::Display for StepMemory {
+impl fmt::Display for BatchMemory {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
         write!(
             f,
-            "peak memory of a training step's forward and backward, beside weights and optimizer: {:.1} MiB with \
+            "peak memory of a batch's forward and backward, beside weights and optimizer: {:.1} MiB with \
              --loss linear, {:.1} MiB with --loss logits",
             mib(self.linear),
             mib(self.logits)

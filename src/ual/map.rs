@@ -49,6 +49,10 @@ impl TryFrom<Unchecked> for SmoothingMap {
 impl SmoothingMap {
     /// The linear map whose mean smoothing over `uncertainties` is `mean`, with no value above `max`.
     ///
+    /// A loss that is a mean over rows counts a sample as often as it has rows. Where samples differ in length, give each
+    /// uncertainty once for every row (token) of its sample's response: then `mean` is the mean over rows, and a
+    /// constant smoothing of `mean` is spent as often.
+    ///
     /// Fails when `max` is outside \[0, 1\], when `mean` is outside \[0, max\], when an uncertainty is not finite, and
     /// when no scale gives that mean because too many uncertainties are 0 or less.
     pub fn fit(uncertainties: &[f32], mean: f32, max: f32) -> Result<Self> {
