@@ -343,6 +343,74 @@ fn the_trained_model_is_a_model_to_begin_with() {
     }
 }
 
+/// Unscored data, scored by a model; that model trained on them; the study of both; and the trained model scores again.
+#[test]
+fn from_unscored_data_to_a_report() {
+    let mut setup = Setup::new(20);
+    let folder = setup.folder.path().to_path_buf();
+    let lines: Vec<String> = fs::read_to_string(&setup.data)
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let mut sample: Value = serde_json::from_str(line).unwrap();
+            sample.as_object_mut().unwrap().remove("uncertainty");
+            sample.to_string()
+        })
+        .collect();
+    fs::write(&setup.data, lines.join("\n")).unwrap();
+    let score = |out: &str, model: &Path| {
+        let output = Command::new(program::example("elicit"))
+            .current_dir(&folder)
+            .args(["--data", "data.jsonl", "--out", out, "--local"])
+            .arg(model)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        fs::read_to_string(folder.join(out)).unwrap()
+    };
+    let scored = score("scored.jsonl", &setup.model);
+    setup.data = folder.join("scored.jsonl");
+    let more = ["--lora", "2", "--batch", "2"];
+    let metrics = setup.run("out", &more);
+    assert!(
+        metrics["data"]
+            .as_str()
+            .unwrap()
+            .contains("uncertainty: given")
+    );
+
+    let output = Command::new(program::example("study"))
+        .current_dir(&folder)
+        .args([
+            "--data",
+            "scored.jsonl",
+            "--model",
+            "model.gguf",
+            "--out",
+            "study",
+        ])
+        .args(["--seeds", "2", "--steps", "3"])
+        .args(more)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let report = fs::read_to_string(folder.join("study/report.md")).unwrap();
+    for text in [
+        "--data scored.jsonl",
+        "over 2 seeds",
+        "16 training samples, 4 held out",
+        "| shuffled | ",
+    ] {
+        assert!(report.contains(text), "{report}");
+    }
+
+    let again = score("again.jsonl", &folder.join("out/model/model.gguf"));
+    assert_ne!(again, scored);
+    assert_eq!(again.lines().count(), 20);
+}
+
 /// The factors 4^(i/h), h being half a head, with the base 500/4 are the base 500.
 #[test]
 fn rotary_positions_are_those_of_the_file() {
