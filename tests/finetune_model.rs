@@ -337,6 +337,8 @@ fn the_trained_model_is_a_model_to_begin_with() {
             let trained = setup.run("out", more);
             let expected = *held_out_nll(&trained).last().unwrap();
             setup.model = setup.folder.path().join("out").join(saved);
+            let text = setup.refusal("out", &[]);
+            assert!(text.contains("choose another --out"), "{text}");
             let again = setup.run("again", &["--steps", "1", "--lr", "1e-9"]);
             assert_near(&held_out_nll(&again)[..1], &[expected], 1e-5);
         }
@@ -452,6 +454,9 @@ fn rotary_positions_are_those_of_the_file() {
         text.replace(r#""rope_theta":500.0"#, &parameters)
     };
     fs::write(&config, with("default")).unwrap();
+    assert_near(&run(&setup), &expected, 1e-3);
+    let twice = with("default").replace("\"rope_type\"", "\"type\":\"default\",\"rope_type\"");
+    fs::write(&config, twice).unwrap();
     assert_near(&run(&setup), &expected, 1e-3);
     fs::write(&config, with("llama3")).unwrap();
     let text = setup.refusal("out", &[]);

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::{
     Device, Tensor,
     quantized::{GgmlDType, QTensor, gguf_file},
@@ -19,6 +19,21 @@ use crate::{
     model::{Config, Weights},
     pretrained::{GGUF, HUGGING_FACE, Names, ROPE_FACTORS},
 };
+
+/// How the names of files end that stand beside the weights: configuration and tokenizer.
+const BESIDE: [&str; 4] = [".json", ".txt", ".model", ".jinja"];
+
+/// Fails where [`save`] would write over what it reads.
+pub fn check(source: &Path, out: &Path) -> Result<()> {
+    if let (Ok(source), Ok(out)) = (source.canonicalize(), out.canonicalize()) {
+        ensure!(
+            !source.starts_with(&out),
+            "--model is in {}, where the trained model goes; choose another --out",
+            out.display()
+        );
+    }
+    Ok(())
+}
 
 /// Writes `weights` into the folder `out`, with all else from the model at `source`. Returns where: the GGUF file, or the
 /// folder.
@@ -99,12 +114,11 @@ fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> 
 
 fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) -> Result<()> {
     for entry in fs::read_dir(source)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default();
+        let name = entry?.file_name();
         let text = name.to_string_lossy();
-        let of_weights = text.contains(".safetensors") || text.ends_with(".bin");
-        if path.is_file() && !of_weights {
-            fs::copy(&path, out.join(name))?;
+        let of_weights = text.ends_with(".index.json");
+        if !of_weights && BESIDE.iter().any(|end| text.ends_with(end)) {
+            fs::copy(source.join(&name), out.join(&name))?;
         }
     }
     let path = out.join("config.json");

@@ -76,6 +76,10 @@ fn main() -> Result<()> {
     args.check()?;
     let start = Instant::now();
     let device = device(&args.device)?;
+    let trained_model = args.out.join("model");
+    if let Some(source) = &args.model {
+        export::check(source, &trained_model)?;
+    }
     let setup = Setup::new(&args, &device)?;
     report::save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
 
@@ -92,12 +96,7 @@ fn main() -> Result<()> {
     let saved = match &args.model {
         Some(source) => {
             let (config, weights) = (setup.model.config(), setup.model.merged()?);
-            Some(export::save(
-                source,
-                &config,
-                &weights,
-                &args.out.join("model"),
-            )?)
+            Some(export::save(source, &config, &weights, &trained_model)?)
         }
         None => None,
     };

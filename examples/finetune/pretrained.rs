@@ -280,15 +280,18 @@ struct HuggingFace {
 #[derive(Deserialize)]
 struct RopeParameters {
     rope_theta: Option<f32>,
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// Its older name; some files have both.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
 }
 
 impl HuggingFace {
     fn rope_base(&self) -> Result<f32> {
         let parameters = self.rope_parameters.as_ref();
         for rope in parameters.iter().chain(&self.rope_scaling.as_ref()) {
-            let kind = rope.rope_type.as_deref().unwrap_or("default");
+            let kind = rope.rope_type.as_ref().or(rope.old_type.as_ref());
+            let kind = kind.map_or("default", String::as_str);
             ensure!(
                 kind == "default",
                 "its rotary positions are of the type {kind}; they must be default"
