@@ -458,9 +458,32 @@ fn rotary_positions_are_those_of_the_file() {
     let twice = with("default").replace("\"rope_type\"", "\"type\":\"default\",\"rope_type\"");
     fs::write(&config, twice).unwrap();
     assert_near(&run(&setup), &expected, 1e-3);
-    fs::write(&config, with("llama3")).unwrap();
-    let text = setup.refusal("out", &[]);
-    assert!(text.contains("of the type llama3"), "{text}");
+    for kind in ["llama3", "yarn"] {
+        fs::write(&config, with(kind)).unwrap();
+        let text = setup.refusal("out", &[]);
+        assert!(text.contains(&format!("of the type {kind}")), "{text}");
+    }
+
+    // As in Llama 3.1's config.json, and as llama.cpp converts that. The four elements of half a head turn 178, 37.7, 7.97 and
+    // 1.69 times in 1120 positions: kept, kept, between (1/(0.669/4 + 0.331), by hand), stretched.
+    let scaling = r#""rope_theta":500.0,"rope_scaling":{"rope_type":"llama3","factor":4.0,"low_freq_factor":4.0,
+        "high_freq_factor":16.0,"original_max_position_embeddings":1120}"#;
+    fs::write(&config, text.replace(r#""rope_theta":500.0"#, scaling)).unwrap();
+    let of_folder = run(&setup);
+    let factors = Tensor::new(&[1f32, 1.0, 2.00709, 4.0], &Device::Cpu).unwrap();
+    setup.model = write_gguf_with(
+        setup.folder.path(),
+        500.0,
+        Some(("rope_freqs.weight", factors)),
+    );
+    assert_near(&of_folder, &run(&setup), 1e-5);
+    assert!(
+        of_folder
+            .iter()
+            .zip(&expected)
+            .all(|(a, b)| (a - b).abs() > 1e-5 * b),
+        "{of_folder:?}"
+    );
 }
 
 /// Four samples in one batch, or in two whose gradients are added.

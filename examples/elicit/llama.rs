@@ -15,6 +15,8 @@ use candle_nn::{
     rotary_emb::rope_i,
 };
 
+use crate::gguf_rope;
+
 /// Most tokens of a text, whatever the model's context: attention scores take heads · tokens² · 4 bytes.
 const LONGEST: usize = 4096;
 
@@ -59,6 +61,7 @@ impl Llama {
             "the model's architecture is {architecture:?}; it must be \"llama\""
         );
         let number = |key: &str| -> Result<usize> { Ok(value(key)?.to_u32()? as usize) };
+        gguf_rope::check(content)?;
         let heads = number("llama.attention.head_count")?;
         let kv_heads = number("llama.attention.head_count_kv").unwrap_or(heads);
         let epsilon = value("llama.attention.layer_norm_rms_epsilon")?.to_f32()?;
@@ -79,7 +82,7 @@ impl Llama {
         };
         let norm = full(quantised("output_norm")?)?;
         // Llama 3.1 and later stretch the slow rotations.
-        let factors = match content.tensor_infos.contains_key("rope_freqs.weight") {
+        let factors = match content.tensor_infos.contains_key(gguf_rope::FACTORS) {
             true => Some(full(quantised("rope_freqs")?)?.to_vec1::<f32>()?),
             false => None,
         };

@@ -12,6 +12,8 @@
 mod answers;
 mod args;
 mod client;
+#[path = "../common/gguf_rope.rs"]
+mod gguf_rope;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 mod limits;

@@ -31,7 +31,7 @@ pub struct Args {
     /// With --lora: the adapters' products are multiplied by ALPHA/RANK [default: twice the rank]
     #[arg(long, value_name = "ALPHA", requires = "lora")]
     pub lora_alpha: Option<f64>,
-    /// Folder for the pictures, the metrics and the smoothing map
+    /// Folder for results, checkpoints and the trained model
     #[arg(long, value_name = "FOLDER", default_value = "out/finetune")]
     pub out: PathBuf,
     /// cpu, cuda or cuda:N

@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::BufWriter,
+    io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -16,8 +16,9 @@ use candle_core::{
 use serde_json::Value;
 
 use crate::{
+    gguf_rope,
     model::{Config, Weights},
-    pretrained::{GGUF, HUGGING_FACE, Names, ROPE_FACTORS},
+    pretrained::{GGUF, HUGGING_FACE, Names},
 };
 
 /// How the names of files end that stand beside the weights: configuration and tokenizer.
@@ -91,9 +92,9 @@ fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> 
     for (name, tensor) in named(&GGUF, config, weights)? {
         tensors.push((name, QTensor::quantize(&tensor, GgmlDType::F32)?));
     }
-    if content.tensor_infos.contains_key(ROPE_FACTORS) {
-        let factors = content.tensor(&mut file, ROPE_FACTORS, &Device::Cpu)?;
-        tensors.push((ROPE_FACTORS.to_string(), factors));
+    if content.tensor_infos.contains_key(gguf_rope::FACTORS) {
+        let factors = content.tensor(&mut file, gguf_rope::FACTORS, &Device::Cpu)?;
+        tensors.push((gguf_rope::FACTORS.to_string(), factors));
     }
     let all_f32 = gguf_file::Value::U32(0);
     // Sorted, that the same model gives the same file; the writer aligns as if nothing were said of it.
@@ -108,8 +109,19 @@ fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> 
         .collect();
     metadata.sort_by_key(|(key, _)| *key);
     let tensors: Vec<_> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
-    let mut out = BufWriter::new(File::create(path)?);
-    Ok(gguf_file::write(&mut out, &metadata, &tensors)?)
+    replace(path, |partial| {
+        let mut out = BufWriter::new(File::create(partial)?);
+        gguf_file::write(&mut out, &metadata, &tensors)?;
+        Ok(out.flush()?)
+    })
+}
+
+/// Writes beside `path` and takes its place, so that what is there is always whole.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let partial = path.with_extension("partial");
+    write(&partial)?;
+    File::open(&partial)?.sync_all()?;
+    Ok(fs::rename(&partial, path)?)
 }
 
 fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) -> Result<()> {
@@ -118,7 +130,7 @@ fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) ->
         let text = name.to_string_lossy();
         let of_weights = text.ends_with(".index.json");
         if !of_weights && BESIDE.iter().any(|end| text.ends_with(end)) {
-            fs::copy(source.join(&name), out.join(&name))?;
+            fs::write(out.join(&name), fs::read(source.join(&name))?)?; // not its permissions
         }
     }
     let path = out.join("config.json");
@@ -129,10 +141,13 @@ fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) ->
         }
     }
     fs::write(&path, serde_json::to_string_pretty(&json)? + "\n")?;
-    let tensors: HashMap<String, Tensor> =
-        named(&HUGGING_FACE, config, weights)?.into_iter().collect();
-    Ok(candle_core::safetensors::save(
-        &tensors,
-        out.join("model.safetensors"),
-    )?)
+    let tensors = named(&HUGGING_FACE, config, weights)?;
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]); // older transformers ask for it
+    replace(&out.join("model.safetensors"), |partial| {
+        Ok(safetensors::serialize_to_file(
+            tensors,
+            Some(format),
+            partial,
+        )?)
+    })
 }

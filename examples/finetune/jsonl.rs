@@ -127,20 +127,15 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
     let estimated = is_to_be_estimated(path, &records)?;
     shuffle(&mut records, options.seed);
     records.truncate(options.limit.unwrap_or(usize::MAX));
-    let mut held_out = (records.len() as f64 * options.held_out).round() as usize;
-    // Responses to one prompt stay together: none is trained on while another is held out.
-    while (1..records.len()).contains(&held_out)
-        && records[held_out].question() == records[held_out - 1].question()
-    {
-        held_out += 1;
-    }
-    if held_out == 0 || held_out >= records.len() {
+    let held_out = (records.len() as f64 * options.held_out).round() as usize;
+    let Some(held_out) = between_questions(&records, held_out) else {
         bail!(
-            "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out",
+            "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out, \
+             of other prompts",
             path.display(),
             records.len(),
         );
-    }
+    };
     let train = records.split_off(held_out);
     let encoder = match tokenizer {
         Some(tokenizer) => Encoder::of_model(tokenizer)?,
@@ -250,6 +245,18 @@ impl Record {
             prompt => prompt,
         }
     }
+}
+
+/// The first place from `wanted` on, or else the last before it, where a question ends and another begins: responses to
+/// one prompt are not trained on while others are held out. None where `wanted` leaves nothing on one side.
+fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
+    let between = |&i: &usize| records[i].question() != records[i - 1].question();
+    if !(1..records.len()).contains(&wanted) {
+        return None;
+    }
+    (wanted..records.len())
+        .find(between)
+        .or_else(|| (1..wanted).rev().find(between))
 }
 
 /// Questions in random order, the samples of each one after another.

@@ -25,6 +25,8 @@ mod data;
 mod evaluate;
 mod export;
 mod fused;
+#[path = "../common/gguf_rope.rs"]
+mod gguf_rope;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 mod jsonl;
@@ -93,40 +95,35 @@ fn main() -> Result<()> {
         runs.push(setup.run(&args, method.name(), &method, &setup.data.train, &device)?);
     }
 
-    let saved = match &args.model {
-        Some(source) => {
-            let (config, weights) = (setup.model.config(), setup.model.merged()?);
-            Some(export::save(source, &config, &weights, &trained_model)?)
-        }
-        None => None,
-    };
-
     println!("{}", report::table(&runs));
     println!(
-        "certain: uncertainty below {:.3}, the held-out samples' median",
+        "certain: uncertainty below {:.3}, which parts the held-out samples",
         setup.threshold
     );
-    let (model, plan) = (&setup.model, setup.plan);
-    let memory = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
-    if let Some(memory) = memory {
-        println!("{memory}");
-    }
     plots::reliability(&args.out.join("reliability.svg"), &runs)?;
     plots::losses(&args.out.join("losses.svg"), &runs)?;
-    let report = Report {
+    let (model, plan) = (&setup.model, setup.plan);
+    let mut report = Report {
         arguments: &args,
         data: &setup.data.description,
         vocab: setup.data.vocab,
         parameters: setup.parameters,
         threshold: setup.threshold,
         plan,
-        peak_batch_bytes: memory,
+        peak_batch_bytes: None,
         pretraining: setup.pretraining.as_ref(),
         runs: &runs,
     };
+    // Before what may run out of disk or memory.
     report::save_json(&args.out.join("metrics.json"), &report)?;
-    if let Some(path) = saved {
+    if let Some(source) = &args.model {
+        let path = export::save(source, &model.config(), &model.merged()?, &trained_model)?;
         println!("the model that UAL trained is {}", path.display());
+    }
+    report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
+    if let Some(memory) = report.peak_batch_bytes {
+        println!("{memory}");
+        report::save_json(&args.out.join("metrics.json"), &report)?;
     }
     println!(
         "{:.0} s in all; reliability.svg, losses.svg, metrics.json and smoothing_map.json are in {}",

@@ -2,10 +2,10 @@
 //! Hugging Face has them. Weights become f32.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
     io::Read,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -16,7 +16,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     data::hex,
-    gguf_tokenizer,
+    gguf_rope, gguf_tokenizer,
     model::{Config, LayerWeights, Weights},
 };
 
@@ -66,7 +66,13 @@ fn check(config: &Config, weights: &Weights) -> Result<()> {
         Ok(())
     };
     shape("the embedding", &weights.embedding, &[vocab, dim])?;
+    shape("the last norm", &weights.norm, &[dim])?;
+    if let Some(projection) = &weights.projection {
+        shape("the output projection", projection, &[vocab, dim])?;
+    }
     for layer in &weights.layers {
+        shape("a layer's first norm", &layer.attention_norm, &[dim])?;
+        shape("a layer's second norm", &layer.mlp_norm, &[dim])?;
         let qkv = [dim, dim + 2 * config.kv_dim()];
         shape("a layer's queries, keys and values", &layer.qkv, &qkv)?;
         shape("a layer's attention output", &layer.output, &[dim, dim])?;
@@ -138,8 +144,6 @@ pub const GGUF: Names = Names {
     down: "ffn_down.weight",
 };
 
-pub const ROPE_FACTORS: &str = "rope_freqs.weight";
-
 pub const HUGGING_FACE: Names = Names {
     embedding: "model.embed_tokens.weight",
     norm: "model.norm.weight",
@@ -210,7 +214,9 @@ fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrain
         "its architecture is {architecture}; it must be llama"
     );
     let size = |key: &str| Ok::<_, anyhow::Error>(value(key)?.to_u32()? as usize);
+    gguf_rope::check(&content)?;
     let heads = size("llama.attention.head_count")?;
+    ensure!(heads > 0, "it has no heads of attention");
     let embedding = content.tensor_infos.get(GGUF.embedding);
     let config = Config {
         vocab: embedding
@@ -246,8 +252,8 @@ fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrain
             .dequantize(device)?)
     };
     let mut weights = weights(&GGUF, config.layers, tied, &mut read)?;
-    if content.tensor_infos.contains_key(ROPE_FACTORS) {
-        weights.rope_factors = Some(read(ROPE_FACTORS)?.to_vec1()?);
+    if content.tensor_infos.contains_key(gguf_rope::FACTORS) {
+        weights.rope_factors = Some(read(gguf_rope::FACTORS)?.to_vec1()?);
     }
     check_unread(unread.into_iter().collect())?;
     Ok(Pretrained {
@@ -284,22 +290,73 @@ struct RopeParameters {
     /// Its older name; some files have both.
     #[serde(rename = "type")]
     old_type: Option<String>,
+    #[serde(flatten)]
+    stretch: Option<Stretch>,
+}
+
+/// How Llama 3.1 stretches slow rotations: those that turn less than `low_freq_factor` times in the context of the
+/// pre-training by `factor`, those that turn more than `high_freq_factor` times not, in between by interpolation.
+#[derive(Deserialize)]
+struct Stretch {
+    factor: f32,
+    low_freq_factor: f32,
+    high_freq_factor: f32,
+    original_max_position_embeddings: f32,
+}
+
+impl Stretch {
+    /// By how much slower each element of half a head turns.
+    fn factors(&self, base: f32, half: usize) -> Vec<f32> {
+        let factor = |i: usize| {
+            let frequency = base.powf(-(i as f32) / half as f32);
+            let turns = self.original_max_position_embeddings * frequency / std::f32::consts::TAU;
+            let (low, high) = (self.low_freq_factor, self.high_freq_factor);
+            let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+            ((1.0 - kept) / self.factor + kept).recip()
+        };
+        (0..half).map(factor).collect()
+    }
 }
 
 impl HuggingFace {
-    fn rope_base(&self) -> Result<f32> {
-        let parameters = self.rope_parameters.as_ref();
-        for rope in parameters.iter().chain(&self.rope_scaling.as_ref()) {
-            let kind = rope.rope_type.as_ref().or(rope.old_type.as_ref());
-            let kind = kind.map_or("default", String::as_str);
-            ensure!(
-                kind == "default",
-                "its rotary positions are of the type {kind}; they must be default"
-            );
-        }
-        let base = parameters.and_then(|parameters| parameters.rope_theta);
-        Ok(base.or(self.rope_theta).unwrap_or(10_000.0))
+    fn head_size(&self) -> usize {
+        self.hidden_size / self.num_attention_heads.max(1)
     }
+
+    /// Base and factors of rotary positions.
+    fn rope(&self) -> Result<(f32, Option<Vec<f32>>)> {
+        let parameters = self.rope_parameters.as_ref();
+        let base = parameters.and_then(|parameters| parameters.rope_theta);
+        let base = base.or(self.rope_theta).unwrap_or(10_000.0);
+        let Some(rope) = parameters.or(self.rope_scaling.as_ref()) else {
+            return Ok((base, None));
+        };
+        let kind = rope.rope_type.as_ref().or(rope.old_type.as_ref());
+        match (kind.map_or("default", String::as_str), &rope.stretch) {
+            ("default", _) => Ok((base, None)),
+            ("llama3", Some(stretch)) => {
+                Ok((base, Some(stretch.factors(base, self.head_size() / 2))))
+            }
+            (kind, _) => bail!(
+                "its rotary positions are of the type {kind}; they must be default, or llama3 with all its parameters"
+            ),
+        }
+    }
+}
+
+/// Those that the index names, else the one without number.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index = folder.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Ok(vec![folder.join("model.safetensors")]);
+    }
+    let index: Index = serde_json::from_slice(&fs::read(index)?).context("its index.json")?;
+    let files: BTreeSet<String> = index.weight_map.into_values().collect();
+    Ok(files.iter().map(|name| folder.join(name)).collect())
 }
 
 fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
@@ -310,19 +367,16 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
         "it is a {} model; it must be llama",
         config.model_type
     );
-    let rope_base = config.rope_base()?;
+    let (rope_base, rope_factors) = config.rope()?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
         .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
-    let mut files: Vec<_> = fs::read_dir(folder)?
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-        .collect();
-    files.sort();
+    let mut files = weight_files(folder)?;
     let mut tensors = HashMap::new();
     for file in &files {
-        tensors.extend(candle_core::safetensors::load(file, device)?);
+        let read = candle_core::safetensors::load(file, device);
+        tensors.extend(read.with_context(|| file.display().to_string())?);
     }
-    let weights = weights(
+    let mut weights = weights(
         &HUGGING_FACE,
         config.num_hidden_layers,
         config.tie_word_embeddings,
@@ -332,6 +386,7 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
             Ok(tensor.to_dtype(DType::F32)?)
         },
     )?;
+    weights.rope_factors = rope_factors;
     let unread = tensors.keys().filter(|name| {
         let copy = config.tie_word_embeddings && *name == HUGGING_FACE.projection;
         !copy && !name.ends_with("rotary_emb.inv_freq")
@@ -354,6 +409,9 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
         },
         weights,
         tokenizer,
-        digest: digest(&files)?,
+        digest: {
+            files.push(folder.join("config.json"));
+            digest(&files)?
+        },
     })
 }

@@ -7,7 +7,8 @@
 //! cargo run --release --example study -- --data scored.jsonl --model MODEL.gguf --lora 8 --limit 200
 //! ```
 //!
-//! All options of the example `finetune` are its own. A seed changes data, initial weights, batches and the control.
+//! All options of the example `finetune` are its own. A seed changes data, batches, the control and the weights that
+//! training begins with (of a given model, those of its adapters).
 
 #[path = "../finetune/args.rs"]
 #[allow(dead_code)] // of finetune's modules, not everything is used here
@@ -21,6 +22,8 @@ mod data;
 mod evaluate;
 #[path = "../finetune/fused.rs"]
 mod fused;
+#[path = "../common/gguf_rope.rs"]
+mod gguf_rope;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 #[path = "../finetune/jsonl.rs"]

@@ -75,7 +75,8 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
         &mut text,
         &format!(
             "`cargo run --release --example study -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
-             samples. *Certain* samples have an uncertainty below the median. *shuffled* is UAL with the same \
+             samples. *Certain* samples have an uncertainty below the median, \
+             or the least where half have it. *shuffled* is UAL with the same \
              uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.\n",
             command.join(" ")
         ),
