@@ -4,6 +4,7 @@
 mod program;
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -216,6 +217,47 @@ fn responses_to_one_prompt_are_trained_on_or_held_out() {
         );
         assert!(stdout.contains(expected), "{stdout}");
     }
+}
+
+#[test]
+fn a_prompt_with_most_samples_is_on_one_side() {
+    let folder = TempDir::new().unwrap();
+    let write = |others: usize| {
+        let line = |i: usize| {
+            let prompt = if i < others { "other" } else { "usual" };
+            format!(
+                r#"{{"prompt": "{prompt}", "response": "{i}", "uncertainty": 0.{}}}"#,
+                1 + i % 7
+            )
+        };
+        let lines: Vec<String> = (0..20).map(line).collect();
+        write_data(&folder, lines.join("\n").as_bytes())
+    };
+    let data = write(3);
+    let more = [
+        "--data",
+        data.to_str().unwrap(),
+        "--vocab",
+        "300",
+        "--batch",
+        "6",
+        "--seed",
+    ];
+    let mut sizes = BTreeSet::new();
+    for seed in ["1", "2", "3", "4"] {
+        let (stdout, _) = small_run(&folder.path().join(seed), &[&more[..], &[seed]].concat());
+        let size = [
+            "17 training samples, 3 held out",
+            "3 training samples, 17 held out",
+        ]
+        .into_iter()
+        .find(|size| stdout.starts_with(size) || stdout.contains(&format!(": {size}")));
+        sizes.insert(size.expect("whole prompts"));
+    }
+    assert_eq!(sizes.len(), 2, "either comes first under some seed");
+    write(0);
+    let refusal = refusal(&more[..6]);
+    assert!(refusal.contains("of other prompts"), "{refusal}");
 }
 
 /// Negative log-likelihoods of every method's loss curve.

@@ -95,10 +95,15 @@ fn weights() -> BTreeMap<String, Tensor> {
 }
 
 fn write_gguf(folder: &Path) -> PathBuf {
-    write_gguf_with(folder, 500.0, None)
+    write_gguf_with(folder, 500.0, None, None)
 }
 
-fn write_gguf_with(folder: &Path, rope_base: f32, more: Option<(&str, Tensor)>) -> PathBuf {
+fn write_gguf_with(
+    folder: &Path,
+    rope_base: f32,
+    more: Option<(&str, Tensor)>,
+    scaling: Option<(&'static str, Metadata)>,
+) -> PathBuf {
     let string = |text: &str| Metadata::String(text.into());
     let strings =
         |texts: &[String]| Metadata::Array(texts.iter().map(|text| string(text)).collect());
@@ -131,6 +136,7 @@ fn write_gguf_with(folder: &Path, rope_base: f32, more: Option<(&str, Tensor)>) 
     ];
     let metadata: Vec<_> = metadata
         .iter()
+        .chain(&scaling)
         .map(|(name, value)| (*name, value))
         .collect();
     let quantized: Vec<(String, QTensor)> = weights()
@@ -428,13 +434,14 @@ fn rotary_positions_are_those_of_the_file() {
         setup.folder.path(),
         125.0,
         Some(("rope_freqs.weight", factors)),
+        None,
     );
     let stretched = run(&setup);
     assert_near(&stretched, &expected, 1e-4);
     setup.model = setup.folder.path().join("out/model/model.gguf");
     let saved = setup.run("again", &["--steps", "1", "--lr", "1e-9"]);
     assert_near(&held_out_nll(&saved)[..1], &stretched[2..], 1e-5);
-    setup.model = write_gguf_with(setup.folder.path(), 125.0, None);
+    setup.model = write_gguf_with(setup.folder.path(), 125.0, None, None);
     let other = run(&setup);
     assert!(
         other
@@ -475,6 +482,7 @@ fn rotary_positions_are_those_of_the_file() {
         setup.folder.path(),
         500.0,
         Some(("rope_freqs.weight", factors)),
+        None,
     );
     assert_near(&of_folder, &run(&setup), 1e-5);
     assert!(
@@ -567,12 +575,21 @@ fn what_does_not_fit_is_refused() {
         broken.folder.path(),
         500.0,
         Some(("blk.0.attn_q.bias", bias)),
+        None,
     );
     let text = broken.refusal("out", &[]);
     assert!(
         text.contains("1 of its tensors have no place in a Llama, blk.0.attn_q.bias"),
         "{text}"
     );
+    for (name, value) in [
+        ("llama.rope.scaling.type", Metadata::String("yarn".into())),
+        ("llama.rope.scale_linear", Metadata::F32(4.0)),
+    ] {
+        broken.model = write_gguf_with(broken.folder.path(), 500.0, None, Some((name, value)));
+        let text = broken.refusal("out", &[]);
+        assert!(text.contains("rotary positions are scaled"), "{text}");
+    }
     broken.model = broken.folder.path().join("nothing");
     let text = broken.refusal("out", &[]);
     assert!(text.contains("nothing"), "{text}");
