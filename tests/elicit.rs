@@ -779,7 +779,9 @@ fn a_local_model_scores_by_the_entropy_of_its_predictions() {
         );
         assert!((found - expected).abs() < 1e-6, "{found} and {expected}");
         assert!(expected > 0.1 && expected < 0.999, "{expected}");
-        assert_eq!(line["model"], "small.gguf");
+        let name = line["model"].as_str().unwrap();
+        let hash = name.strip_prefix("small.gguf sha256:").unwrap();
+        assert!(hash.len() == 16 && hash.chars().all(|c| c.is_ascii_hexdigit()));
         assert!(line.get("votes").is_none() && line.get("spread").is_none());
     }
 
@@ -790,4 +792,15 @@ fn a_local_model_scores_by_the_entropy_of_its_predictions() {
     fs::write(job.path("in.jsonl"), lines).unwrap();
     Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(0);
     assert_eq!(job.out(), all);
+
+    // Another model of the same name is another model.
+    let mut bytes = fs::read(&model).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&model, bytes).unwrap();
+    let run = Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(1);
+    assert!(
+        run.stderr.contains("choose another --out"),
+        "{}",
+        run.stderr
+    );
 }

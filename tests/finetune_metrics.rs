@@ -5,6 +5,8 @@
 
 #[path = "../examples/finetune/data.rs"]
 mod data;
+#[path = "../examples/common/digest.rs"]
+mod digest;
 #[path = "../examples/finetune/metrics.rs"]
 mod metrics;
 #[path = "../examples/finetune/ngram.rs"]
@@ -20,6 +22,7 @@ use ngram::{NGram, rank};
 fn row(confidence: f64, correct: bool) -> Row {
     Row {
         uncertainty: 0.5,
+        group: 0,
         nll: 1.0,
         entropy: 2.0,
         confidence,
@@ -34,6 +37,7 @@ fn sample(tokens: &[u32], prompt: usize, uncertainty: f32) -> Sample {
         tokens: tokens.to_vec(),
         prompt,
         uncertainty,
+        group: 0,
         truth: Vec::new(),
     }
 }

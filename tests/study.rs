@@ -6,6 +6,8 @@ mod clusters;
 #[path = "../examples/finetune/data.rs"]
 #[allow(dead_code)]
 mod data;
+#[path = "../examples/common/digest.rs"]
+mod digest;
 #[path = "../examples/finetune/fused.rs"]
 mod fused;
 #[path = "../examples/finetune/linear.rs"]
@@ -19,11 +21,16 @@ mod program;
 #[path = "../examples/finetune/separate.rs"]
 mod separate;
 
-use std::{collections::BTreeSet, fs, process::Command};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
 
 use candle_core::Device;
 use clusters::Points;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 fn points(clusters: &[&[[f64; 3]]]) -> Points {
@@ -92,6 +99,7 @@ fn a_context_counts_once() {
         tokens: tokens.to_vec(),
         prompt: 2,
         uncertainty: 0.0,
+        group: 0,
         truth: Vec::new(),
     };
     // The token 7 in five contexts, of which one stands twice, and 8 in four.
@@ -108,14 +116,19 @@ fn a_context_counts_once() {
     assert_eq!(distinct.len(), 5);
 }
 
-fn study(out: &std::path::Path) -> (String, Vec<Value>) {
-    let output = Command::new(program::example("study"))
+fn command(out: &Path, more: &[&str]) -> Output {
+    Command::new(program::example("study"))
         .env("RAYON_NUM_THREADS", "1") // how products round depends on it
         .args(["--seeds", "2", "--steps", "4", "--pretrain-steps", "2"])
         .args(["--dim", "16", "--layers", "1", "--heads", "2", "--out"])
         .arg(out)
+        .args(more)
         .output()
-        .unwrap();
+        .unwrap()
+}
+
+fn study(out: &Path, more: &[&str]) -> (String, Vec<Value>) {
+    let output = command(out, more);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     let outcomes = fs::read(out.join("outcomes.json")).unwrap();
@@ -126,7 +139,7 @@ fn study(out: &std::path::Path) -> (String, Vec<Value>) {
 #[test]
 fn a_small_study_reports_its_outcomes() {
     let folder = TempDir::new().unwrap();
-    let (report, outcomes) = study(&folder.path().join("a"));
+    let (report, outcomes) = study(&folder.path().join("a"), &[]);
     let methods: Vec<_> = outcomes
         .iter()
         .map(|o| o["run"]["method"].as_str().unwrap())
@@ -172,9 +185,22 @@ fn a_small_study_reports_its_outcomes() {
     let row = row.unwrap();
     assert!(row.contains(&format!("| {mean:.4} ±")), "{row}, {mean}");
     assert!(row.contains(&format!("({lower} of 2)")), "{row}");
+    // Clusters, the last table.
+    let silhouette = |seed: usize, method: usize| {
+        let clusters = &outcomes[4 * seed + method]["clusters"];
+        clusters["silhouette"].as_f64().unwrap()
+    };
+    let less: Vec<f64> = (0..2)
+        .map(|seed| silhouette(seed, 3) - silhouette(seed, 1))
+        .collect();
+    let higher = less.iter().filter(|d| **d > 0.0).count();
+    let deviation = (less[0] - less[1]).abs() / 2f64.sqrt();
+    let mean = (less[0] + less[1]) / 2.0;
+    let row = format!("| UAL less constant | {mean:.4} ± {deviation:.4} ({higher} of 2) |");
+    assert!(report.contains(&row), "{row}\n{report}");
     // The control has other samples' uncertainties, so it differs from UAL; and the same run gives the same numbers.
     assert_ne!(nll(0, 2, 0), nll(0, 3, 0));
-    let (_, again) = study(&folder.path().join("b"));
+    let (_, again) = study(&folder.path().join("b"), &[]);
     let groups = |outcomes: &[Value]| -> Vec<Value> {
         outcomes
             .iter()
@@ -182,4 +208,92 @@ fn a_small_study_reports_its_outcomes() {
             .collect()
     };
     assert_eq!(groups(&again), groups(&outcomes));
+}
+
+/// Samples of two kinds, one certain and one uncertain.
+fn write_data(folder: &Path, uncertainty: impl Fn(usize) -> f64) -> PathBuf {
+    let line = |i: usize| {
+        let kind = ["sum", "talk"][i % 2];
+        json!({"prompt": format!("question {i}"), "response": format!("the answer is {}", i / 3),
+               "uncertainty": uncertainty(i), "kind": kind})
+    };
+    let lines: Vec<String> = (0..40).map(|i| line(i).to_string()).collect();
+    let path = folder.join("data.jsonl");
+    fs::write(&path, lines.join("\n")).unwrap();
+    path
+}
+
+#[test]
+fn kinds_have_a_control_and_results_of_their_own() {
+    let folder = TempDir::new().unwrap();
+    // Within a kind all are equally uncertain, so that dealing them within it changes nothing.
+    let data = write_data(folder.path(), |i| [0.2, 0.6][i % 2]);
+    let arguments = [
+        "--data",
+        data.to_str().unwrap(),
+        "--vocab",
+        "300",
+        "--group",
+        "kind",
+    ];
+    let (report, outcomes) = study(&folder.path().join("out"), &arguments);
+    let groups = |run: usize| outcomes[run]["run"]["groups"].as_array().unwrap();
+    for seed in 0..2 {
+        let run = |arm: usize| &outcomes[5 * seed + arm]["run"];
+        let arms: Vec<_> = (0..5)
+            .map(|arm| run(arm)["method"].as_str().unwrap())
+            .collect();
+        assert_eq!(arms, ["SFT", "constant", "shuffled", "within kind", "UAL"]);
+        assert_eq!(run(3)["groups"], run(4)["groups"]);
+        assert_ne!(run(2)["groups"], run(4)["groups"]);
+    }
+    let names: Vec<_> = groups(0).iter().map(|group| &group["name"]).collect();
+    assert_eq!(names, ["all", "certain", "uncertain", "sum", "talk"]);
+    // Here the kind is the certainty.
+    let rows = |group: usize| &groups(0)[group]["summary"];
+    assert_eq!((rows(1), rows(2)), (rows(3), rows(4)));
+    assert_ne!(rows(3), rows(4));
+    for section in [
+        "## Held out, talk",
+        "| talk | less within kind |",
+        "*within kind* is",
+    ] {
+        assert!(report.contains(section), "{section}");
+    }
+
+    let missing = command(
+        &folder.path().join("no"),
+        &[&arguments[..5], &["topic"]].concat(),
+    );
+    let stderr = String::from_utf8_lossy(&missing.stderr);
+    assert!(stderr.contains("data.jsonl:1: \"topic\""), "{stderr}");
+}
+
+/// The control may need more smoothing a sample than there is, where the method does not: said before anything is trained.
+#[test]
+fn a_control_that_cannot_be_is_refused_at_once() {
+    let folder = TempDir::new().unwrap();
+    let data = folder.path().join("data.jsonl");
+    // One sample in ten is uncertain, and its response makes half of the rows.
+    let line = |i: usize| {
+        let (uncertainty, response) = match i % 10 {
+            0 => (0.9, "z ".repeat(40)),
+            _ => (0.0, "z z".into()),
+        };
+        json!({"prompt": format!("{i}"), "response": response, "uncertainty": uncertainty})
+    };
+    let lines: Vec<String> = (0..40).map(|i| line(i).to_string()).collect();
+    fs::write(&data, lines.join("\n")).unwrap();
+    let out = folder.path().join("out");
+    let data = data.to_str().unwrap();
+    let refused = command(
+        &out,
+        &["--data", data, "--vocab", "300", "--mean-smoothing", "0.2"],
+    );
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && stderr.contains("the control \"shuffled\""),
+        "{stderr}"
+    );
+    assert!(!out.exists());
 }

@@ -6,7 +6,7 @@ use candle_core::quantized::{
     tokenizer::TokenizerFromGguf,
 };
 use tokenizers::{
-    PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
+    ModelWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
     pre_tokenizers::{
         byte_level::ByteLevel,
         digits::Digits,
@@ -34,6 +34,12 @@ pub fn tokenizer(content: &Content) -> Result<Tokenizer> {
             let pattern = SplitPattern::Regex(LLAMA3_WORDS.into());
             let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
             let split = split.map_err(|e| anyhow!(e))?;
+            // A word that is a token is one, whatever the merges make of it; files do not say so.
+            let mut model = tokenizer.get_model().clone();
+            if let ModelWrapper::BPE(bpe) = &mut model {
+                bpe.ignore_merges = true;
+            }
+            tokenizer.with_model(model);
             Sequence::new(vec![split.into(), bytes(false).into()]).into()
         }
         other => {

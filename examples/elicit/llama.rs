@@ -15,7 +15,7 @@ use candle_nn::{
     rotary_emb::rope_i,
 };
 
-use crate::gguf_rope;
+use crate::gguf::{self, Unread};
 
 /// Most tokens of a text, whatever the model's context: attention scores take heads · tokens² · 4 bytes.
 const LONGEST: usize = 4096;
@@ -61,16 +61,19 @@ impl Llama {
             "the model's architecture is {architecture:?}; it must be \"llama\""
         );
         let number = |key: &str| -> Result<usize> { Ok(value(key)?.to_u32()? as usize) };
-        gguf_rope::check(content)?;
+        gguf::check_rope(content)?;
         let heads = number("llama.attention.head_count")?;
         let kv_heads = number("llama.attention.head_count_kv").unwrap_or(heads);
         let epsilon = value("llama.attention.layer_norm_rms_epsilon")?.to_f32()?;
         let base = value("llama.rope.freq_base").map_or(Ok(10_000.0), |base| base.to_f32())?;
         let context = number("llama.context_length").map_or(LONGEST, |length| length.min(LONGEST));
 
+        let mut unread = Unread::new(content.tensor_infos.keys());
         let mut quantised = |name: &str| {
-            let tensor = content.tensor(file, &format!("{name}.weight"), &Device::Cpu);
-            tensor.with_context(|| format!("the tensor {name}.weight"))
+            let name = format!("{name}.weight");
+            unread.read(&name);
+            let tensor = content.tensor(file, &name, &Device::Cpu);
+            tensor.with_context(|| format!("the tensor {name}"))
         };
         let full = |tensor: QTensor| -> Result<Tensor> {
             Ok(tensor.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)
@@ -82,7 +85,7 @@ impl Llama {
         };
         let norm = full(quantised("output_norm")?)?;
         // Llama 3.1 and later stretch the slow rotations.
-        let factors = match content.tensor_infos.contains_key(gguf_rope::FACTORS) {
+        let factors = match content.tensor_infos.contains_key(gguf::ROPE_FACTORS) {
             true => Some(full(quantised("rope_freqs")?)?.to_vec1::<f32>()?),
             false => None,
         };
@@ -99,6 +102,7 @@ impl Llama {
             })
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
+        unread.check()?;
 
         let dim = embedding.dim(1)?;
         let width = dim / heads.max(1);

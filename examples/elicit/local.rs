@@ -9,15 +9,19 @@ use candle_cross_entropy::{CrossEntropy, Reduction};
 use tokenizers::Tokenizer;
 
 use crate::{
-    answers::Answers, gguf_tokenizer::tokenizer, llama::Llama, progress::Progress, samples::Sample,
+    answers::Answers, chat::Encoder, digest, gguf_tokenizer::tokenizer, llama::Llama,
+    progress::Progress, samples::Sample,
 };
 
-/// What the output calls the model: the name of its file.
+/// What the output calls the model: the name of its file, and the beginning of its hash.
 pub fn name(path: &Path) -> Result<String> {
     let name = path.file_name().and_then(|name| name.to_str());
-    Ok(name
-        .with_context(|| format!("--local {}: not a file's name", path.display()))?
-        .to_string())
+    let name = name.context("not a file's name");
+    let name = name.and_then(|name| {
+        let hash = digest::of_files(&[path])?;
+        Ok(format!("{name} sha256:{}", &hash[..16]))
+    });
+    name.with_context(|| format!("--local {}", path.display()))
 }
 
 /// Scores every sample that has no score. Returns those that cannot have one, by index, with the reason.
@@ -65,10 +69,7 @@ pub fn score(
 
 struct Model {
     llama: Llama,
-    tokenizer: Tokenizer,
-    begin: Option<u32>,
-    /// Tokens that begin and end a message in the ChatML format, where the model knows them.
-    message: Option<(u32, u32)>,
+    encoder: Encoder,
 }
 
 struct Text {
@@ -81,60 +82,32 @@ impl Model {
     fn load(path: &Path, tokenizer_file: Option<&Path>) -> Result<Self> {
         let mut file = BufReader::new(File::open(path)?);
         let content = Content::read(&mut file).context("not a GGUF file")?;
-        let mut tokenizer = match tokenizer_file {
+        let tokenizer = match tokenizer_file {
             Some(path) => Tokenizer::from_file(path)
                 .map_err(|e| anyhow!(e))
                 .with_context(|| format!("--tokenizer {}", path.display()))?,
             None => tokenizer(&content)
                 .context("its tokenizer cannot be used; give one with --tokenizer")?,
         };
-        // A sample's text is text, also where it looks like a control token.
-        tokenizer.set_encode_special_tokens(true);
-        let number = |key: &str| {
-            content
-                .metadata
-                .get(key)
-                .and_then(|value| value.to_u32().ok())
-        };
-        let add_begin = content.metadata.get("tokenizer.ggml.add_bos_token");
-        let add_begin = add_begin.is_some_and(|value| value.to_bool().unwrap_or(false));
-        let begin = number("tokenizer.ggml.bos_token_id").filter(|_| add_begin);
-        let id = |token| tokenizer.token_to_id(token);
         Ok(Self {
-            begin,
-            message: id("<|im_start|>").zip(id("<|im_end|>")),
+            encoder: Encoder::from_gguf(&content, tokenizer)?,
             llama: Llama::load(&content, &mut file)?,
-            tokenizer,
         })
     }
 
-    /// The sample as the model is used to see it: as messages of a user and an assistant in ChatML, else as the prompt, a
-    /// blank line and the response.
+    /// The sample as `finetune` trains on it, less the token that ends it.
     fn encode(&self, prompt: &str, response: &str) -> Result<Text> {
-        let ids = |text: &str| -> Result<Vec<u32>> {
-            let encoding = self.tokenizer.encode(text, false);
-            Ok(encoding
-                .map_err(|e| anyhow!("tokenizer: {e}"))?
-                .get_ids()
-                .to_vec())
-        };
-        let mut tokens = Vec::from_iter(self.begin);
-        match self.message {
-            Some((start, end)) => {
-                tokens.push(start);
-                tokens.extend(ids(&format!("user\n{prompt}"))?);
-                tokens.push(end);
-                tokens.extend(ids("\n")?);
-                tokens.push(start);
-                tokens.extend(ids("assistant\n")?);
-            }
-            None => tokens.extend(ids(&format!("{prompt}\n\n"))?),
-        }
+        let Encoder {
+            before, between, ..
+        } = &self.encoder;
+        let mut tokens = before.clone();
+        tokens.extend(self.encoder.ids(prompt)?);
+        tokens.extend(between);
         let begin = tokens.len();
-        tokens.extend(ids(response)?);
+        tokens.extend(self.encoder.ids(response)?);
         ensure!(
-            begin > 0 && tokens.len() > begin,
-            "the tokenizer makes nothing of the text"
+            tokens.len() > begin,
+            "the tokenizer makes nothing of the response"
         );
         Ok(Text {
             tokens,

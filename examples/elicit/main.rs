@@ -11,9 +11,14 @@
 
 mod answers;
 mod args;
+#[path = "../common/chat.rs"]
+#[allow(dead_code)] // a GGUF file has no folder
+mod chat;
 mod client;
-#[path = "../common/gguf_rope.rs"]
-mod gguf_rope;
+#[path = "../common/digest.rs"]
+mod digest;
+#[path = "../common/gguf.rs"]
+mod gguf;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 mod limits;

@@ -7,6 +7,8 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::digest::hex;
+
 /// Fields that the output adds to a sample's own.
 const ADDED: [&str; 4] = ["uncertainty", "votes", "spread", "model"];
 
@@ -65,10 +67,7 @@ fn digest(prompt: &str, response: &str) -> String {
     hash.update((prompt.len() as u64).to_le_bytes()); // so that text moved from one to the other makes a difference
     hash.update(prompt);
     hash.update(response);
-    hash.finalize()[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex(&hash.finalize()[..16])
 }
 
 /// The file's samples. A bad line is an error that names it, and so is an id that two samples have.

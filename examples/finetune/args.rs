@@ -84,8 +84,12 @@ pub struct Args {
     #[arg(long, default_value_t = 4)]
     pub heads: usize,
     /// With --data: use only so many samples, drawn at random
-    #[arg(long)]
+    #[arg(long, requires = "data")]
     pub limit: Option<usize>,
+    /// With --data: the field that says of what kind a sample is. Results are given for each kind too, and the study has a
+    /// second control, in which uncertainties are dealt to samples of the same kind
+    #[arg(long, value_name = "FIELD", requires = "data")]
+    pub group: Option<String>,
     /// With --data: share of the samples that are held out
     #[arg(long, default_value_t = 0.2)]
     pub held_out: f64,

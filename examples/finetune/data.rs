@@ -5,12 +5,15 @@ use candle_cross_entropy::ual::Layout;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use sha2::{Digest, Sha256};
 
+use crate::digest;
+
 /// Target of rows that take no part in the loss: their next token is the prompt's, or there is none.
 pub const IGNORED: i64 = -100;
 
 /// The true distribution of a response token: (token, probability), the probabilities above 0.
 pub type Distribution = Vec<(u32, f32)>;
 
+#[derive(Clone)]
 pub struct Sample {
     /// Prompt and response.
     pub tokens: Vec<u32>,
@@ -18,6 +21,8 @@ pub struct Sample {
     pub prompt: usize,
     /// In [0, 1].
     pub uncertainty: f32,
+    /// Which of the data set's groups it is in; 0 where there are none.
+    pub group: usize,
     /// Of every response token where it is known, else empty.
     pub truth: Vec<Distribution>,
 }
@@ -40,12 +45,10 @@ pub struct Dataset {
     pub pretrain: Vec<Sample>,
     pub train: Vec<Sample>,
     pub held_out: Vec<Sample>,
+    /// Names of the kinds of samples, where they are told apart.
+    pub groups: Vec<String>,
     /// One or two lines for the reader of the output.
     pub description: String,
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Dataset {
@@ -60,6 +63,7 @@ impl Dataset {
                 sample.tokens.len() as u32,
                 sample.prompt as u32,
                 sample.uncertainty.to_bits(),
+                sample.group as u32,
             ] {
                 hash.update(number.to_le_bytes());
             }
@@ -67,7 +71,7 @@ impl Dataset {
                 hash.update(token.to_le_bytes());
             }
         }
-        hex(&hash.finalize())
+        digest::hex(&hash.finalize())
     }
 
     pub fn longest(&self) -> usize {

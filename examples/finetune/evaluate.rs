@@ -54,6 +54,7 @@ pub fn evaluate(
             {
                 rows.push(Row {
                     uncertainty: sample.uncertainty,
+                    group: sample.group,
                     nll: f64::from(nll[i][t]),
                     entropy: f64::from(entropy[i][t]),
                     confidence: f64::from(confidence[i][t]),

@@ -16,7 +16,7 @@ use candle_core::{
 use serde_json::Value;
 
 use crate::{
-    gguf_rope,
+    gguf,
     model::{Config, Weights},
     pretrained::{GGUF, HUGGING_FACE, Names},
 };
@@ -92,9 +92,9 @@ fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> 
     for (name, tensor) in named(&GGUF, config, weights)? {
         tensors.push((name, QTensor::quantize(&tensor, GgmlDType::F32)?));
     }
-    if content.tensor_infos.contains_key(gguf_rope::FACTORS) {
-        let factors = content.tensor(&mut file, gguf_rope::FACTORS, &Device::Cpu)?;
-        tensors.push((gguf_rope::FACTORS.to_string(), factors));
+    if content.tensor_infos.contains_key(gguf::ROPE_FACTORS) {
+        let factors = content.tensor(&mut file, gguf::ROPE_FACTORS, &Device::Cpu)?;
+        tensors.push((gguf::ROPE_FACTORS.to_string(), factors));
     }
     let all_f32 = gguf_file::Value::U32(0);
     // Sorted, that the same model gives the same file; the writer aligns as if nothing were said of it.

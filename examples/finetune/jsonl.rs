@@ -1,14 +1,19 @@
 //! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
 //!
-//! The tokeniser is the model's own, or a byte-level BPE trained on the training samples' text. A sample is
-//! `<begin> prompt <answer> response <end>`, where the control tokens are those of [`Encoder`]. Where no sample has
-//! an uncertainty it is estimated, see [`crate::ngram`].
+//! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
+//! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
+//! [`crate::ngram`].
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{
     Tokenizer, TokenizerBuilder,
     models::bpe::{BPE, BpeTrainer},
@@ -17,6 +22,7 @@ use tokenizers::{
 };
 
 use crate::{
+    chat::Encoder,
     data::{Dataset, Sample},
     ngram::{self, NGram},
 };
@@ -28,16 +34,19 @@ const END: u32 = 2;
 const CONTROL: u32 = 3;
 
 #[derive(Debug, Deserialize)]
-pub struct Record {
-    pub prompt: String,
-    pub response: String,
-    pub uncertainty: Option<f32>,
+struct Record {
+    prompt: String,
+    response: String,
+    uncertainty: Option<f32>,
     /// Of the file, from 1.
     #[serde(skip)]
     line: usize,
+    /// What the field of `--group` says.
+    #[serde(skip)]
+    group: Option<String>,
 }
 
-pub struct Options {
+pub struct Options<'a> {
     pub seed: u64,
     /// Share of the samples, above 0 and below 1.
     pub held_out: f64,
@@ -45,85 +54,13 @@ pub struct Options {
     pub max_tokens: usize,
     /// So many samples, drawn at random, and no more.
     pub limit: Option<usize>,
+    /// The field that parts the samples into groups.
+    pub group: Option<&'a str>,
 }
 
-/// Text to tokens, and what stands round prompt and response.
-struct Encoder {
-    tokenizer: Tokenizer,
-    /// Of the tokeniser's tokens.
-    offset: u32,
-    before: Vec<u32>,
-    between: Vec<u32>,
-    end: u32,
-}
-
-impl Encoder {
-    /// Trained on text.
-    fn train(records: &[Record], vocab: usize) -> Result<Self> {
-        Ok(Self {
-            tokenizer: train_tokenizer(records, vocab)?,
-            offset: CONTROL,
-            before: vec![BEGIN],
-            between: vec![ANSWER],
-            end: END,
-        })
-    }
-
-    /// A model's own: ChatML where it has the tokens for it, else a line break after the prompt.
-    fn of_model(tokenizer: Tokenizer) -> Result<Self> {
-        let token = |names: &[&str]| names.iter().find_map(|name| tokenizer.token_to_id(name));
-        let chat = token(&["<|im_start|>"]).zip(token(&["<|im_end|>"]));
-        let (before, between, end) = match chat {
-            Some((_, end)) => (
-                "<|im_start|>user\n",
-                "<|im_end|>\n<|im_start|>assistant\n",
-                end,
-            ),
-            None => {
-                let end = token(&["</s>", "<|end_of_text|>", "<|endoftext|>"]);
-                ("", "\n", end.context("the tokenizer has no end token")?)
-            }
-        };
-        let mut encoder = Self {
-            tokenizer,
-            offset: 0,
-            before: Vec::new(),
-            between: Vec::new(),
-            end,
-        };
-        let begin = ["<s>", "<|begin_of_text|>"];
-        let begin = begin
-            .iter()
-            .find_map(|name| encoder.tokenizer.token_to_id(name));
-        encoder.before = encoder.ids(before)?;
-        if chat.is_none() {
-            encoder.before.extend(begin);
-        }
-        encoder.between = encoder.ids(between)?;
-        encoder.tokenizer.set_encode_special_tokens(true); // in samples they are text like any other
-        Ok(encoder)
-    }
-
-    fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .tokenizer
-            .encode(text, false)
-            .map_err(|e| anyhow!("tokeniser: {e}"))?;
-        Ok(encoding
-            .get_ids()
-            .iter()
-            .map(|id| id + self.offset)
-            .collect())
-    }
-
-    fn vocab(&self) -> usize {
-        self.tokenizer.get_vocab_size(true) + self.offset as usize
-    }
-}
-
-/// `tokenizer` is that of the model, if there is one.
-pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Result<Dataset> {
-    let mut records = read(path)?;
+/// `encoder` is that of the model, if there is one; else one is trained on the training samples.
+pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<Dataset> {
+    let mut records = read(path, options.group)?;
     let estimated = is_to_be_estimated(path, &records)?;
     shuffle(&mut records, options.seed);
     records.truncate(options.limit.unwrap_or(usize::MAX));
@@ -137,15 +74,19 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         );
     };
     let train = records.split_off(held_out);
-    let encoder = match tokenizer {
-        Some(tokenizer) => Encoder::of_model(tokenizer)?,
-        None => Encoder::train(&train, options.vocab)?,
+    let encoder = match encoder {
+        Some(encoder) => encoder,
+        None => train_encoder(&train, options.vocab)?,
     };
+    let groups: BTreeSet<&String> = train
+        .iter()
+        .chain(&records)
+        .flat_map(|r| &r.group)
+        .collect();
+    let groups: Vec<String> = groups.into_iter().cloned().collect();
     let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
-        records
-            .iter()
-            .map(|record| encode(record, &encoder, options.max_tokens))
-            .collect()
+        let sample = |record: &Record| encode(record, &encoder, &groups, options.max_tokens);
+        records.iter().map(sample).collect()
     };
     let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
     let truncated = train_samples
@@ -154,7 +95,7 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         .filter(|(_, truncated)| *truncated)
         .count();
     if estimated {
-        estimate(&mut train_samples, &mut held_out_samples, encoder.vocab());
+        estimate(&mut train_samples, &mut held_out_samples, vocab(&encoder));
     }
 
     let samples = |list: Vec<(Sample, bool)>| {
@@ -167,10 +108,11 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         tokens: s.tokens.clone(),
         prompt: 1,
         uncertainty: 0.0,
+        group: s.group,
         truth: Vec::new(),
     };
     Ok(Dataset {
-        vocab: encoder.vocab(),
+        vocab: vocab(&encoder),
         pretrain: train.iter().map(plain).collect(),
         description: format!(
             "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: \
@@ -186,11 +128,16 @@ pub fn load(path: &Path, tokenizer: Option<Tokenizer>, options: &Options) -> Res
         ),
         train,
         held_out,
+        groups,
     })
 }
 
+fn vocab(encoder: &Encoder) -> usize {
+    encoder.tokenizer.get_vocab_size(true) + encoder.offset as usize
+}
+
 /// The file's records; a bad line is an error that names it.
-pub fn read(path: &Path) -> Result<Vec<Record>> {
+fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut records = Vec::new();
     for (number, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
@@ -217,6 +164,16 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
             )));
         }
         record.line = number + 1;
+        if let Some(field) = group {
+            let fields: Value = serde_json::from_str(line)?;
+            record.group = match &fields[field] {
+                Value::String(group) => Some(group.clone()),
+                Value::Null => {
+                    return Err(fail(format!("{field:?}, the field of --group, is missing")));
+                }
+                other => Some(other.to_string()),
+            };
+        }
         records.push(record);
     }
     Ok(records)
@@ -271,6 +228,16 @@ fn shuffle(records: &mut Vec<Record>, seed: u64) {
     records.extend(questions.into_iter().flatten());
 }
 
+fn train_encoder(records: &[Record], vocab: usize) -> Result<Encoder> {
+    Ok(Encoder {
+        tokenizer: train_tokenizer(records, vocab)?,
+        offset: CONTROL,
+        before: vec![BEGIN],
+        between: vec![ANSWER],
+        end: END,
+    })
+}
+
 fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
     let mut trainer = BpeTrainer::builder()
         .show_progress(false)
@@ -296,7 +263,12 @@ fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
 
 /// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
 /// of the room if the response needs the rest.
-fn encode(record: &Record, encoder: &Encoder, max_tokens: usize) -> Result<(Sample, bool)> {
+fn encode(
+    record: &Record,
+    encoder: &Encoder,
+    groups: &[String],
+    max_tokens: usize,
+) -> Result<(Sample, bool)> {
     let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
     response.push(encoder.end);
     let Encoder {
@@ -321,11 +293,15 @@ fn encode(record: &Record, encoder: &Encoder, max_tokens: usize) -> Result<(Samp
     ]
     .concat();
     let uncertainty = record.uncertainty.unwrap_or(0.0);
+    let group = record.group.as_ref();
     Ok((
         Sample {
             tokens,
             prompt: prompt.len() + around,
             uncertainty,
+            group: group
+                .and_then(|group| groups.binary_search(group).ok())
+                .unwrap_or(0),
             truth: Vec::new(),
         },
         truncated,

@@ -20,13 +20,17 @@
 #[path = "../common/allocator.rs"]
 mod allocator;
 mod args;
+#[path = "../common/chat.rs"]
+mod chat;
 mod checkpoint;
 mod data;
+#[path = "../common/digest.rs"]
+mod digest;
 mod evaluate;
 mod export;
 mod fused;
-#[path = "../common/gguf_rope.rs"]
-mod gguf_rope;
+#[path = "../common/gguf.rs"]
+mod gguf;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 mod jsonl;
@@ -82,8 +86,8 @@ fn main() -> Result<()> {
     if let Some(source) = &args.model {
         export::check(source, &trained_model)?;
     }
-    let setup = Setup::new(&args, &device)?;
-    report::save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
+    let loaded = setup::pretrained(&args, &device)?;
+    let setup = Setup::new(&args, loaded, &device)?;
 
     let ual = Method::Ual(setup.map.clone());
     let mut runs = Vec::new();
@@ -114,7 +118,8 @@ fn main() -> Result<()> {
         pretraining: setup.pretraining.as_ref(),
         runs: &runs,
     };
-    // Before what may run out of disk or memory.
+    // Before what may run out of disk or memory, after what may refuse the checkpoints of other trainings.
+    report::save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
     report::save_json(&args.out.join("metrics.json"), &report)?;
     if let Some(source) = &args.model {
         let path = export::save(source, &model.config(), &model.merged()?, &trained_model)?;

@@ -7,6 +7,8 @@ use serde::Serialize;
 pub struct Row {
     /// Uncertainty of its sample.
     pub uncertainty: f32,
+    /// Of its sample.
+    pub group: usize,
     pub nll: f64,
     pub entropy: f64,
     /// Probability of the predicted token.

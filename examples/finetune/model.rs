@@ -69,6 +69,7 @@ struct Layer {
 }
 
 /// A layer's weights as they come from a file, matrices (in, out).
+#[derive(Clone)]
 pub struct LayerWeights {
     pub attention_norm: Tensor,
     /// (dim, dim + 2·kv_dim)
@@ -81,6 +82,7 @@ pub struct LayerWeights {
 }
 
 /// A model's weights as they come from a file.
+#[derive(Clone)]
 pub struct Weights {
     /// (V, D)
     pub embedding: Tensor,

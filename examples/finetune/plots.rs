@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::{coord::Shift, prelude::*};
 
-use crate::report::{Group, Run};
+use crate::report::{Group, PARTS, Run};
 
 const SIZE: (u32, u32) = (1000, 500);
-pub const COLORS: [RGBColor; 4] = [
+pub const COLORS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
 ];
 const FONT: (&str, u32) = ("sans-serif", 15);
 
@@ -21,11 +22,11 @@ type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// Accuracy over confidence, for certain and uncertain samples; the larger a circle, the more rows are in its bin.
 pub fn reliability(path: &Path, runs: &[Run]) -> Result<()> {
     draw(path, |panel, side| {
-        let group = |run: &'_ Run| -> usize { run.groups.len() - 2 + side };
+        let group = PARTS[side];
         let Some(first) = runs.first() else {
             return Ok(());
         };
-        let title = format!("{} samples", first.groups[group(first)].name);
+        let title = format!("{} samples", first.groups[group].name);
         let mut chart = ChartBuilder::on(panel)
             .caption(title, FONT)
             .margin(10)
@@ -41,7 +42,7 @@ pub fn reliability(path: &Path, runs: &[Run]) -> Result<()> {
             .draw()?;
         chart.draw_series(LineSeries::new([(0.0, 0.0), (1.0, 1.0)], BLACK.mix(0.4)))?;
         for (run, color) in runs.iter().zip(COLORS) {
-            let Group { reliability, .. } = &run.groups[group(run)];
+            let Group { reliability, .. } = &run.groups[group];
             let bins: Vec<_> = reliability.iter().filter(|bin| bin.rows > 0).collect();
             let rows: usize = bins.iter().map(|bin| bin.rows).sum();
             chart

@@ -2,28 +2,29 @@
 //! Hugging Face has them. Weights become f32.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
-    io::Read,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor, quantized::gguf_file::Content};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    data::hex,
-    gguf_rope, gguf_tokenizer,
+    chat::Encoder,
+    digest,
+    gguf::{self, Unread},
+    gguf_tokenizer,
     model::{Config, LayerWeights, Weights},
 };
 
+#[derive(Clone)]
 pub struct Pretrained {
     pub config: Config,
     pub weights: Weights,
-    pub tokenizer: Tokenizer,
+    pub encoder: Encoder,
     /// A hash of the files with weights.
     pub digest: String,
 }
@@ -90,30 +91,12 @@ fn check(config: &Config, weights: &Weights) -> Result<()> {
     Ok(())
 }
 
-fn digest(files: &[impl AsRef<Path>]) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut block = vec![0; 1 << 20];
-    for file in files {
-        let mut file = File::open(file)?;
-        loop {
-            match file.read(&mut block)? {
-                0 => break,
-                length => hash.update(&block[..length]),
-            }
-        }
-    }
-    Ok(hex(&hash.finalize()))
-}
-
-/// That nothing in a file was left unread: a bias, say, that the model would lack.
-fn check_unread(mut unread: Vec<&String>) -> Result<()> {
-    unread.sort();
-    if let Some(first) = unread.first() {
-        bail!(
-            "{} of its tensors have no place in a Llama, {first} among them",
-            unread.len()
-        );
-    }
+fn check_context(context: Option<usize>, max_tokens: usize) -> Result<()> {
+    let longest = context.unwrap_or(usize::MAX);
+    ensure!(
+        max_tokens <= longest,
+        "it takes {longest} tokens, and --max-tokens is {max_tokens}"
+    );
     Ok(())
 }
 
@@ -214,7 +197,8 @@ fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrain
         "its architecture is {architecture}; it must be llama"
     );
     let size = |key: &str| Ok::<_, anyhow::Error>(value(key)?.to_u32()? as usize);
-    gguf_rope::check(&content)?;
+    gguf::check_rope(&content)?;
+    check_context(size("llama.context_length").ok(), max_tokens)?;
     let heads = size("llama.attention.head_count")?;
     ensure!(heads > 0, "it has no heads of attention");
     let embedding = content.tensor_infos.get(GGUF.embedding);
@@ -243,24 +227,24 @@ fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrain
         "{rotated} elements of a head of {} are rotated; it must be all",
         config.head_size()
     );
-    let mut unread: HashSet<&String> = content.tensor_infos.keys().collect();
+    let mut unread = Unread::new(content.tensor_infos.keys());
     let mut read = |name: &str| {
-        unread.remove(&name.to_string());
+        unread.read(name);
         let tensor = content.tensor(&mut file, name, device);
         Ok(tensor
             .with_context(|| name.to_string())?
             .dequantize(device)?)
     };
     let mut weights = weights(&GGUF, config.layers, tied, &mut read)?;
-    if content.tensor_infos.contains_key(gguf_rope::FACTORS) {
-        weights.rope_factors = Some(read(gguf_rope::FACTORS)?.to_vec1()?);
+    if content.tensor_infos.contains_key(gguf::ROPE_FACTORS) {
+        weights.rope_factors = Some(read(gguf::ROPE_FACTORS)?.to_vec1()?);
     }
-    check_unread(unread.into_iter().collect())?;
+    unread.check()?;
     Ok(Pretrained {
-        digest: digest(&[path])?,
+        digest: digest::of_files(&[path])?,
         config,
         weights,
-        tokenizer: gguf_tokenizer::tokenizer(&content)?,
+        encoder: Encoder::from_gguf(&content, gguf_tokenizer::tokenizer(&content)?)?,
     })
 }
 
@@ -275,6 +259,7 @@ struct HuggingFace {
     num_key_value_heads: Option<usize>,
     intermediate_size: usize,
     rms_norm_eps: f32,
+    max_position_embeddings: Option<usize>,
     rope_theta: Option<f32>,
     rope_scaling: Option<RopeParameters>,
     /// Where transformers 5 has them.
@@ -367,6 +352,7 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
         "it is a {} model; it must be llama",
         config.model_type
     );
+    check_context(config.max_position_embeddings, max_tokens)?;
     let (rope_base, rope_factors) = config.rope()?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
         .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
@@ -391,7 +377,7 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
         let copy = config.tie_word_embeddings && *name == HUGGING_FACE.projection;
         !copy && !name.ends_with("rotary_emb.inv_freq")
     });
-    check_unread(unread.collect())?;
+    Unread::new(unread).check()?;
     Ok(Pretrained {
         config: Config {
             vocab: config.vocab_size,
@@ -408,10 +394,10 @@ fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pret
             norm_epsilon: config.rms_norm_eps,
         },
         weights,
-        tokenizer,
+        encoder: Encoder::from_folder(folder, tokenizer)?,
         digest: {
             files.push(folder.join("config.json"));
-            digest(&files)?
+            digest::of_files(&files)?
         },
     })
 }

@@ -20,28 +20,36 @@ pub struct Run {
     pub training: Curve,
 }
 
-/// Held-out rows of all samples, of the certain or of the uncertain.
+/// Held-out rows of all samples, of the certain, of the uncertain or of a kind of samples.
 #[derive(Clone, Serialize)]
 pub struct Group {
-    pub name: &'static str,
+    pub name: String,
     pub summary: Option<Summary>,
     pub reliability: Vec<Bin>,
 }
 
-/// The rows of all samples, of the certain and of the uncertain.
-pub fn groups(rows: &[Row], threshold: f32) -> Vec<Group> {
+/// The rows of all samples, of the [certain and the uncertain](PARTS), and of each of the data set's groups.
+pub fn groups(rows: &[Row], threshold: f32, names: &[String]) -> Vec<Group> {
     let (certain, uncertain) = split(rows, threshold);
-    let group = |name, rows: &[Row]| Group {
-        name,
+    let group = |name: &str, rows: &[Row]| Group {
+        name: name.into(),
         summary: summarise(rows),
         reliability: reliability(rows).to_vec(),
     };
-    vec![
+    let mut groups = vec![
         group("all", rows),
         group("certain", &certain),
         group("uncertain", &uncertain),
-    ]
+    ];
+    groups.extend(names.iter().enumerate().map(|(i, name)| {
+        let rows: Vec<Row> = rows.iter().copied().filter(|row| row.group == i).collect();
+        group(name, &rows)
+    }));
+    groups
 }
+
+/// Where certain and uncertain samples stand among the [`groups`].
+pub const PARTS: [usize; 2] = [1, 2];
 
 pub fn table(runs: &[Run]) -> String {
     let with_kl = runs

@@ -1,6 +1,6 @@
 //! What the trainings that are compared have in common: data, the initial model and the plan.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -43,15 +43,17 @@ pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
         .context("the uncertainties of the training samples")
 }
 
+/// The model of `--model`.
+pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
+    let load = |path: &PathBuf| pretrained::load(path, args.max_tokens, device);
+    args.model.as_ref().map(load).transpose()
+}
+
 impl Setup {
-    /// Loads or makes data and model; pre-trains a model that was made here.
-    pub fn new(args: &Args, device: &Device) -> Result<Self> {
+    /// Makes what is not `loaded`: the data, and without `--model` a model, which it pre-trains.
+    pub fn new(args: &Args, loaded: Option<Pretrained>, device: &Device) -> Result<Self> {
         fs::create_dir_all(&args.out)
             .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
-        let loaded = match &args.model {
-            Some(path) => Some(pretrained::load(path, args.max_tokens, device)?),
-            None => None,
-        };
         let data = dataset(args, loaded.as_ref())?;
         let map = fit(&data.train, args)?;
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
@@ -125,13 +127,14 @@ impl Setup {
         Ok(Run {
             method: name,
             mean_smoothing: method.mean_smoothing(samples)?,
-            groups: report::groups(&rows, self.threshold),
+            groups: report::groups(&rows, self.threshold, &self.data.groups),
             training,
         })
     }
 }
 
-fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
+/// Loads or makes the data.
+pub fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
     let &Args {
         seed,
         held_out,
@@ -149,8 +152,9 @@ fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
         vocab,
         max_tokens,
         limit,
+        group: args.group.as_deref(),
     };
-    jsonl::load(path, loaded.map(|model| model.tokenizer.clone()), &options)
+    jsonl::load(path, loaded.map(|model| model.encoder.clone()), &options)
 }
 
 fn decoder(

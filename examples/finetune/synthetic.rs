@@ -55,6 +55,7 @@ pub fn generate(seed: u64) -> Dataset {
         pretrain: Vec::new(),
         train: Vec::new(),
         held_out: Vec::new(),
+        groups: Vec::new(),
         description: String::new(),
     };
     for relation in 0..RELATIONS {
@@ -118,6 +119,7 @@ fn draw(relation: usize, subject: usize, truth: &[Distribution], rng: &mut impl 
         tokens,
         prompt,
         uncertainty: (entropy / largest).max(0.0),
+        group: 0,
         truth: truth.to_vec(),
     }
 }

@@ -1,6 +1,7 @@
 //! Evidence: plain fine-tuning, constant smoothing of the same mean, uncertainty-aware smoothing, and the control in which
 //! the same uncertainties are dealt to the samples at random, over several seeds; held-out metrics and the clustering of
-//! tokens in the last hidden layer, as mean ± deviation over seeds, in a Markdown report with pictures.
+//! tokens in the last hidden layer, as mean ± deviation over seeds, in a Markdown report with pictures. With `--group` there
+//! is a second control, dealt within each kind of samples: what it lacks is what uncertainties say beyond the kind.
 //!
 //! ```text
 //! cargo run --release --example study
@@ -13,17 +14,21 @@
 #[path = "../finetune/args.rs"]
 #[allow(dead_code)] // of finetune's modules, not everything is used here
 mod args;
+#[path = "../common/chat.rs"]
+mod chat;
 #[path = "../finetune/checkpoint.rs"]
 mod checkpoint;
 mod clusters;
 #[path = "../finetune/data.rs"]
 mod data;
+#[path = "../common/digest.rs"]
+mod digest;
 #[path = "../finetune/evaluate.rs"]
 mod evaluate;
 #[path = "../finetune/fused.rs"]
 mod fused;
-#[path = "../common/gguf_rope.rs"]
-mod gguf_rope;
+#[path = "../common/gguf.rs"]
+mod gguf;
 #[path = "../common/gguf_tokenizer.rs"]
 mod gguf_tokenizer;
 #[path = "../finetune/jsonl.rs"]
@@ -63,7 +68,7 @@ mod synthetic;
 #[allow(dead_code)]
 mod train;
 
-use std::fs;
+use std::{borrow::Cow, collections::BTreeMap, fs};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
@@ -74,8 +79,9 @@ use serde::Serialize;
 use crate::{
     args::{Args, device},
     clusters::{Clusters, Points},
-    data::Sample,
+    data::{Dataset, Sample},
     model::Config,
+    pretrained::Pretrained,
     report::Run,
     setup::Setup,
     train::{Method, Plan},
@@ -89,6 +95,11 @@ struct Options {
     #[command(flatten)]
     run: Args,
 }
+
+/// What the others are compared with.
+const UAL: &str = "UAL";
+/// The control of `--group`.
+const WITHIN: &str = "within kind";
 
 /// A training of a seed, and what it came to.
 #[derive(Serialize)]
@@ -107,19 +118,63 @@ struct First {
     smoothing: Vec<(f32, f32)>,
 }
 
-/// The uncertainties of `samples`, dealt to them at random.
-fn shuffled(samples: &[Sample], seed: u64) -> Vec<Sample> {
-    let mut uncertainties: Vec<f32> = samples.iter().map(|sample| sample.uncertainty).collect();
-    uncertainties.shuffle(&mut StdRng::seed_from_u64(seed ^ 0x5eed));
-    let dealt = samples.iter().zip(uncertainties);
-    dealt
-        .map(|(sample, uncertainty)| Sample {
-            tokens: sample.tokens.clone(),
-            truth: sample.truth.clone(),
-            uncertainty,
-            ..*sample
+/// The uncertainties of `samples`, dealt at random to those of the same `kind`.
+fn shuffled(samples: &[Sample], seed: u64, kind: fn(&Sample) -> usize) -> Vec<Sample> {
+    let mut kinds: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
+    for sample in samples {
+        let uncertainties = kinds.entry(kind(sample)).or_default();
+        uncertainties.push(sample.uncertainty);
+    }
+    let mut rng = StdRng::seed_from_u64(seed ^ 0x5eed);
+    for uncertainties in kinds.values_mut() {
+        uncertainties.shuffle(&mut rng);
+    }
+    let mut deal = |sample: &Sample| Sample {
+        tokens: sample.tokens.clone(),
+        truth: sample.truth.clone(),
+        uncertainty: {
+            let left = kinds.get_mut(&kind(sample)).and_then(Vec::pop);
+            left.expect("one for each sample")
+        },
+        ..*sample
+    };
+    samples.iter().map(&mut deal).collect()
+}
+
+/// A method, and what it trains on.
+struct Arm<'a> {
+    name: &'static str,
+    method: Method,
+    samples: Cow<'a, [Sample]>,
+}
+
+fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
+    let train = data.train.as_slice();
+    let plain = |name, method| Arm {
+        name,
+        method,
+        samples: Cow::Borrowed(train),
+    };
+    // Each with a map of the same mean: dealt anew, uncertainties meet other lengths of responses.
+    let control = |name: &'static str, kind: fn(&Sample) -> usize| -> Result<Arm> {
+        let samples = shuffled(train, args.seed, kind);
+        let map = setup::fit(&samples, args).with_context(|| format!("the control {name:?}"))?;
+        Ok(Arm {
+            name,
+            method: Method::Ual(map),
+            samples: Cow::Owned(samples),
         })
-        .collect()
+    };
+    let mut arms = vec![
+        plain("SFT", Method::Sft),
+        plain("constant", Method::Constant(args.mean_smoothing)),
+        control("shuffled", |_| 0)?,
+    ];
+    if !data.groups.is_empty() {
+        arms.push(control(WITHIN, |sample| sample.group)?);
+    }
+    arms.push(plain(UAL, Method::Ual(setup::fit(train, args)?)));
+    Ok(arms)
 }
 
 fn about(setup: &Setup, args: &Args) -> String {
@@ -142,20 +197,12 @@ fn about(setup: &Setup, args: &Args) -> String {
 }
 
 /// Every method from the same initial weights.
-fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
-    let setup = Setup::new(args, device)?;
-    let control = shuffled(&setup.data.train, args.seed);
-    // Each of the same mean: dealt anew, uncertainties meet other lengths of responses.
-    let ual = Method::Ual(setup.map.clone());
-    let of_control = Method::Ual(setup::fit(&control, args)?);
-    let constant = Method::Constant(args.mean_smoothing);
-    let train = setup.data.train.as_slice();
-    let methods = [
-        ("SFT", Method::Sft, train),
-        ("constant", constant, train),
-        ("shuffled", of_control, control.as_slice()),
-        ("UAL", ual, train),
-    ];
+fn of_seed(
+    args: &Args,
+    loaded: Option<Pretrained>,
+    device: &Device,
+) -> Result<(Vec<Outcome>, First)> {
+    let setup = Setup::new(args, loaded, device)?;
     let mut outcomes = Vec::new();
     let mut first = First {
         about: about(&setup, args),
@@ -163,8 +210,8 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
         points: Vec::new(),
         smoothing: Vec::new(),
     };
-    for (name, method, samples) in methods {
-        let run = setup.run(args, name, &method, samples, device)?;
+    for arm in arms(&setup.data, args)? {
+        let run = setup.run(args, arm.name, &arm.method, &arm.samples, device)?;
         let batch = setup.plan.batch;
         let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
         first.runs.push(run.clone());
@@ -173,9 +220,9 @@ fn of_seed(args: &Args, device: &Device) -> Result<(Vec<Outcome>, First)> {
             run,
             clusters: points.clusters(),
         });
-        first.points.push((name, points));
+        first.points.push((arm.name, points));
     }
-    for &Sample { uncertainty, .. } in train {
+    for &Sample { uncertainty, .. } in &setup.data.train {
         let smoothing = setup.map.smoothing(uncertainty)?;
         first.smoothing.push((uncertainty, smoothing));
     }
@@ -193,20 +240,27 @@ fn main() -> Result<()> {
     );
     let folder = options.run.out.clone();
     let device = device(&options.run.device)?;
+    let seeds = (0..options.seeds).map(|seed| Args {
+        seed: options.run.seed + seed,
+        out: folder.join(format!("seed-{}", options.run.seed + seed)),
+        ..options.run.clone()
+    });
+    let seeds: Vec<Args> = seeds.collect();
+    let loaded = setup::pretrained(&options.run, &device)?;
+    // What the last seed's data would not allow is said before the first has trained.
+    for args in &seeds {
+        let data = setup::dataset(args, loaded.as_ref())?;
+        arms(&data, args).with_context(|| format!("seed {}", args.seed))?;
+    }
     let mut outcomes = Vec::new();
     let mut first = None;
-    for seed in 0..options.seeds {
-        let args = Args {
-            seed: options.run.seed + seed,
-            out: folder.join(format!("seed-{}", options.run.seed + seed)),
-            ..options.run.clone()
-        };
-        let (of_seed, pictured) = of_seed(&args, &device)?;
+    for args in &seeds {
+        let (of_seed, pictured) = of_seed(args, loaded.clone(), &device)?;
         outcomes.extend(of_seed);
         first.get_or_insert(pictured);
+        report::save_json(&folder.join("outcomes.json"), &outcomes)?;
     }
     let first = first.context("there is a seed")?;
-    report::save_json(&folder.join("outcomes.json"), &outcomes)?;
     plots::losses(&folder.join("losses.svg"), &first.runs)?;
     plots::reliability(&folder.join("reliability.svg"), &first.runs)?;
     pictures::smoothing(&folder.join("smoothing.svg"), &first.smoothing)?;

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{Outcome, metrics::Summary};
+use crate::{Outcome, UAL, WITHIN, clusters::Clusters, metrics::Summary};
 
 type Metric = (&'static str, fn(&Summary) -> Option<f64>);
 
@@ -39,6 +39,16 @@ fn cell(values: &[f64]) -> String {
     }
 }
 
+/// Of each seed, what UAL has less another method, and in how many it is better.
+fn difference(ual: &[f64], other: &[f64], better: fn(f64) -> bool) -> String {
+    let differences: Vec<f64> = ual.iter().zip(other).map(|(u, o)| u - o).collect();
+    let count = differences.iter().filter(|d| better(**d)).count();
+    match differences.len() {
+        0 => "–".into(),
+        n => format!("{} ({count} of {n})", cell(&differences)),
+    }
+}
+
 /// In the order in which they ran.
 fn methods(outcomes: &[Outcome]) -> Vec<&'static str> {
     let mut methods = Vec::new();
@@ -65,11 +75,22 @@ fn values(
         .collect()
 }
 
+/// A measure of a method's clusters, a value a seed.
+fn of_clusters(outcomes: &[Outcome], method: &str, measure: fn(&Clusters) -> f64) -> Vec<f64> {
+    let of_method = outcomes
+        .iter()
+        .filter(|outcome| outcome.run.method == method);
+    of_method
+        .filter_map(|outcome| outcome.clusters.as_ref().map(measure))
+        .collect()
+}
+
 /// `about` says what was trained on what.
 pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
     let mut text = String::new();
     let command: Vec<String> = std::env::args().skip(1).collect();
     let add = |text: &mut String, line: &str| writeln!(text, "{line}").expect("a string grows");
+    let methods = methods(outcomes);
     add(&mut text, "# Uncertainty-aware smoothing, measured\n");
     add(
         &mut text,
@@ -77,16 +98,21 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
             "`cargo run --release --example study -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
              samples. *Certain* samples have an uncertainty below the median, \
              or the least where half have it. *shuffled* is UAL with the same \
-             uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.\n",
-            command.join(" ")
+             uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.{}\n",
+            command.join(" "),
+            match methods.contains(&WITHIN) {
+                true => format!(
+                    " *{WITHIN}* is the same, dealt among samples of one kind: what it lacks is what they say beyond the kind."
+                ),
+                false => String::new(),
+            }
         ),
     );
-    let methods = methods(outcomes);
     let groups = outcomes
         .first()
         .map_or(0, |outcome| outcome.run.groups.len());
     for group in 0..groups {
-        let name = outcomes[0].run.groups[group].name;
+        let name = &outcomes[0].run.groups[group].name;
         add(&mut text, &format!("## Held out, {name}\n"));
         let header: Vec<&str> = METRICS.iter().map(|(name, _)| *name).collect();
         add(&mut text, &format!("| | {} |", header.join(" | ")));
@@ -100,26 +126,22 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
     add(&mut text, "## UAL less the others, seed by seed\n");
     add(
         &mut text,
-        "Mean ± deviation of the difference of each seed, and in how many seeds UAL is lower, which is better.\n",
+        &format!(
+            "Mean ± deviation of the difference of each seed, and in how many seeds UAL is lower, which is better. A \
+             difference of nothing but chance has one sign in all {seeds} seeds once in {} times.\n",
+            1u64 << seeds.saturating_sub(1).min(63)
+        ),
     );
     let header: Vec<&str> = METRICS[..COMPARED].iter().map(|(name, _)| *name).collect();
     add(&mut text, &format!("| | | {} |", header.join(" | ")));
     add(&mut text, &format!("|---|---|{}", "---|".repeat(COMPARED)));
+    let others = || methods.iter().filter(|method| **method != UAL);
     for group in 0..groups {
-        let name = outcomes[0].run.groups[group].name;
-        for method in methods.iter().filter(|method| **method != "UAL") {
+        let name = &outcomes[0].run.groups[group].name;
+        for method in others() {
             let cells = METRICS[..COMPARED].iter().map(|(_, metric)| {
-                let ual = values(outcomes, "UAL", group, *metric);
-                let other = values(outcomes, method, group, *metric);
-                let differences: Vec<f64> = ual.iter().zip(&other).map(|(u, o)| u - o).collect();
-                let lower = differences
-                    .iter()
-                    .filter(|difference| **difference < 0.0)
-                    .count();
-                match differences.len() {
-                    0 => "–".into(),
-                    n => format!("{} ({lower} of {n})", cell(&differences)),
-                }
+                let of = |method: &str| values(outcomes, method, group, *metric);
+                difference(&of(UAL), &of(method), |difference| difference < 0.0)
             });
             let cells: Vec<String> = cells.collect();
             add(
@@ -136,23 +158,26 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
         &mut text,
         "| | silhouette | within / between |\n|---|---|---|",
     );
+    let silhouette = |method: &str| of_clusters(outcomes, method, |c| c.silhouette);
+    let ratio = |method: &str| of_clusters(outcomes, method, |c| c.within_over_between);
     for method in &methods {
-        let clusters: Vec<_> = outcomes
-            .iter()
-            .filter(|outcome| outcome.run.method == *method)
-            .filter_map(|outcome| outcome.clusters)
-            .collect();
-        let silhouette: Vec<f64> = clusters.iter().map(|c| c.silhouette).collect();
-        let ratio: Vec<f64> = clusters.iter().map(|c| c.within_over_between).collect();
+        let cells = [silhouette(method), ratio(method)].map(|values| cell(&values));
+        add(&mut text, &format!("| {method} | {} |", cells.join(" | ")));
+    }
+    for method in others() {
+        let cells = [
+            difference(&silhouette(UAL), &silhouette(method), |d| d > 0.0),
+            difference(&ratio(UAL), &ratio(method), |d| d < 0.0),
+        ];
         add(
             &mut text,
-            &format!("| {method} | {} | {} |", cell(&silhouette), cell(&ratio)),
+            &format!("| UAL less {method} | {} |", cells.join(" | ")),
         );
     }
     add(
         &mut text,
         "\nA cluster is a token in different contexts of held-out responses; the higher the silhouette and the lower the \
-         ratio of mean distances, the tighter.\n\n## Pictures, of the first seed\n\n![Losses](losses.svg)\n\n\
+         ratio of mean distances, the tighter; in brackets, in how many seeds UAL's are tighter.\n\n## Pictures, of the first seed\n\n![Losses](losses.svg)\n\n\
          ![Reliability](reliability.svg)\n\n![Smoothing against uncertainty](smoothing.svg)\n\n\
          ![Clusters, two principal components](clusters.svg)",
     );
