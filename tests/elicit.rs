@@ -75,7 +75,11 @@ fn every_sample_is_scored_and_keeps_its_fields() {
         assert!(request.text.contains(&format!("é {}", request.sample)));
     }
 
-    job.run(&server, &[]).expect(0);
+    // All that says where and whom to ask may come from the environment.
+    let mut command = job.command(&[]);
+    command.env("OPENAI_BASE_URL", &server.url);
+    command.env("OPENAI_MODEL", "stronger");
+    Run::of(command.output().unwrap()).expect(0);
     assert_eq!(server.asked().len(), 30, "nothing is asked twice");
     assert_eq!(job.out(), out);
 }
@@ -111,6 +115,22 @@ fn answers_that_cannot_be_parsed_are_asked_again_then_reported() {
         (7, 0) => Response::new(200, json!({"choices": [{"message": {"content": null}}]})),
         (8, _) => Response::error(400, "too long for this model"),
         (9, _) => Response::new(200, json!({"other": "service"})),
+        // A gateway's way to say that the server behind it failed.
+        (10, 0) => Response::new(
+            200,
+            json!({"error": {"code": 502, "message": "overloaded"}}),
+        ),
+        (11, 0) => Response::new(
+            200,
+            json!({"choices": [{"message": {"content": "Uncertainty: 9"}, "finish_reason": "content_filter"}]}),
+        ),
+        (1, 0) => Response::new(
+            200,
+            json!({
+                "choices": [{"message": {"content": "Uncertainty: 7"}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": null},
+            }),
+        ),
         _ => Response::uncertainty(percent(asked.sample)),
     });
     let job = Job::new(12);
@@ -135,7 +155,9 @@ fn answers_that_cannot_be_parsed_are_asked_again_then_reported() {
         run.stderr
     );
     assert!(
-        run.stderr.contains("s9: the answer is no chat completion"),
+        run.stderr.contains(
+            "s9: 4 answers that cannot be parsed; the last is of no use, missing field `choices`"
+        ),
         "{}",
         run.stderr
     );
@@ -152,6 +174,12 @@ fn answers_that_cannot_be_parsed_are_asked_again_then_reported() {
     assert_eq!(
         (count(3), count(5), count(6), count(7), count(8), count(4)),
         (4, 2, 2, 2, 1, 1)
+    );
+    assert_eq!((count(9), count(10), count(11), count(1)), (4, 2, 2, 1));
+    assert_eq!(scored["s10"]["uncertainty"], 0.7);
+    assert_eq!(
+        scored["s11"]["uncertainty"], 0.77,
+        "not the answer that was withheld"
     );
     assert_eq!(
         scored["s6"]["uncertainty"], 0.42,
@@ -225,6 +253,23 @@ fn the_servers_limits_are_honoured() {
         "{early} requests while the server wanted none; those on their way are three"
     );
 
+    // One request every tenth of a second, of eight threads: most are turned away, and all get through in the end.
+    let last: Mutex<Option<Instant>> = Mutex::new(None);
+    let server = Server::start(move |asked| {
+        let mut last = last.lock().unwrap();
+        if last.is_some_and(|last| last.elapsed() < Duration::from_millis(100)) {
+            return Response::error(429, "slow down").header("retry-after", "0");
+        }
+        *last = Some(Instant::now());
+        Response::uncertainty(percent(asked.sample)).after(30)
+    });
+    let job = Job::new(24);
+    let many = ["--concurrency", "8", "--retries", "5"];
+    job.run(&server, &many).expect(0);
+    assert_eq!(job.scored().len(), 24);
+    let asked = server.asked().len();
+    assert!(asked < 24 * 12, "{asked} requests");
+
     // A limit that is used up, which the server says before anyone exceeds it.
     let server = Server::start(|asked| match asked.sample {
         0 => Response::uncertainty(1)
@@ -236,6 +281,21 @@ fn the_servers_limits_are_honoured() {
     job.run(&server, &["--concurrency", "1"]).expect(0);
     let asked = server.asked();
     assert!(asked[1].at - asked[0].at >= Duration::from_secs(1));
+
+    // Longer than the user would wait, said with an answer, which is kept.
+    let server = Server::start(|asked| {
+        Response::uncertainty(percent(asked.sample))
+            .header("x-ratelimit-remaining-requests", "0")
+            .header("x-ratelimit-reset-requests", "1h")
+    });
+    let job = Job::new(3);
+    let run = job.run(&server, &["--concurrency", "1"]).expect(1);
+    assert!(
+        run.stderr.contains("used up: the server asks to wait"),
+        "{}",
+        run.stderr
+    );
+    assert_eq!((job.scored().len(), server.asked().len()), (1, 1));
 
     // Longer than the user would wait.
     let server = Server::start(|_| Response::error(429, "tomorrow").header("retry-after", "86400"));
@@ -296,11 +356,30 @@ fn errors_that_stay_stop_the_program_at_once() {
     let server = Server::start(|_| Response::error(400, "no such parameter"));
     let run = Job::new(50).run(&server, &[]).expect(1);
     assert!(
-        run.stderr.contains("the first requests were all refused"),
+        run.stderr.contains("the first requests all failed"),
         "{}",
         run.stderr
     );
     assert!(server.asked().len() < 50);
+    // A server that is always broken.
+    let server = Server::start(|_| Response::error(500, "broken"));
+    let run = Job::new(50).run(&server, &["--retries", "1"]).expect(1);
+    assert!(run.stderr.contains("all failed: 500"), "{}", run.stderr);
+    assert!(run.stderr.contains("  s0: 500"), "{}", run.stderr);
+    assert!(server.asked().len() < 50);
+    // What a filter keeps back is a sample's matter, once others have answers.
+    let server = Server::start(|asked| match asked.sample {
+        4 => Response::error(403, "flagged"),
+        _ => Response::uncertainty(1),
+    });
+    let job = Job::new(6);
+    let run = job.run(&server, &["--concurrency", "1"]).expect(3);
+    assert!(run.stderr.contains("flagged"), "{}", run.stderr);
+    assert_eq!(job.scored().len(), 5);
+    let server = Server::start(|_| Response::error(403, "not you"));
+    let run = Job::new(6).run(&server, &["--concurrency", "1"]).expect(1);
+    assert!(run.stderr.contains("not you"), "{}", run.stderr);
+    assert_eq!(server.asked().len(), 1);
     // But not when an earlier run had an answer: the server is the right one, the samples are at fault.
     let server = Server::start(|asked| match asked.sample {
         1..=5 => Response::error(400, "too long"),
@@ -414,11 +493,22 @@ fn killed(samples: usize, votes: usize, seed: u64) {
         };
         if run % 3 != 0 && torn.exists() {
             let mut file = OpenOptions::new().append(true).open(torn).unwrap();
-            file.write_all(&line(samples).as_bytes()[..rng.random_range(1..30)])
+            let half = if torn == &partial {
+                r#"{"id":"s1","sample":"0123456789"#.to_string()
+            } else {
+                line(1)
+            };
+            file.write_all(&half.as_bytes()[..rng.random_range(1..30)])
                 .unwrap();
         }
     }
     assert!(kills >= 3, "{kills} kills");
+    // What a kill loses is on its way at that moment: a request a thread, of which there are four.
+    let asked = server.asked().len();
+    assert!(
+        asked <= samples * votes + 4 * kills,
+        "{asked} requests, {kills} kills"
+    );
     let scored = job.scored();
     assert_eq!(scored.len(), samples);
     for i in 0..samples {
@@ -479,11 +569,13 @@ fn a_torn_last_line_is_repaired() {
     assert_eq!(server.asked().len(), before);
     assert_eq!(job.out(), format!("{}\n{torn}\n", whole(0)));
 
-    // No work of this program is left as it is.
-    let job = Job::new(2);
-    fs::write(job.path("out.jsonl"), "my notes").unwrap();
-    job.run(&server, &[]).expect(1);
-    assert_eq!(job.out(), "my notes");
+    // What is no work of this program is left as it is.
+    for notes in ["my notes", "{a: 1}", "{ \"id\": \"other\""] {
+        let job = Job::new(2);
+        fs::write(job.path("out.jsonl"), notes).unwrap();
+        job.run(&server, &[]).expect(1);
+        assert_eq!(job.out(), notes);
+    }
 }
 
 #[test]
@@ -712,6 +804,12 @@ fn waits_are_read_as_servers_write_them() {
         Some(0.15)
     );
     assert_eq!(wait(&[("retry-after", "soon".into())]), None);
+    let reset = [
+        ("retry-after", "soon".to_string()),
+        ("x-ratelimit-remaining-tokens", "0".to_string()),
+        ("x-ratelimit-reset-tokens", "3s".to_string()),
+    ];
+    assert_eq!(wait(&reset), Some(3.0));
     assert_eq!(wait(&[("retry-after", "-5".into())]), None);
     let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(30));
     let until = wait(&[("retry-after", date)]).unwrap();

@@ -15,6 +15,9 @@ use crate::{
     samples::{Sample, Score, id, object_fields, texts},
 };
 
+/// How a line of OUT.votes begins.
+const VOTE: &[u8] = b"{\"id\":";
+
 /// A line of OUT.votes.
 #[derive(Serialize, Deserialize)]
 struct Vote {
@@ -48,7 +51,9 @@ impl<'a> Answers<'a> {
         model: &str,
         votes: Option<usize>,
     ) -> Result<Self> {
-        let (out, lines) = Log::open(path)?;
+        let (out, lines) = Log::open(path, |torn| {
+            samples.iter().any(|sample| sample.may_begin(torn))
+        })?;
         let mut answers = Self {
             samples,
             model: model.to_string(),
@@ -71,7 +76,10 @@ impl<'a> Answers<'a> {
 
         let partial = partial_path(path);
         if votes.is_some_and(|votes| votes > 1) || partial.exists() {
-            let (log, lines) = Log::open(&partial)?;
+            let (log, lines) = Log::open(&partial, |torn| {
+                let length = torn.len().min(VOTE.len());
+                torn[..length] == VOTE[..length]
+            })?;
             for (line, number) in lines.iter().zip(1..) {
                 answers
                     .take_vote(line, &index)

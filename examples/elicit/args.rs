@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     key: Option<String>,
     /// Model to ask
-    #[arg(long, required_unless_present_any = ["local", "print_prompt"])]
+    #[arg(long, env = "OPENAI_MODEL", required_unless_present_any = ["local", "print_prompt"])]
     pub model: Option<String>,
     /// Answers a sample. Their mean is its uncertainty, their standard deviation its spread
     #[arg(long, default_value_t = 1)]
@@ -106,7 +106,10 @@ impl Args {
         }
         let url = &self.base_url;
         ensure!(
-            url.starts_with("http://") || url.starts_with("https://"),
+            self.local.is_some()
+                || self.print_prompt
+                || url.starts_with("http://")
+                || url.starts_with("https://"),
             "--base-url is {url:?}; it must start with http:// or https://"
         );
         ensure!(

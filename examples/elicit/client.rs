@@ -13,6 +13,8 @@ use crate::limits::{exhausted, retry_after};
 const LARGEST: u64 = 16 << 20;
 /// Time to reach the server; a model's answer takes longer.
 const CONNECT: Duration = Duration::from_secs(15);
+/// Why an answer ends that says all it was to say.
+const WHOLE: [&str; 6] = ["stop", "stop_sequence", "end_turn", "eos", "eos_token", ""];
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
 
@@ -24,8 +26,9 @@ pub struct Client {
 }
 
 pub struct Reply {
-    /// What the model said; none where it was cut short, as a number's end would be missing.
-    pub text: Option<String>,
+    /// What the model said, or why that is nothing, or is not to be used: of an answer that was cut short a number's end
+    /// may be missing.
+    pub text: Result<String, String>,
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
     /// Wait before any further request, where a limit is used up.
@@ -38,6 +41,8 @@ pub enum Failure {
     Fatal(anyhow::Error),
     /// The server will not answer this one.
     Refused(String),
+    /// It will not answer this one, or, if it never answered any, it never will.
+    Denied(String),
     /// It may succeed later.
     Passing {
         reason: String,
@@ -60,7 +65,8 @@ pub enum Passing {
 #[derive(Deserialize)]
 struct Completion {
     choices: Vec<Choice>,
-    usage: Option<Usage>,
+    #[serde(default)]
+    usage: Value,
 }
 
 #[derive(Deserialize)]
@@ -72,14 +78,6 @@ struct Choice {
 #[derive(Deserialize)]
 struct Message {
     content: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Usage {
-    #[serde(default)]
-    prompt_tokens: u64,
-    #[serde(default)]
-    completion_tokens: u64,
 }
 
 impl Client {
@@ -125,18 +123,23 @@ impl Client {
             .with_config()
             .limit(LARGEST)
             .lossy_utf8(true)
-            .read_to_string()
-            .map_err(|e| self.no_response(e))?;
-        match response.status() {
-            StatusCode::OK => reply(&text, response.headers()),
-            status => Err(self.failure(status, response.headers(), &text)),
+            .read_to_string();
+        match (response.status(), text) {
+            (StatusCode::OK, text) => {
+                let text = text.map_err(|e| self.no_response(e))?;
+                self.reply(&text, response.headers())
+            }
+            // The status says enough where the text is not to be had.
+            (status, text) => {
+                Err(self.failure(status, response.headers(), &text.unwrap_or_default()))
+            }
         }
     }
 
     fn no_response(&self, error: ureq::Error) -> Failure {
         use ureq::Error::{
-            BadUri, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io, RedirectFailed,
-            Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
+            BadUri, ConnectProxyFailed, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io,
+            RedirectFailed, Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
         };
         let reason = format!("{}: {error}", self.url);
         let kind = match &error {
@@ -145,6 +148,7 @@ impl Client {
                 return Failure::Fatal(anyhow!(reason));
             }
             ConnectionFailed
+            | ConnectProxyFailed(_)
             | HostNotFound
             | Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => Passing::Unreachable,
             // Invalid data: no TLS at the other end, or a certificate that does not hold.
@@ -190,34 +194,49 @@ impl Client {
             503 if wait.is_some() => passing(Passing::Limit),
             408 | 409 | 425 | 500.. => passing(Passing::Error),
             400 | 413 | 422 => Failure::Refused(reason),
+            401 | 402 | 404 | 405 | 407 => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            400.. => Failure::Denied(format!("{}: {reason}", self.url)),
             _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
         }
     }
+
+    /// Of an answer with status 200.
+    fn reply(&self, text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
+        // Some services put the failure of the one behind them into an answer that is good otherwise.
+        let value: Option<Value> = serde_json::from_str(text).ok();
+        let error = value.as_ref().map(|value| &value["error"]);
+        if let Some(error) = error.filter(|error| !error.is_null()) {
+            let code = error["code"]
+                .as_u64()
+                .and_then(|code| u16::try_from(code).ok());
+            let code = code.filter(|code| (400..600).contains(code));
+            let status = code.and_then(|code| StatusCode::from_u16(code).ok());
+            let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
+            return Err(self.failure(status, headers, text));
+        }
+        let completion = serde_json::from_str::<Completion>(text);
+        let (said, usage) = match completion {
+            Ok(Completion { choices, usage }) => {
+                let choice = choices.into_iter().next();
+                (choice.ok_or("no choices".into()).and_then(said), usage)
+            }
+            Err(error) => (Err(error.to_string()), Value::Null),
+        };
+        let start = || text.chars().take(SHOWN).collect::<String>();
+        Ok(Reply {
+            text: said.map_err(|why| format!("{why}: {:?}", start())),
+            prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
+            completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
+            wait: exhausted(headers),
+        })
+    }
 }
 
-fn reply(text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
-    let malformed = |what: String| {
-        let start: String = text.chars().take(SHOWN).collect();
-        Failure::Refused(format!(
-            "the answer is no chat completion ({what}): {start:?}"
-        ))
-    };
-    let completion: Completion =
-        serde_json::from_str(text).map_err(|e| malformed(e.to_string()))?;
-    let choice = completion
-        .choices
-        .into_iter()
-        .next()
-        .ok_or_else(|| malformed("no choices".into()))?;
-    let cut = choice.finish_reason.as_deref() == Some("length");
-    let usage = completion.usage.unwrap_or(Usage {
-        prompt_tokens: 0,
-        completion_tokens: 0,
-    });
-    Ok(Reply {
-        text: choice.message.content.filter(|_| !cut),
-        prompt_tokens: usage.prompt_tokens,
-        completion_tokens: usage.completion_tokens,
-        wait: exhausted(headers),
-    })
+fn said(choice: Choice) -> Result<String, String> {
+    match choice.finish_reason.as_deref() {
+        None => (),
+        Some(reason) if WHOLE.contains(&reason) => (),
+        Some(reason) => return Err(format!("the answer ended for the reason {reason:?}")),
+    }
+    choice.message.content.ok_or("no content".into())
 }

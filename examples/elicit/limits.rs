@@ -11,6 +11,8 @@ use ureq::http::HeaderMap;
 
 /// Longest wait that is not the server's wish.
 const LONGEST: Duration = Duration::from_secs(60);
+/// Of a wait, by which requests are spread after it.
+const SPREAD: f64 = 0.1;
 /// How long a sleeping thread may overlook that the program ends.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -29,16 +31,13 @@ pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     if let Some(milliseconds) = text("retry-after-ms").and_then(|text| text.parse().ok()) {
         return Duration::try_from_secs_f64(f64::max(milliseconds, 0.0) / 1e3).ok();
     }
-    let Some(after) = text("retry-after") else {
-        return exhausted(headers);
+    let seconds = |text: &str| Duration::try_from_secs_f64(text.parse().ok()?).ok();
+    let until = |text: &str| {
+        let date = httpdate::parse_http_date(text).ok()?;
+        Some(date.duration_since(SystemTime::now()).unwrap_or_default()) // a date in the past: no wait
     };
-    match after.parse::<f64>() {
-        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-        Err(_) => {
-            let date = httpdate::parse_http_date(after).ok()?;
-            Some(date.duration_since(SystemTime::now()).unwrap_or_default()) // a date in the past: no wait
-        }
-    }
+    let after = text("retry-after").and_then(|text| seconds(text).or_else(|| until(text)));
+    after.or_else(|| exhausted(headers))
 }
 
 /// Wait until a limit that is used up, of requests or of tokens, is reset: from the x-ratelimit headers.
@@ -81,31 +80,52 @@ fn duration(text: &str) -> Option<Duration> {
 }
 
 /// A time before which no request is sent. A server's limits hold for all requests, so all wait for the same one.
-pub struct Gate(Mutex<Instant>);
+pub struct Gate(Mutex<Closed>);
+
+#[derive(Clone, Copy)]
+struct Closed {
+    until: Instant,
+    /// By how much later those that wait may pass: not all at the moment that the server named.
+    spread: Duration,
+}
 
 impl Gate {
     pub fn new() -> Self {
-        Self(Mutex::new(Instant::now()))
+        Self(Mutex::new(Closed {
+            until: Instant::now(),
+            spread: Duration::ZERO,
+        }))
     }
 
     /// Lets nothing pass for `wait` from now, or longer where that was said before.
     pub fn close(&self, wait: Duration) {
-        let mut until = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *until = (*until).max(Instant::now() + wait);
+        let mut closed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = Instant::now() + wait;
+        if until > closed.until {
+            *closed = Closed {
+                until,
+                spread: wait.mul_f64(SPREAD),
+            };
+        }
+    }
+
+    fn closed(&self) -> Closed {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long the gate stays closed.
     pub fn left(&self) -> Duration {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.closed()
+            .until
             .saturating_duration_since(Instant::now())
     }
 
-    /// Waits until the gate is open, or `stop` says true.
+    /// Waits until the gate is open, and a little longer by chance if it was not, or until `stop` says true.
     pub fn pass(&self, stop: impl Fn() -> bool) {
+        let share = rand::rng().random_range(0.0..=1.0);
         loop {
-            let left = self.left();
+            let Closed { until, spread } = self.closed();
+            let left = (until + spread.mul_f64(share)).saturating_duration_since(Instant::now());
             if left.is_zero() || stop() {
                 return;
             }
@@ -116,7 +136,12 @@ impl Gate {
 
 /// Sleeps for `wait`, or until `stop` says true.
 pub fn sleep(wait: Duration, stop: impl Fn() -> bool) {
-    let pause = Gate::new();
-    pause.close(wait);
-    pause.pass(stop);
+    let end = Instant::now() + wait;
+    while !stop() {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::sleep(left.min(NAP));
+    }
 }

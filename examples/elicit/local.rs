@@ -24,17 +24,17 @@ pub fn name(path: &Path) -> Result<String> {
     name.with_context(|| format!("--local {}", path.display()))
 }
 
-/// Scores every sample that has no score. Returns those that cannot have one, by index, with the reason.
+/// Scores every sample that has no score. Puts those that cannot have one into `missing`, by index, with the reason.
 pub fn score(
     path: &Path,
     tokenizer: Option<&Path>,
     samples: &[Sample],
     answers: &mut Answers,
-) -> Result<BTreeMap<usize, String>> {
+    missing: &mut BTreeMap<usize, String>,
+) -> Result<()> {
     let model =
         Model::load(path, tokenizer).with_context(|| format!("--local {}", path.display()))?;
     let mut progress = Progress::new(samples.len(), answers.done());
-    let mut missing = BTreeMap::new();
     let (start, mut tokens) = (Instant::now(), 0);
     let speed = |tokens: usize| {
         format!(
@@ -46,25 +46,26 @@ pub fn score(
         if answers.missing(i) == 0 {
             continue;
         }
-        let text = model.encode(&sample.prompt, &sample.response)?;
+        let named = || format!("sample {}", sample.id);
+        let text = model.encode(&sample.prompt, &sample.response);
+        let text = text.with_context(named)?;
         let (length, context) = (text.tokens.len(), model.llama.context);
         if length > context {
             missing.insert(
                 i,
                 format!("it has {length} tokens, and the model takes {context}"),
             );
+            progress.gave_up();
             continue;
         }
-        let uncertainty = model
-            .uncertainty(&text)
-            .with_context(|| format!("sample {}", sample.id))?;
+        let uncertainty = model.uncertainty(&text).with_context(named)?;
         answers.add(i, uncertainty)?;
         tokens += text.tokens.len();
         progress.answered();
         progress.show(&speed(tokens));
     }
     progress.finish(&speed(tokens));
-    Ok(missing)
+    Ok(())
 }
 
 struct Model {

@@ -18,9 +18,10 @@ pub struct Log {
 
 impl Log {
     /// Opens the file, or makes it, and reads its lines. A last line that was cut short is removed: it was not counted
-    /// yet. Fails when another process has the file open.
-    pub fn open(path: &Path) -> Result<(Self, Vec<String>)> {
-        open(path).with_context(|| path.display().to_string())
+    /// yet. Fails when another process has the file open, and when such a line is not the beginning of one of this
+    /// program's, as `ours` says.
+    pub fn open(path: &Path, ours: impl Fn(&[u8]) -> bool) -> Result<(Self, Vec<String>)> {
+        open(path, ours).with_context(|| path.display().to_string())
     }
 
     /// Returns once the line is on the disk.
@@ -36,7 +37,7 @@ impl Log {
     }
 }
 
-fn open(path: &Path) -> Result<(Log, Vec<String>)> {
+fn open(path: &Path, ours: impl Fn(&[u8]) -> bool) -> Result<(Log, Vec<String>)> {
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -58,7 +59,7 @@ fn open(path: &Path) -> Result<(Log, Vec<String>)> {
         .iter()
         .rposition(|&byte| byte == b'\n')
         .map_or(0, |at| at + 1);
-    repair(&mut file, &mut bytes, whole).context("cannot repair the last line")?;
+    repair(&mut file, &mut bytes, whole, ours).context("cannot repair the last line")?;
     file.seek(SeekFrom::End(0))
         .context("cannot read the file")?;
 
@@ -75,7 +76,12 @@ fn open(path: &Path) -> Result<(Log, Vec<String>)> {
 
 /// Ends a last line that lacks its line break only, and removes one that was cut elsewhere. After a power failure a file
 /// can also end in zeros.
-fn repair(file: &mut File, bytes: &mut Vec<u8>, whole: usize) -> Result<()> {
+fn repair(
+    file: &mut File,
+    bytes: &mut Vec<u8>,
+    whole: usize,
+    ours: impl Fn(&[u8]) -> bool,
+) -> Result<()> {
     let last = &bytes[whole..];
     if last.is_empty() {
         return Ok(());
@@ -83,11 +89,11 @@ fn repair(file: &mut File, bytes: &mut Vec<u8>, whole: usize) -> Result<()> {
     let complete = std::str::from_utf8(last).is_ok_and(|line| object_fields(line).is_ok());
     if complete {
         file.write_all(b"\n")?;
-    } else if last.starts_with(b"{") || last.iter().all(|&byte| byte == 0) {
+    } else if ours(last) || last.iter().all(|&byte| byte == 0) {
         file.set_len(whole as u64)?;
         bytes.truncate(whole);
     } else {
-        bail!("it is no JSON object, so this file is not this program's");
+        bail!("it is not this program's, so neither is the file; choose another --out");
     }
     Ok(file.sync_all()?)
 }

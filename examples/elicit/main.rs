@@ -31,6 +31,7 @@ mod remote;
 mod samples;
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, Write},
     path::Path,
@@ -72,27 +73,34 @@ fn main() -> Result<ExitCode> {
     let votes = args.local.is_none().then_some(args.votes);
     let mut answers = Answers::resume(out, &samples, &model, votes)?;
     let before = answers.done();
-    let missing = match &args.local {
-        _ if before == samples.len() => Default::default(),
-        Some(path) => local::score(path, args.tokenizer.as_deref(), &samples, &mut answers)?,
-        None => remote::score(&args, &samples, &mut answers)?,
+    let mut missing = BTreeMap::new();
+    let result = match &args.local {
+        _ if before == samples.len() => Ok(()),
+        Some(path) => {
+            let tokenizer = args.tokenizer.as_deref();
+            local::score(path, tokenizer, &samples, &mut answers, &mut missing)
+        }
+        None => remote::score(&args, &samples, &mut answers, &mut missing),
     };
+    if !missing.is_empty() {
+        eprintln!("{} samples could not be scored:", missing.len());
+    }
+    for (sample, reason) in missing {
+        eprintln!("  {}: {reason}", samples[sample].id);
+    }
+    result?;
 
+    let done = answers.done();
     println!(
-        "{} of {} samples are scored, {before} of them by earlier runs: {}",
-        answers.done(),
+        "{done} of {} samples are scored, {before} of them by earlier runs: {}",
         samples.len(),
         out.display()
     );
     answers.close()?;
-    if missing.is_empty() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    eprintln!("{} samples could not be scored:", missing.len());
-    for (sample, reason) in missing {
-        eprintln!("  {}: {reason}", samples[sample].id);
-    }
-    Ok(ExitCode::from(INCOMPLETE))
+    Ok(match done == samples.len() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(INCOMPLETE),
+    })
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {

@@ -1,7 +1,7 @@
 //! Progress on stderr: a bar on a terminal, else a line now and then.
 
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Write},
     time::{Duration, Instant},
 };
 
@@ -51,6 +51,14 @@ impl Progress {
         self.done += 1;
     }
 
+    /// One answer less to wait for.
+    pub fn gave_up(&mut self) {
+        self.total -= 1;
+        if let Some(bar) = &self.bar {
+            bar.set_length(self.total as u64);
+        }
+    }
+
     /// Shows where things stand, with `message`; called often.
     pub fn show(&mut self, message: &str) {
         if let Some(bar) = &self.bar {
@@ -77,7 +85,13 @@ impl Progress {
             let each = self.start.elapsed().as_secs_f64() / (self.done - self.before) as f64;
             left = format!("{:.0} s left, ", each * (self.total - self.done) as f64);
         }
-        eprintln!("{}/{} answers, {left}{message}", self.done, self.total);
+        // Nobody need listen.
+        _ = writeln!(
+            std::io::stderr(),
+            "{}/{} answers, {left}{message}",
+            self.done,
+            self.total
+        );
         self.last_line = Instant::now();
     }
 }

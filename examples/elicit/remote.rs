@@ -5,14 +5,13 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-        mpsc::{self, RecvTimeoutError, Sender},
+        mpsc::{self, RecvTimeoutError, SyncSender},
     },
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow};
-use rand::Rng;
 
 use crate::{
     answers::Answers,
@@ -24,8 +23,8 @@ use crate::{
     samples::Sample,
 };
 
-/// Samples refused, before any has an answer, that show that every request is wrong.
-const ALL_REFUSED: usize = 5;
+/// Samples that fail, before any has an answer, that show that every request is wrong.
+const ALL_FAILED: usize = 5;
 /// How long answers on their way are waited for when the program stops.
 const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks at the counts.
@@ -46,6 +45,8 @@ struct Shared {
     jobs: Mutex<VecDeque<usize>>,
     gate: Gate,
     stop: AtomicBool,
+    /// Whether an earlier run had an answer.
+    answered: bool,
     replies: AtomicU64,
     repeated: AtomicU64,
     prompt_tokens: AtomicU64,
@@ -55,21 +56,23 @@ struct Shared {
 /// Why there is no answer.
 enum Missing {
     Fatal(anyhow::Error),
-    /// Of this sample. Refused: the server would not have the request.
+    /// Of this sample. Failed: there was no answer at all, not one that cannot be used.
     Unanswered {
         reason: String,
-        refused: bool,
+        failed: bool,
     },
     /// The program ends.
     Stopped,
 }
 
-/// Asks for every answer that is missing. Returns the samples that lack one in the end, by index, with the last reason.
+/// Asks for every answer that is missing. Puts the samples that lack one in the end into `missing`, by index, with the last
+/// reason.
 pub fn score(
     args: &Args,
     samples: &Arc<[Sample]>,
     answers: &mut Answers,
-) -> Result<BTreeMap<usize, String>> {
+    missing: &mut BTreeMap<usize, String>,
+) -> Result<()> {
     let model = args.model.as_deref().context("--model is missing")?;
     let jobs: VecDeque<usize> = (0..samples.len())
         .flat_map(|i| std::iter::repeat_n(i, answers.missing(i)))
@@ -94,12 +97,14 @@ pub fn score(
         jobs: Mutex::new(jobs),
         gate: Gate::new(),
         stop: AtomicBool::new(false),
+        answered: answers.any(),
         replies: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
         prompt_tokens: AtomicU64::new(0),
         completion_tokens: AtomicU64::new(0),
     });
-    let (sender, results) = mpsc::channel();
+    // A thread waits until its answer is taken, and so on the disk soon: a kill costs an answer a thread at most.
+    let (sender, results) = mpsc::sync_channel(0);
     for _ in 0..args.concurrency {
         let (shared, sender) = (shared.clone(), sender.clone());
         thread::Builder::new()
@@ -108,8 +113,7 @@ pub fn score(
     }
     drop(sender);
 
-    let mut missing = BTreeMap::new();
-    let mut refusals = BTreeSet::new();
+    let mut failures = BTreeSet::new();
     let mut answered = answers.any();
     let mut fatal = None;
     let mut deadline: Option<Instant> = None;
@@ -120,12 +124,12 @@ pub fn score(
                 answered = true;
                 progress.answered();
             }
-            Ok((sample, Err(Missing::Unanswered { reason, refused }))) => {
-                if refused && refusals.insert(sample) && refusals.len() == ALL_REFUSED && !answered
-                {
-                    fatal.get_or_insert(anyhow!("the first requests were all refused: {reason}"));
+            Ok((sample, Err(Missing::Unanswered { reason, failed }))) => {
+                if failed && failures.insert(sample) && failures.len() == ALL_FAILED && !answered {
+                    fatal.get_or_insert(anyhow!("the first requests all failed: {reason}"));
                 }
                 missing.insert(sample, reason);
+                progress.gave_up();
             }
             Ok((_, Err(Missing::Fatal(error)))) => {
                 fatal.get_or_insert(error);
@@ -144,7 +148,7 @@ pub fn score(
     }
     progress.finish(&shared.message());
     match fatal {
-        None => Ok(missing),
+        None => Ok(()),
         Some(error) => Err(error.context(format!(
             "stopped with {} of {} samples scored; start again to continue",
             answers.done(),
@@ -154,7 +158,7 @@ pub fn score(
 }
 
 impl Shared {
-    fn work(&self, results: &Sender<(usize, Result<f64, Missing>)>) {
+    fn work(&self, results: &SyncSender<(usize, Result<f64, Missing>)>) {
         while !self.stop.load(Relaxed) {
             let job = self
                 .jobs
@@ -175,25 +179,28 @@ impl Shared {
 
     fn answer(&self, sample: &Sample) -> Result<f64, Missing> {
         let prompt = self.template.fill(&sample.prompt, &sample.response);
-        let mut last = None;
+        let mut last = String::new();
+        let mut failed = true;
         for _ in 0..self.attempts {
-            let reply = self.request(&prompt)?;
-            if let Some(uncertainty) = reply.text.as_deref().and_then(parse) {
-                return Ok(uncertainty);
-            }
-            last = reply.text;
+            last = match self.request(&prompt)?.text {
+                Ok(text) => {
+                    if let Some(uncertainty) = parse(&text) {
+                        return Ok(uncertainty);
+                    }
+                    failed = false;
+                    let mut end: Vec<char> = text.trim().chars().rev().take(SHOWN).collect();
+                    end.reverse();
+                    format!("ends with {:?}", end.into_iter().collect::<String>())
+                }
+                Err(why) => format!("is of no use, {why}"),
+            };
         }
-        let last = last.map_or("the last was empty or cut short".to_string(), |text| {
-            let mut end: Vec<char> = text.trim().chars().rev().take(SHOWN).collect();
-            end.reverse();
-            format!(
-                "the last ends with {:?}",
-                end.into_iter().collect::<String>()
-            )
-        });
         Err(Missing::Unanswered {
-            reason: format!("{} answers that cannot be parsed; {last}", self.attempts),
-            refused: false,
+            reason: format!(
+                "{} answers that cannot be parsed; the last {last}",
+                self.attempts
+            ),
+            failed,
         })
     }
 
@@ -201,39 +208,41 @@ impl Shared {
     fn request(&self, prompt: &str) -> Result<Reply, Missing> {
         let stopped = || self.stop.load(Relaxed);
         let mut repetition = 0;
+        let mut replies = self.replies.load(Relaxed);
         loop {
+            self.check_wait("a limit is used up", self.gate.left())?;
             self.gate.pass(stopped);
             if stopped() {
                 return Err(Missing::Stopped);
             }
-            let replies = self.replies.load(Relaxed);
             let (reason, wait, kind) = match self.client.ask(prompt) {
                 Ok(reply) => {
                     self.count(&reply);
                     return Ok(reply);
                 }
                 Err(Failure::Fatal(error)) => return Err(Missing::Fatal(error)),
-                Err(Failure::Refused(reason)) => {
+                Err(Failure::Denied(reason))
+                    if !self.answered && self.replies.load(Relaxed) == 0 =>
+                {
+                    return Err(Missing::Fatal(anyhow!(reason)));
+                }
+                Err(Failure::Refused(reason) | Failure::Denied(reason)) => {
                     return Err(Missing::Unanswered {
                         reason,
-                        refused: true,
+                        failed: true,
                     });
                 }
                 Err(Failure::Passing { reason, wait, kind }) => (reason, wait, kind),
             };
 
-            if let Some(wait) = wait.filter(|&wait| wait > self.max_wait) {
-                let (wait, most) = (wait.as_secs_f64(), self.max_wait.as_secs_f64());
-                return Err(Missing::Fatal(anyhow!(
-                    "{reason}: the server asks to wait {wait:.0} s, and --max-wait is {most} s"
-                )));
-            }
+            self.check_wait(&reason, wait.unwrap_or_default())?;
             let others = self.replies.load(Relaxed);
             if kind == Passing::Unreachable && others == 0 {
                 return Err(Missing::Fatal(anyhow!(reason)));
             }
             if kind == Passing::Limit && others > replies {
-                repetition = 0; // others got through: a limit that is shared is not one that stays
+                // Others got through since this one last failed: a limit that is shared is not one that stays.
+                (repetition, replies) = (0, others);
             }
             if repetition == self.retries {
                 let reason = format!("{reason} (given up after {} requests)", repetition + 1);
@@ -241,13 +250,14 @@ impl Shared {
                     Passing::Limit | Passing::Unreachable => Missing::Fatal(anyhow!(reason)),
                     Passing::Error => Missing::Unanswered {
                         reason,
-                        refused: false,
+                        failed: true,
                     },
                 });
             }
-            // Not all at the moment that the server named.
-            let wait = wait.map(|wait| wait.mul_f64(rand::rng().random_range(1.0..=1.1)));
-            let wait = wait.unwrap_or_else(|| backoff(self.backoff, repetition));
+            // What the server says may be too little: its clock is another, or many ask.
+            let wait = wait
+                .unwrap_or_default()
+                .max(backoff(self.backoff, repetition));
             if kind == Passing::Limit {
                 self.gate.close(wait);
             }
@@ -257,13 +267,24 @@ impl Shared {
         }
     }
 
+    /// Fails where the server asks to wait longer than the user would.
+    fn check_wait(&self, reason: &str, wait: Duration) -> Result<(), Missing> {
+        if wait <= self.max_wait {
+            return Ok(());
+        }
+        let (wait, most) = (wait.as_secs_f64(), self.max_wait.as_secs_f64());
+        Err(Missing::Fatal(anyhow!(
+            "{reason}: the server asks to wait {wait:.0} s, and --max-wait is {most} s"
+        )))
+    }
+
     fn count(&self, reply: &Reply) {
         self.replies.fetch_add(1, Relaxed);
         self.prompt_tokens.fetch_add(reply.prompt_tokens, Relaxed);
         self.completion_tokens
             .fetch_add(reply.completion_tokens, Relaxed);
         if let Some(wait) = reply.wait {
-            self.gate.close(wait.min(self.max_wait)); // the next request will be told if it is longer
+            self.gate.close(wait);
         }
     }
 

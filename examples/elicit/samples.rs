@@ -56,6 +56,14 @@ impl Sample {
         ))
     }
 
+    /// Whether the sample's line in the output, or that of one with another score, may begin with this.
+    pub fn may_begin(&self, line: &[u8]) -> bool {
+        let own = self.object.strip_suffix('}').unwrap_or(&self.object);
+        let own = own.trim_end().as_bytes();
+        let length = own.len().min(line.len());
+        own[..length] == line[..length]
+    }
+
     /// Hash of what was scored: 32 hexadecimal digits.
     pub fn digest(&self) -> String {
         digest(&self.prompt, &self.response)

@@ -37,8 +37,11 @@ impl Job {
         for name in [
             "OPENAI_BASE_URL",
             "OPENAI_API_KEY",
+            "OPENAI_MODEL",
             "HTTP_PROXY",
             "http_proxy",
+            "HTTPS_PROXY",
+            "https_proxy",
             "ALL_PROXY",
             "all_proxy",
         ] {
