@@ -7,6 +7,7 @@ mod clusters;
 #[allow(dead_code)]
 mod data;
 #[path = "../examples/common/digest.rs"]
+#[allow(dead_code)]
 mod digest;
 #[path = "../examples/finetune/fused.rs"]
 mod fused;
