@@ -1,11 +1,13 @@
 //! What stands round prompt and response: chat templates as models have them, against the text that Jinja makes of them.
 
 #[path = "../examples/common/chat.rs"]
-#[allow(dead_code)] // a folder here, no GGUF file
 mod chat;
+#[path = "../examples/common/gguf_tokenizer.rs"]
+mod gguf_tokenizer;
 
-use std::fs;
+use std::{fs, io::Cursor};
 
+use candle_core::quantized::gguf_file::{self, Content, Value as Metadata};
 use chat::Encoder;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -181,4 +183,68 @@ fn what_cannot_be_used_is_refused() {
     assert!(refusal("{% if %}").contains("chat template"));
     let no_end = encoder(tokenizer(|_| false), None).err().unwrap();
     assert!(no_end.to_string().contains("no token that ends"));
+}
+
+/// Of a GGUF file with bytes and the word "ab", which no merge makes.
+fn from_gguf(pre: &str, more: &[(&str, Metadata)]) -> Encoder {
+    let mut tokens: Vec<String> = ByteLevel::alphabet().iter().map(char::to_string).collect();
+    tokens.sort();
+    tokens.extend(["aa", "ab"].map(String::from));
+    let control = tokens.len();
+    tokens.extend(["<|begin_of_text|>", "<|eot_id|>"].map(String::from));
+    let kinds = (0..tokens.len()).map(|i| Metadata::I32(if i < control { 1 } else { 3 }));
+    let kinds = Metadata::Array(kinds.collect());
+    let tokens = Metadata::Array(tokens.into_iter().map(Metadata::String).collect());
+    let metadata = [
+        ("tokenizer.ggml.model", Metadata::String("gpt2".into())),
+        ("tokenizer.ggml.pre", Metadata::String(pre.into())),
+        ("tokenizer.ggml.tokens", tokens),
+        ("tokenizer.ggml.token_type", kinds),
+        (
+            "tokenizer.ggml.merges",
+            Metadata::Array(vec![Metadata::String("a a".into())]),
+        ),
+        ("tokenizer.ggml.bos_token_id", Metadata::U32(control as u32)),
+        (
+            "tokenizer.ggml.eos_token_id",
+            Metadata::U32(control as u32 + 1),
+        ),
+    ];
+    let metadata: Vec<_> = metadata
+        .iter()
+        .chain(more)
+        .map(|(key, value)| (*key, value))
+        .collect();
+    let mut file = Cursor::new(Vec::new());
+    gguf_file::write(&mut file, &metadata, &[]).unwrap();
+    file.set_position(0);
+    let content = Content::read(&mut file).unwrap();
+    let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
+    Encoder::from_gguf(&content, tokenizer).unwrap()
+}
+
+#[test]
+fn a_gguf_file_has_a_template_or_llama_3s_beginning() {
+    let llama3 = from_gguf("llama-bpe", &[]);
+    assert_eq!(frame(&llama3), ["<|begin_of_text|>", "\n", "<|eot_id|>"]);
+    assert_eq!(
+        llama3.ids("ab").unwrap().len(),
+        1,
+        "a word that is a token is one"
+    );
+    let without = ("tokenizer.ggml.add_bos_token", Metadata::Bool(false));
+    assert_eq!(frame(&from_gguf("llama-bpe", &[without]))[0], "");
+
+    let smollm = from_gguf("smollm", &[]);
+    assert_eq!(frame(&smollm), ["", "\n", "<|eot_id|>"]);
+    assert_eq!(smollm.ids("ab").unwrap().len(), 2);
+    let template = Metadata::String(
+        "{{ bos_token }}Q {{ messages[0].content }}{{ eos_token }}A {{ messages[1].content }}"
+            .into(),
+    );
+    let template = from_gguf("smollm", &[("tokenizer.chat_template", template)]);
+    assert_eq!(
+        frame(&template),
+        ["<|begin_of_text|>Q ", "<|eot_id|>A ", "<|eot_id|>"]
+    );
 }

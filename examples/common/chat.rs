@@ -54,7 +54,7 @@ impl Encoder {
         Self::new(tokenizer, &conventions)
     }
 
-    /// Of a folder as Hugging Face has them: chat_template.jinja, tokenizer_config.json, of which neither need be there.
+    /// Of a folder as Hugging Face has them, with chat_template.jinja and tokenizer_config.json where these are there.
     pub fn from_folder(folder: &Path, tokenizer: Tokenizer) -> Result<Self> {
         let read = |name: &str| -> Result<Option<String>> {
             let path = folder.join(name);
@@ -127,16 +127,9 @@ impl Encoder {
         };
         encoder.before = encoder.ids(before)?;
         encoder.between = encoder.ids(between)?;
-        let special = |id: &u32| {
-            let token = encoder.tokenizer.id_to_token(*id);
-            token.is_some_and(|token| {
-                encoder
-                    .tokenizer
-                    .get_added_vocabulary()
-                    .is_special_token(&token)
-            })
-        };
-        let after = encoder.ids(after)?.into_iter().find(special);
+        let control = encoder.tokenizer.get_added_tokens_decoder();
+        let after = encoder.ids(after)?;
+        let after = after.into_iter().find(|id| control.contains_key(id));
         let end = after.or_else(|| encoder.tokenizer.token_to_id(end?));
         encoder.end = end.context("the tokenizer has no token that ends a response")?;
         ensure!(
