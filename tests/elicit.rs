@@ -64,6 +64,8 @@ fn every_sample_is_scored_and_keeps_its_fields() {
         assert_eq!(found["votes"], json!([u]));
         assert_eq!(found["spread"], 0.0);
         assert_eq!(found["model"], "stronger");
+        assert_eq!(found["prompt_tokens"], 7);
+        assert_eq!(found["completion_tokens"], 3);
     }
     assert_eq!(job.scored().len(), 30);
     let asked = server.asked();
@@ -186,12 +188,23 @@ fn answers_that_cannot_be_parsed_are_asked_again_then_reported() {
         "not the answer that was cut short"
     );
 
-    job.run(&server, &["--attempts", "1"]).expect(3);
+    let run = job.run(&server, &["--attempts", "1"]).expect(3);
     assert_eq!(
         (count(3), count(4)),
         (5, 1),
         "a later run asks for what is missing, and no more"
     );
+    assert_eq!(
+        scored["s5"]["completion_tokens"], 6,
+        "that of the answer that could not be parsed as well"
+    );
+    // Of the answers that are there, some of which say nothing of their cost, and of those to s3 and s9.
+    let total: u64 = scored
+        .values()
+        .map(|line| line["prompt_tokens"].as_u64().unwrap())
+        .sum();
+    let message = format!("{} prompt + ", total + 7);
+    assert!(run.stderr.contains(&message), "{message}: {}", run.stderr);
 }
 
 #[test]
@@ -268,7 +281,7 @@ fn the_servers_limits_are_honoured() {
     job.run(&server, &many).expect(0);
     assert_eq!(job.scored().len(), 24);
     let asked = server.asked().len();
-    assert!(asked < 24 * 12, "{asked} requests");
+    assert!(asked < 24 * 40, "{asked} requests");
 
     // A limit that is used up, which the server says before anyone exceeds it.
     let server = Server::start(|asked| match asked.sample {
@@ -410,6 +423,7 @@ fn votes_have_a_mean_and_a_spread() {
         votes.sort_by(f64::total_cmp);
         assert_eq!(votes, [0.1, 0.2, 0.6]);
         assert!((line["uncertainty"].as_f64().unwrap() - 0.3).abs() < 1e-12);
+        assert_eq!(line["prompt_tokens"], 21);
         let spread = ((0.04 + 0.01 + 0.09) / 3f64).sqrt();
         assert!((line["spread"].as_f64().unwrap() - spread).abs() < 1e-12);
     }
@@ -516,6 +530,7 @@ fn killed(samples: usize, votes: usize, seed: u64) {
         let u = percent(i) as f64 / 100.0;
         assert_eq!(line["votes"], json!(vec![u; votes]));
         assert!((line["uncertainty"].as_f64().unwrap() - u).abs() < 1e-12);
+        assert_eq!(line["completion_tokens"], 3 * votes);
     }
     assert!(!partial.exists());
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     log::Log,
-    samples::{Sample, Score, id, object_fields, texts},
+    samples::{Cost, Sample, Score, id, object_fields, texts},
 };
 
 /// How a line of OUT.votes begins.
@@ -28,6 +28,8 @@ struct Vote {
     /// Answers the sample is to have.
     votes: usize,
     vote: f64,
+    #[serde(flatten)]
+    cost: Cost,
 }
 
 pub struct Answers<'a> {
@@ -39,6 +41,9 @@ pub struct Answers<'a> {
     partial: Option<Log>,
     /// Of each sample, the answers so far, and whether its line is in OUT.
     given: Vec<Vec<f64>>,
+    /// Of each sample's answers, and of all there are.
+    costs: Vec<Cost>,
+    cost: Cost,
     done: Vec<bool>,
 }
 
@@ -61,6 +66,8 @@ impl<'a> Answers<'a> {
             out,
             partial: None,
             given: vec![Vec::new(); samples.len()],
+            costs: vec![Cost::default(); samples.len()],
+            cost: Cost::default(),
             done: vec![false; samples.len()],
         };
         let index: HashMap<&str, usize> = samples
@@ -114,6 +121,7 @@ impl<'a> Answers<'a> {
             .and_then(|votes| Some(votes.as_array()?.len()));
         let model = fields.get("model").and_then(|model| model.as_str());
         self.check(model.context("\"model\" is missing")?, votes)?;
+        self.cost += serde_json::from_value(fields.into()).context("the tokens")?;
         self.done[i] = true;
         Ok(())
     }
@@ -132,7 +140,9 @@ impl<'a> Answers<'a> {
             "\"vote\" is {}; it must be in [0, 1]",
             vote.vote
         );
-        self.given[i].push(vote.vote);
+        if !self.done[i] {
+            self.take(i, vote.vote, vote.cost); // else they are in OUT
+        }
         Ok(())
     }
 
@@ -178,8 +188,19 @@ impl<'a> Answers<'a> {
         self.done() > 0 || self.given.iter().any(|given| !given.is_empty())
     }
 
+    /// What all answers on the disk have cost.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+
+    fn take(&mut self, sample: usize, vote: f64, cost: Cost) {
+        self.given[sample].push(vote);
+        self.costs[sample] += cost;
+        self.cost += cost;
+    }
+
     /// Writes an answer, in \[0, 1\]. When this returns it is on the disk.
-    pub fn add(&mut self, sample: usize, answer: f64) -> Result<()> {
+    pub fn add(&mut self, sample: usize, answer: f64, cost: Cost) -> Result<()> {
         let Some(votes) = self.votes else {
             return self.finish(sample, answer, None, None);
         };
@@ -190,10 +211,11 @@ impl<'a> Answers<'a> {
                 model: self.model.clone(),
                 votes,
                 vote: answer,
+                cost,
             };
             partial.append(&serde_json::to_string(&vote)?)?;
         }
-        self.given[sample].push(answer);
+        self.take(sample, answer, cost);
         self.finish_if_complete(sample)
     }
 
@@ -224,6 +246,7 @@ impl<'a> Answers<'a> {
             votes,
             spread,
             model: &self.model,
+            cost: self.votes.map(|_| self.costs[sample]),
         };
         self.out.append(&self.samples[sample].scored(&score)?)?;
         self.done[sample] = true;

@@ -7,7 +7,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use ureq::http::{HeaderMap, StatusCode};
 
-use crate::limits::{exhausted, retry_after};
+use crate::{
+    limits::{exhausted, retry_after},
+    samples::Cost,
+};
 
 /// Bytes of an answer that are read; an answer is a line or a few paragraphs.
 const LARGEST: u64 = 16 << 20;
@@ -29,8 +32,7 @@ pub struct Reply {
     /// What the model said, or why that is nothing, or is not to be used: of an answer that was cut short a number's end
     /// may be missing.
     pub text: Result<String, String>,
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
+    pub cost: Cost,
     /// Wait before any further request, where a limit is used up.
     pub wait: Option<Duration>,
 }
@@ -225,8 +227,10 @@ impl Client {
         let start = || text.chars().take(SHOWN).collect::<String>();
         Ok(Reply {
             text: said.map_err(|why| format!("{why}: {:?}", start())),
-            prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
-            completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
+            cost: Cost {
+                prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
+                completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
+            },
             wait: exhausted(headers),
         })
     }

@@ -9,8 +9,13 @@ use candle_cross_entropy::{CrossEntropy, Reduction};
 use tokenizers::Tokenizer;
 
 use crate::{
-    answers::Answers, chat::Encoder, digest, gguf_tokenizer::tokenizer, llama::Llama,
-    progress::Progress, samples::Sample,
+    answers::Answers,
+    chat::Encoder,
+    digest,
+    gguf_tokenizer::tokenizer,
+    llama::Llama,
+    progress::Progress,
+    samples::{Cost, Sample},
 };
 
 /// What the output calls the model: the name of its file, and the beginning of its hash.
@@ -59,7 +64,7 @@ pub fn score(
             continue;
         }
         let uncertainty = model.uncertainty(&text).with_context(named)?;
-        answers.add(i, uncertainty)?;
+        answers.add(i, uncertainty, Cost::default())?;
         tokens += text.tokens.len();
         progress.answered();
         progress.show(&speed(tokens));

@@ -20,7 +20,7 @@ use crate::{
     limits::{Gate, backoff, sleep},
     progress::Progress,
     prompt::{Template, parse},
-    samples::Sample,
+    samples::{Cost, Sample},
 };
 
 /// Samples that fail, before any has an answer, that show that every request is wrong.
@@ -49,8 +49,8 @@ struct Shared {
     answered: bool,
     replies: AtomicU64,
     repeated: AtomicU64,
-    prompt_tokens: AtomicU64,
-    completion_tokens: AtomicU64,
+    /// Of earlier runs' answers and of this one's requests.
+    cost: Mutex<Cost>,
 }
 
 /// Why there is no answer.
@@ -100,8 +100,7 @@ pub fn score(
         answered: answers.any(),
         replies: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
-        prompt_tokens: AtomicU64::new(0),
-        completion_tokens: AtomicU64::new(0),
+        cost: Mutex::new(answers.cost()),
     });
     // A thread waits until its answer is taken, and so on the disk soon: a kill costs an answer a thread at most.
     let (sender, results) = mpsc::sync_channel(0);
@@ -119,8 +118,8 @@ pub fn score(
     let mut deadline: Option<Instant> = None;
     loop {
         match results.recv_timeout(TICK) {
-            Ok((sample, Ok(answer))) => {
-                answers.add(sample, answer)?;
+            Ok((sample, Ok((answer, cost)))) => {
+                answers.add(sample, answer, cost)?;
                 answered = true;
                 progress.answered();
             }
@@ -158,7 +157,7 @@ pub fn score(
 }
 
 impl Shared {
-    fn work(&self, results: &SyncSender<(usize, Result<f64, Missing>)>) {
+    fn work(&self, results: &SyncSender<(usize, Result<(f64, Cost), Missing>)>) {
         while !self.stop.load(Relaxed) {
             let job = self
                 .jobs
@@ -177,15 +176,19 @@ impl Shared {
         }
     }
 
-    fn answer(&self, sample: &Sample) -> Result<f64, Missing> {
+    /// An answer, and what it and those before it that could not be used have cost.
+    fn answer(&self, sample: &Sample) -> Result<(f64, Cost), Missing> {
         let prompt = self.template.fill(&sample.prompt, &sample.response);
         let mut last = String::new();
         let mut failed = true;
+        let mut cost = Cost::default();
         for _ in 0..self.attempts {
-            last = match self.request(&prompt)?.text {
+            let reply = self.request(&prompt)?;
+            cost += reply.cost;
+            last = match reply.text {
                 Ok(text) => {
                     if let Some(uncertainty) = parse(&text) {
-                        return Ok(uncertainty);
+                        return Ok((uncertainty, cost));
                     }
                     failed = false;
                     let mut end: Vec<char> = text.trim().chars().rev().take(SHOWN).collect();
@@ -280,20 +283,19 @@ impl Shared {
 
     fn count(&self, reply: &Reply) {
         self.replies.fetch_add(1, Relaxed);
-        self.prompt_tokens.fetch_add(reply.prompt_tokens, Relaxed);
-        self.completion_tokens
-            .fetch_add(reply.completion_tokens, Relaxed);
+        *self.cost.lock().unwrap_or_else(PoisonError::into_inner) += reply.cost;
         if let Some(wait) = reply.wait {
             self.gate.close(wait);
         }
     }
 
     fn message(&self) -> String {
-        let (prompt, completion) = (
-            self.prompt_tokens.load(Relaxed),
-            self.completion_tokens.load(Relaxed),
-        );
-        let mut message = format!("{prompt} prompt + {completion} completion tokens");
+        let Cost {
+            prompt_tokens,
+            completion_tokens,
+        } = *self.cost.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut message =
+            format!("{prompt_tokens} prompt + {completion_tokens} completion tokens so far");
         let repeated = self.repeated.load(Relaxed);
         if repeated > 0 {
             message += &format!(", {repeated} requests repeated");

@@ -1,16 +1,23 @@
 //! The input: lines of `{"id"?, "prompt", "response"}` with any further fields, which the output keeps as they are.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{collections::HashMap, fs, ops::AddAssign, path::Path};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::digest::hex;
 
 /// Fields that the output adds to a sample's own.
-const ADDED: [&str; 4] = ["uncertainty", "votes", "spread", "model"];
+const ADDED: [&str; 6] = [
+    "uncertainty",
+    "votes",
+    "spread",
+    "model",
+    "prompt_tokens",
+    "completion_tokens",
+];
 
 pub struct Sample {
     pub id: String,
@@ -33,6 +40,25 @@ pub struct Score<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spread: Option<f64>,
     pub model: &'a str,
+    /// Not there for a local model.
+    #[serde(flatten)]
+    pub cost: Option<Cost>,
+}
+
+/// What a server has counted, also of answers that could not be used.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Cost {
+    #[serde(default)]
+    pub prompt_tokens: u64,
+    #[serde(default)]
+    pub completion_tokens: u64,
+}
+
+impl AddAssign for Cost {
+    fn add_assign(&mut self, more: Self) {
+        self.prompt_tokens += more.prompt_tokens;
+        self.completion_tokens += more.completion_tokens;
+    }
 }
 
 impl Sample {
