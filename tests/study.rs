@@ -262,6 +262,18 @@ fn kinds_have_a_control_and_results_of_their_own() {
         assert!(report.contains(section), "{section}");
     }
 
+    // A kind that one seed draws and another does not has its place all the same.
+    let lines = fs::read_to_string(&data).unwrap();
+    let rare = lines.replacen("\"sum\"", "\"rare\"", 1);
+    fs::write(&data, &rare).unwrap();
+    let few = [&arguments[..], &["--limit", "12", "--held-out", "0.5"]].concat();
+    let (report, outcomes) = study(&folder.path().join("rare"), &few);
+    assert!(report.contains("## Held out, rare"));
+    for outcome in &outcomes {
+        let groups = outcome["run"]["groups"].as_array().unwrap();
+        assert_eq!(groups.len(), 6);
+    }
+
     let missing = command(
         &folder.path().join("no"),
         &[&arguments[..5], &["topic"]].concat(),

@@ -151,7 +151,8 @@ impl Encoder {
     }
 }
 
-/// A conversation of prompt and response by a template, as transformers renders it.
+/// A conversation of prompt and response by a template, as transformers renders it. What a template makes of the texts
+/// themselves (many trim them) is not seen.
 fn rendered(template: &str, begin: &str, end: &str) -> Result<String> {
     let mut environment = Environment::new();
     let mut syntax = SyntaxConfig::builder();

@@ -1,4 +1,4 @@
-//! What a GGUF file of a Llama must not have, and what reading it must not overlook.
+//! What a Llama's files must not have: rotary positions of a kind that is not known here, tensors that nobody reads.
 
 use std::collections::HashSet;
 

@@ -56,9 +56,7 @@ impl<'a> Answers<'a> {
         model: &str,
         votes: Option<usize>,
     ) -> Result<Self> {
-        let (out, lines) = Log::open(path, |torn| {
-            samples.iter().any(|sample| sample.may_begin(torn))
-        })?;
+        let (out, lines) = Log::open(path)?;
         let mut answers = Self {
             samples,
             model: model.to_string(),
@@ -80,18 +78,22 @@ impl<'a> Answers<'a> {
                 .take_done(line, &index)
                 .with_context(|| format!("{}:{number}", path.display()))?;
         }
+        answers
+            .out
+            .repair(|torn| samples.iter().any(|sample| sample.may_begin(torn)))?;
 
         let partial = partial_path(path);
         if votes.is_some_and(|votes| votes > 1) || partial.exists() {
-            let (log, lines) = Log::open(&partial, |torn| {
-                let length = torn.len().min(VOTE.len());
-                torn[..length] == VOTE[..length]
-            })?;
+            let (mut log, lines) = Log::open(&partial)?;
             for (line, number) in lines.iter().zip(1..) {
                 answers
                     .take_vote(line, &index)
                     .with_context(|| format!("{}:{number}", partial.display()))?;
             }
+            log.repair(|torn| {
+                let length = torn.len().min(VOTE.len());
+                torn[..length] == VOTE[..length]
+            })?;
             answers.partial = Some(log);
         }
         // Killed between a sample's last vote and its line.

@@ -12,7 +12,8 @@ use crate::prompt::Template;
 /// endpoint, or, with --local, takes the entropy of a local model's predictions. Killed and started again with the same
 /// arguments, it continues.
 ///
-/// Exit status: 0 when every sample is scored, 3 when some could not be, 1 for an error, 2 for a wrong argument.
+/// Exit status: 0 when every sample is scored, 3 when some could not be, 1 for an error, 2 for an
+/// unknown or missing option.
 #[derive(Parser, Debug)]
 pub struct Args {
     /// A line a sample, {"id": "…", "prompt": "…", "response": "…"}; further fields are kept. Without an id the sample's is
@@ -24,7 +25,7 @@ pub struct Args {
     )]
     pub data: Option<PathBuf>,
     /// A line a scored sample, in the order in which the samples were done: the input's fields, "uncertainty" in [0, 1],
-    /// "votes", "spread", "model". Answers of samples that still lack some are in FILE.jsonl.votes
+    /// "votes", "spread", "model", "prompt_tokens", "completion_tokens". Answers of samples that still lack some are in FILE.jsonl.votes
     #[arg(
         long,
         value_name = "FILE.jsonl",
@@ -57,7 +58,7 @@ pub struct Args {
     /// Repetitions of a request that fails for a reason that may pass: a limit, an error of the server, the network
     #[arg(long, default_value_t = 6)]
     pub retries: u32,
-    /// Seconds before the first repetition, doubled before each further one, where the server names no time
+    /// Seconds before the first repetition, doubled before each further one; longer where the server says so
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     backoff: f64,
     /// Longest time the server may ask to wait; the program stops when it asks for more

@@ -43,8 +43,6 @@ pub enum Failure {
     Fatal(anyhow::Error),
     /// The server will not answer this one.
     Refused(String),
-    /// It will not answer this one, or, if it never answered any, it never will.
-    Denied(String),
     /// It may succeed later.
     Passing {
         reason: String,
@@ -195,9 +193,7 @@ impl Client {
             429 => passing(Passing::Limit),
             503 if wait.is_some() => passing(Passing::Limit),
             408 | 409 | 425 | 500.. => passing(Passing::Error),
-            400 | 413 | 422 => Failure::Refused(reason),
-            401 | 402 | 404 | 405 | 407 => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
-            400.. => Failure::Denied(format!("{}: {reason}", self.url)),
+            400 | 403 | 406.. if status.as_u16() != 407 => Failure::Refused(reason),
             _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
         }
     }

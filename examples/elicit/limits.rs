@@ -13,6 +13,8 @@ use ureq::http::HeaderMap;
 const LONGEST: Duration = Duration::from_secs(60);
 /// Of a wait, by which requests are spread after it.
 const SPREAD: f64 = 0.1;
+/// Longer than anybody waits, and short enough to be added to a time.
+const AGES: Duration = Duration::from_secs(1 << 32);
 /// How long a sleeping thread may overlook that the program ends.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -100,7 +102,7 @@ impl Gate {
     /// Lets nothing pass for `wait` from now, or longer where that was said before.
     pub fn close(&self, wait: Duration) {
         let mut closed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let until = Instant::now() + wait;
+        let until = Instant::now() + wait.min(AGES);
         if until > closed.until {
             *closed = Closed {
                 until,
@@ -120,7 +122,7 @@ impl Gate {
             .saturating_duration_since(Instant::now())
     }
 
-    /// Waits until the gate is open, and a little longer by chance if it was not, or until `stop` says true.
+    /// Waits until the gate is open, and by chance a little longer, or until `stop` says true.
     pub fn pass(&self, stop: impl Fn() -> bool) {
         let share = rand::rng().random_range(0.0..=1.0);
         loop {

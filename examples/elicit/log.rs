@@ -14,14 +14,43 @@ use crate::samples::object_fields;
 pub struct Log {
     file: File,
     path: PathBuf,
+    /// Where whole lines end, and what is there of another.
+    whole: u64,
+    torn: Vec<u8>,
 }
 
 impl Log {
-    /// Opens the file, or makes it, and reads its lines. A last line that was cut short is removed: it was not counted
-    /// yet. Fails when another process has the file open, and when such a line is not the beginning of one of this
-    /// program's, as `ours` says.
-    pub fn open(path: &Path, ours: impl Fn(&[u8]) -> bool) -> Result<(Self, Vec<String>)> {
-        open(path, ours).with_context(|| path.display().to_string())
+    /// Opens the file, or makes it, and reads its lines, of which the last may lack its line break. To be
+    /// [repaired](Self::repair) before anything is appended. Fails when another process has the file open.
+    pub fn open(path: &Path) -> Result<(Self, Vec<String>)> {
+        open(path).with_context(|| path.display().to_string())
+    }
+
+    /// Ends a last line that lacks its line break only, and removes one that was cut elsewhere, as it was not counted yet.
+    /// After a power failure a file can also end in zeros. Fails where there is no whole line, and what there is of
+    /// one is not the beginning of one of this program's, as `ours` says.
+    pub fn repair(&mut self, ours: impl Fn(&[u8]) -> bool) -> Result<()> {
+        if self.torn.is_empty() {
+            return Ok(());
+        }
+        let text = self.torn.iter().rposition(|&byte| byte != 0);
+        let text = &self.torn[..text.map_or(0, |last| last + 1)];
+        let repaired = if is_object(text) && text.len() == self.torn.len() {
+            self.file.write_all(b"\n")
+        } else if self.whole > 0 || ours(text) {
+            let end = SeekFrom::Start(self.whole);
+            let cut = self.file.set_len(self.whole);
+            cut.and_then(|()| self.file.seek(end).map(drop))
+        } else {
+            bail!(
+                "{}: what is there is not this program's; choose another --out",
+                self.path.display()
+            );
+        };
+        self.torn.clear();
+        repaired
+            .and_then(|()| self.file.sync_all())
+            .with_context(|| format!("cannot repair {}", self.path.display()))
     }
 
     /// Returns once the line is on the disk.
@@ -37,7 +66,7 @@ impl Log {
     }
 }
 
-fn open(path: &Path, ours: impl Fn(&[u8]) -> bool) -> Result<(Log, Vec<String>)> {
+fn open(path: &Path) -> Result<(Log, Vec<String>)> {
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -55,47 +84,26 @@ fn open(path: &Path, ours: impl Fn(&[u8]) -> bool) -> Result<(Log, Vec<String>)>
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)
         .context("cannot read the file")?;
-    let whole = bytes
-        .iter()
-        .rposition(|&byte| byte == b'\n')
-        .map_or(0, |at| at + 1);
-    repair(&mut file, &mut bytes, whole, ours).context("cannot repair the last line")?;
-    file.seek(SeekFrom::End(0))
-        .context("cannot read the file")?;
-
+    let last_break = bytes.iter().rposition(|&byte| byte == b'\n');
+    let torn = bytes.split_off(last_break.map_or(0, |at| at + 1));
     let text = String::from_utf8(bytes).context("the file is not UTF-8")?;
-    let lines = text.lines().map(str::to_string).collect();
+    let mut lines: Vec<String> = text.lines().map(str::to_string).collect();
+    if is_object(&torn) {
+        lines.push(String::from_utf8_lossy(&torn).into_owned());
+    }
     Ok((
         Log {
             file,
             path: path.to_path_buf(),
+            whole: text.len() as u64,
+            torn,
         },
         lines,
     ))
 }
 
-/// Ends a last line that lacks its line break only, and removes one that was cut elsewhere. After a power failure a file
-/// can also end in zeros.
-fn repair(
-    file: &mut File,
-    bytes: &mut Vec<u8>,
-    whole: usize,
-    ours: impl Fn(&[u8]) -> bool,
-) -> Result<()> {
-    let last = &bytes[whole..];
-    if last.is_empty() {
-        return Ok(());
-    }
-    let complete = std::str::from_utf8(last).is_ok_and(|line| object_fields(line).is_ok());
-    if complete {
-        file.write_all(b"\n")?;
-    } else if ours(last) || last.iter().all(|&byte| byte == 0) {
-        file.set_len(whole as u64)?;
-        bytes.truncate(whole);
-    } else {
-        bail!("it is not this program's, so neither is the file; choose another --out");
-    }
-    Ok(file.sync_all()?)
+fn is_object(line: &[u8]) -> bool {
+    std::str::from_utf8(line).is_ok_and(|line| object_fields(line).is_ok())
 }
 
 /// A file that was made just now is found again after a power failure only once its folder is on the disk.

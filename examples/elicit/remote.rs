@@ -45,8 +45,6 @@ struct Shared {
     jobs: Mutex<VecDeque<usize>>,
     gate: Gate,
     stop: AtomicBool,
-    /// Whether an earlier run had an answer.
-    answered: bool,
     replies: AtomicU64,
     repeated: AtomicU64,
     /// Of earlier runs' answers and of this one's requests.
@@ -97,12 +95,11 @@ pub fn score(
         jobs: Mutex::new(jobs),
         gate: Gate::new(),
         stop: AtomicBool::new(false),
-        answered: answers.any(),
         replies: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
         cost: Mutex::new(answers.cost()),
     });
-    // A thread waits until its answer is taken, and so on the disk soon: a kill costs an answer a thread at most.
+    // A thread waits until its answer is taken: a kill costs an answer a thread at most, and the one that is being written.
     let (sender, results) = mpsc::sync_channel(0);
     for _ in 0..args.concurrency {
         let (shared, sender) = (shared.clone(), sender.clone());
@@ -213,8 +210,9 @@ impl Shared {
         let mut repetition = 0;
         let mut replies = self.replies.load(Relaxed);
         loop {
+            let too_long = || self.gate.left() > self.max_wait;
+            self.gate.pass(|| stopped() || too_long());
             self.check_wait("a limit is used up", self.gate.left())?;
-            self.gate.pass(stopped);
             if stopped() {
                 return Err(Missing::Stopped);
             }
@@ -224,12 +222,7 @@ impl Shared {
                     return Ok(reply);
                 }
                 Err(Failure::Fatal(error)) => return Err(Missing::Fatal(error)),
-                Err(Failure::Denied(reason))
-                    if !self.answered && self.replies.load(Relaxed) == 0 =>
-                {
-                    return Err(Missing::Fatal(anyhow!(reason)));
-                }
-                Err(Failure::Refused(reason) | Failure::Denied(reason)) => {
+                Err(Failure::Refused(reason)) => {
                     return Err(Missing::Unanswered {
                         reason,
                         failed: true,
@@ -260,7 +253,7 @@ impl Shared {
             // What the server says may be too little: its clock is another, or many ask.
             let wait = wait
                 .unwrap_or_default()
-                .max(backoff(self.backoff, repetition));
+                .max(backoff(self.backoff, repetition).min(self.max_wait));
             if kind == Passing::Limit {
                 self.gate.close(wait);
             }
@@ -302,7 +295,7 @@ impl Shared {
         }
         let wait = self.gate.left().as_secs();
         if wait > 0 {
-            message += &format!(", the server asks to wait {wait} s");
+            message += &format!(", requests wait {wait} s");
         }
         message
     }

@@ -62,6 +62,9 @@ pub struct Options<'a> {
 pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<Dataset> {
     let mut records = read(path, options.group)?;
     let estimated = is_to_be_estimated(path, &records)?;
+    // Of all records, so that they are the same whichever are drawn.
+    let groups: BTreeSet<&String> = records.iter().flat_map(|record| &record.group).collect();
+    let groups: Vec<String> = groups.into_iter().cloned().collect();
     shuffle(&mut records, options.seed);
     records.truncate(options.limit.unwrap_or(usize::MAX));
     let held_out = (records.len() as f64 * options.held_out).round() as usize;
@@ -78,12 +81,6 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
         Some(encoder) => encoder,
         None => train_encoder(&train, options.vocab)?,
     };
-    let groups: BTreeSet<&String> = train
-        .iter()
-        .chain(&records)
-        .flat_map(|r| &r.group)
-        .collect();
-    let groups: Vec<String> = groups.into_iter().cloned().collect();
     let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
         let sample = |record: &Record| encode(record, &encoder, &groups, options.max_tokens);
         records.iter().map(sample).collect()
