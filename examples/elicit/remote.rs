@@ -63,6 +63,9 @@ enum Missing {
     Stopped,
 }
 
+/// An uncertainty, and what it and the answers before it that could not be used have cost.
+type Answer = Result<(f64, Cost), Missing>;
+
 /// Asks for every answer that is missing. Puts the samples that lack one in the end into `missing`, by index, with the last
 /// reason.
 pub fn score(
@@ -154,7 +157,7 @@ pub fn score(
 }
 
 impl Shared {
-    fn work(&self, results: &SyncSender<(usize, Result<(f64, Cost), Missing>)>) {
+    fn work(&self, results: &SyncSender<(usize, Answer)>) {
         while !self.stop.load(Relaxed) {
             let job = self
                 .jobs
@@ -173,8 +176,8 @@ impl Shared {
         }
     }
 
-    /// An answer, and what it and those before it that could not be used have cost.
-    fn answer(&self, sample: &Sample) -> Result<(f64, Cost), Missing> {
+    /// Asks until an answer can be used.
+    fn answer(&self, sample: &Sample) -> Answer {
         let prompt = self.template.fill(&sample.prompt, &sample.response);
         let mut last = String::new();
         let mut failed = true;
