@@ -90,6 +90,9 @@ fn a_model_sees_its_own_chat_template() {
             "<|im_end|>"
         ]
     );
+    let (tokens, prompt) = encoder.sample(&[1, 2], &[3]);
+    assert_eq!(tokens[encoder.before.len()..][..2], [1, 2]);
+    assert_eq!((tokens.len(), tokens[prompt]), (prompt + 1, 3));
     // Special tokens of the template are single ones, in a sample they are text.
     let start = encoder.tokenizer.token_to_id("<|im_start|>").unwrap();
     assert_eq!(encoder.before.iter().filter(|id| **id == start).count(), 2);

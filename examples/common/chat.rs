@@ -140,6 +140,13 @@ impl Encoder {
         Ok(encoder)
     }
 
+    /// The tokens of a sample, from those of prompt and response, and how many stand before the response.
+    pub fn sample(&self, prompt: &[u32], response: &[u32]) -> (Vec<u32>, usize) {
+        let tokens = [&self.before, prompt, &self.between, response].concat();
+        let before = tokens.len() - response.len();
+        (tokens, before)
+    }
+
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode(text, false);
         let encoding = encoding.map_err(|e| anyhow!("tokenizer: {e}"))?;

@@ -103,22 +103,13 @@ impl Model {
 
     /// The sample as `finetune` trains on it, less the token that ends it.
     fn encode(&self, prompt: &str, response: &str) -> Result<Text> {
-        let Encoder {
-            before, between, ..
-        } = &self.encoder;
-        let mut tokens = before.clone();
-        tokens.extend(self.encoder.ids(prompt)?);
-        tokens.extend(between);
-        let begin = tokens.len();
-        tokens.extend(self.encoder.ids(response)?);
+        let (prompt, ids) = (self.encoder.ids(prompt)?, self.encoder.ids(response)?);
         ensure!(
-            tokens.len() > begin,
+            !ids.is_empty(),
             "the tokenizer makes nothing of the response"
         );
-        Ok(Text {
-            tokens,
-            response: begin,
-        })
+        let (tokens, response) = self.encoder.sample(&prompt, &ids);
+        Ok(Text { tokens, response })
     }
 
     /// Mean entropy of the predictions of the response's tokens, divided by log V: in \[0, 1\].

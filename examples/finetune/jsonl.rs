@@ -268,10 +268,7 @@ fn encode(
 ) -> Result<(Sample, bool)> {
     let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
     response.push(encoder.end);
-    let Encoder {
-        before, between, ..
-    } = encoder;
-    let around = before.len() + between.len();
+    let around = encoder.before.len() + encoder.between.len();
     let room = max_tokens.saturating_sub(around);
     if room < 2 {
         bail!("{max_tokens} tokens leave no room beside the {around} round a prompt");
@@ -282,19 +279,13 @@ fn encode(
         prompt.drain(..prompt.len().saturating_sub(for_prompt));
         response.truncate(room - prompt.len());
     }
-    let tokens = [
-        before.as_slice(),
-        prompt.as_slice(),
-        between.as_slice(),
-        response.as_slice(),
-    ]
-    .concat();
+    let (tokens, prompt) = encoder.sample(&prompt, &response);
     let uncertainty = record.uncertainty.unwrap_or(0.0);
     let group = record.group.as_ref();
     Ok((
         Sample {
             tokens,
-            prompt: prompt.len() + around,
+            prompt,
             uncertainty,
             group: group
                 .and_then(|group| groups.binary_search(group).ok())
