@@ -24,7 +24,6 @@ pub struct Encoder {
 }
 
 /// What a model's files say beside its tokenizer.
-#[derive(Default)]
 struct Conventions {
     /// In Jinja.
     template: Option<String>,

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// How a line of OUT.votes begins.
-const VOTE: &[u8] = b"{\"id\":";
+const VOTE: &str = "{\"id\":";
 
 /// A line of OUT.votes.
 #[derive(Serialize, Deserialize)]
@@ -78,9 +78,7 @@ impl<'a> Answers<'a> {
                 .take_done(line, &index)
                 .with_context(|| format!("{}:{number}", path.display()))?;
         }
-        answers
-            .out
-            .repair(|torn| samples.iter().any(|sample| sample.may_begin(torn)))?;
+        answers.out.repair(samples.iter().map(Sample::beginning))?;
 
         let partial = partial_path(path);
         if votes.is_some_and(|votes| votes > 1) || partial.exists() {
@@ -90,10 +88,7 @@ impl<'a> Answers<'a> {
                     .take_vote(line, &index)
                     .with_context(|| format!("{}:{number}", partial.display()))?;
             }
-            log.repair(|torn| {
-                let length = torn.len().min(VOTE.len());
-                torn[..length] == VOTE[..length]
-            })?;
+            log.repair([VOTE])?;
             answers.partial = Some(log);
         }
         // Killed between a sample's last vote and its line.

@@ -193,7 +193,7 @@ impl Client {
             429 => passing(Passing::Limit),
             503 if wait.is_some() => passing(Passing::Limit),
             408 | 409 | 425 | 500.. => passing(Passing::Error),
-            400 | 403 | 406.. if status.as_u16() != 407 => Failure::Refused(reason),
+            400 | 403 | 406 | 410.. => Failure::Refused(reason),
             _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
         }
     }
@@ -201,19 +201,17 @@ impl Client {
     /// Of an answer with status 200.
     fn reply(&self, text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
         // Some services put the failure of the one behind them into an answer that is good otherwise.
-        let value: Option<Value> = serde_json::from_str(text).ok();
-        let error = value.as_ref().map(|value| &value["error"]);
-        if let Some(error) = error.filter(|error| !error.is_null()) {
-            let code = error["code"]
-                .as_u64()
-                .and_then(|code| u16::try_from(code).ok());
+        let value: Result<Value, _> = serde_json::from_str(text);
+        let error = value.as_ref().map_or(&Value::Null, |value| &value["error"]);
+        if !error.is_null() {
+            let code = error["code"].as_u64();
+            let code = code.and_then(|code| u16::try_from(code).ok());
             let code = code.filter(|code| (400..600).contains(code));
             let status = code.and_then(|code| StatusCode::from_u16(code).ok());
             let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
             return Err(self.failure(status, headers, text));
         }
-        let completion = serde_json::from_str::<Completion>(text);
-        let (said, usage) = match completion {
+        let (said, usage) = match value.and_then(serde_json::from_value) {
             Ok(Completion { choices, usage }) => {
                 let choice = choices.into_iter().next();
                 (choice.ok_or("no choices".into()).and_then(said), usage)

@@ -125,22 +125,24 @@ impl Gate {
     /// Waits until the gate is open, and by chance a little longer, or until `stop` says true.
     pub fn pass(&self, stop: impl Fn() -> bool) {
         let share = rand::rng().random_range(0.0..=1.0);
-        loop {
+        let end = || {
             let Closed { until, spread } = self.closed();
-            let left = (until + spread.mul_f64(share)).saturating_duration_since(Instant::now());
-            if left.is_zero() || stop() {
-                return;
-            }
-            thread::sleep(left.min(NAP));
-        }
+            until + spread.mul_f64(share)
+        };
+        nap_until(end, stop);
     }
 }
 
 /// Sleeps for `wait`, or until `stop` says true.
 pub fn sleep(wait: Duration, stop: impl Fn() -> bool) {
     let end = Instant::now() + wait;
+    nap_until(|| end, stop);
+}
+
+/// Until `end`, which may move, or until `stop` says true.
+fn nap_until(end: impl Fn() -> Instant, stop: impl Fn() -> bool) {
     while !stop() {
-        let left = end.saturating_duration_since(Instant::now());
+        let left = end().saturating_duration_since(Instant::now());
         if left.is_zero() {
             return;
         }

@@ -28,16 +28,20 @@ impl Log {
 
     /// Ends a last line that lacks its line break only, and removes one that was cut elsewhere, as it was not counted yet.
     /// After a power failure a file can also end in zeros. Fails where there is no whole line, and what there is of
-    /// one is not the beginning of one of this program's, as `ours` says.
-    pub fn repair(&mut self, ours: impl Fn(&[u8]) -> bool) -> Result<()> {
+    /// one does not agree with any of `beginnings`, of this program's lines.
+    pub fn repair<'a>(&mut self, beginnings: impl IntoIterator<Item = &'a str>) -> Result<()> {
         if self.torn.is_empty() {
             return Ok(());
         }
         let text = self.torn.iter().rposition(|&byte| byte != 0);
         let text = &self.torn[..text.map_or(0, |last| last + 1)];
+        let agrees = |beginning: &str| {
+            let length = beginning.len().min(text.len());
+            beginning.as_bytes()[..length] == text[..length]
+        };
         let repaired = if is_object(text) && text.len() == self.torn.len() {
             self.file.write_all(b"\n")
-        } else if self.whole > 0 || ours(text) {
+        } else if self.whole > 0 || beginnings.into_iter().any(agrees) {
             let end = SeekFrom::Start(self.whole);
             let cut = self.file.set_len(self.whole);
             cut.and_then(|()| self.file.seek(end).map(drop))

@@ -65,10 +65,6 @@ impl Sample {
     /// The sample's line in the output, without its line break: the text of its object, with fields appended.
     pub fn scored(&self, score: &Score) -> Result<String> {
         let added = serde_json::to_string(score).context("cannot write a score as JSON")?;
-        let own = self
-            .object
-            .strip_suffix('}')
-            .context("a sample is not an object")?;
         let id = if self.unnamed {
             format!("\"id\":{},", Value::from(self.id.as_str()))
         } else {
@@ -77,17 +73,15 @@ impl Sample {
         // An object without fields has no prompt: a comma is always right.
         Ok(format!(
             "{},{id}{}",
-            own.trim_end(),
+            self.beginning(),
             added.trim_start_matches('{')
         ))
     }
 
-    /// Whether the sample's line in the output, or that of one with another score, may begin with this.
-    pub fn may_begin(&self, line: &[u8]) -> bool {
+    /// How its line in the output begins: with its own fields.
+    pub fn beginning(&self) -> &str {
         let own = self.object.strip_suffix('}').unwrap_or(&self.object);
-        let own = own.trim_end().as_bytes();
-        let length = own.len().min(line.len());
-        own[..length] == line[..length]
+        own.trim_end()
     }
 
     /// Hash of what was scored: 32 hexadecimal digits.

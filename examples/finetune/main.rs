@@ -87,7 +87,8 @@ fn main() -> Result<()> {
         export::check(source, &trained_model)?;
     }
     let loaded = setup::pretrained(&args, &device)?;
-    let setup = Setup::new(&args, loaded, &device)?;
+    let data = setup::dataset(&args, loaded.as_ref())?;
+    let setup = Setup::new(&args, data, loaded, &device)?;
 
     let ual = Method::Ual(setup.map.clone());
     let mut runs = Vec::new();

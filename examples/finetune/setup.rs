@@ -50,11 +50,15 @@ pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
 }
 
 impl Setup {
-    /// Makes what is not `loaded`: the data, and without `--model` a model, which it pre-trains.
-    pub fn new(args: &Args, loaded: Option<Pretrained>, device: &Device) -> Result<Self> {
+    /// Without a `loaded` model makes one, which it pre-trains.
+    pub fn new(
+        args: &Args,
+        data: Dataset,
+        loaded: Option<Pretrained>,
+        device: &Device,
+    ) -> Result<Self> {
         fs::create_dir_all(&args.out)
             .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
-        let data = dataset(args, loaded.as_ref())?;
         let map = fit(&data.train, args)?;
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
         let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;

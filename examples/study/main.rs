@@ -129,16 +129,14 @@ fn shuffled(samples: &[Sample], seed: u64, kind: fn(&Sample) -> usize) -> Vec<Sa
     for uncertainties in kinds.values_mut() {
         uncertainties.shuffle(&mut rng);
     }
-    let mut deal = |sample: &Sample| Sample {
-        tokens: sample.tokens.clone(),
-        truth: sample.truth.clone(),
-        uncertainty: {
-            let left = kinds.get_mut(&kind(sample)).and_then(Vec::pop);
-            left.expect("one for each sample")
-        },
-        ..*sample
+    let deal = |sample: &Sample| {
+        let left = kinds.get_mut(&kind(sample)).and_then(Vec::pop);
+        Sample {
+            uncertainty: left.expect("one for each sample"),
+            ..sample.clone()
+        }
     };
-    samples.iter().map(&mut deal).collect()
+    samples.iter().map(deal).collect()
 }
 
 /// A method, and what it trains on.
@@ -199,10 +197,11 @@ fn about(setup: &Setup, args: &Args) -> String {
 /// Every method from the same initial weights.
 fn of_seed(
     args: &Args,
+    data: Dataset,
     loaded: Option<Pretrained>,
     device: &Device,
 ) -> Result<(Vec<Outcome>, First)> {
-    let setup = Setup::new(args, loaded, device)?;
+    let setup = Setup::new(args, data, loaded, device)?;
     let mut outcomes = Vec::new();
     let mut first = First {
         about: about(&setup, args),
@@ -248,14 +247,16 @@ fn main() -> Result<()> {
     let seeds: Vec<Args> = seeds.collect();
     let loaded = setup::pretrained(&options.run, &device)?;
     // What the last seed's data would not allow is said before the first has trained.
+    let mut data = Vec::new();
     for args in &seeds {
-        let data = setup::dataset(args, loaded.as_ref())?;
-        arms(&data, args).with_context(|| format!("seed {}", args.seed))?;
+        let of_seed = setup::dataset(args, loaded.as_ref())?;
+        arms(&of_seed, args).with_context(|| format!("seed {}", args.seed))?;
+        data.push(of_seed);
     }
     let mut outcomes = Vec::new();
     let mut first = None;
-    for args in &seeds {
-        let (of_seed, pictured) = of_seed(args, loaded.clone(), &device)?;
+    for (args, data) in seeds.iter().zip(data) {
+        let (of_seed, pictured) = of_seed(args, data, loaded.clone(), &device)?;
         outcomes.extend(of_seed);
         first.get_or_insert(pictured);
         report::save_json(&folder.join("outcomes.json"), &outcomes)?;
