@@ -1,7 +1,8 @@
 //! With the feature `cuda`, compiles kernels/cross_entropy.cu into a fatbin that the library embeds.
 
-#[path = "build/archs.rs"]
-mod archs;
+mod build {
+    pub mod archs;
+}
 
 use std::{
     env,
@@ -9,7 +10,7 @@ use std::{
     process::{Command, exit},
 };
 
-use archs::Arch;
+use build::archs::{self, Arch};
 
 const ARCHS: &str = "CANDLE_CROSS_ENTROPY_CUDA_ARCHS";
 const KERNEL: &str = "kernels/cross_entropy.cu";

@@ -65,7 +65,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
                                       Transform<SOFTCAP>(p));
 }
 
-// Threads a row at the most (src/kernel_abi.rs chooses), and how many such blocks an SM must hold.
+// Threads a row at the most (src/kernels/select.rs chooses), and how many such blocks an SM must hold.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
 #define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 4)
 

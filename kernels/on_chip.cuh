@@ -1,5 +1,5 @@
 // A row on chip (sm_90): each block of a cluster holds a slice of the row in shared memory, so that device memory is
-// read once and, for the gradient, written once. src/select.rs says how many blocks and how much of a row each.
+// read once and, for the gradient, written once. src/kernels/select.rs says how many blocks and how much of a row each.
 //
 // Bulk copies bring a slice in chunks, and sums start with the first. The image of a slice keeps its distance from a
 // 16-byte boundary, its phase, so that copies and, later, the gradient's 16-byte stores need no shifting; only sums,
@@ -18,7 +18,7 @@ struct alignas(128) OnChip {
   uint64_t filled[kMaxChunks];         // one mbarrier a chunk
   Partial slices[kMaxBlocksPerRow];    // every block has all of them
 };
-static_assert(sizeof(OnChip) == 640, "src/select.rs counts it");
+static_assert(sizeof(OnChip) == 640, "src/kernels/select.rs counts it");
 
 // The slice of block `rank`; the last one has the padding.
 template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {

@@ -1,4 +1,4 @@
-// What every kernel is given: the C++ twin of src/kernel_abi.rs, field for field. Shapes and meaning are described there.
+// What every kernel is given: the C++ twin of src/kernels/abi.rs, field for field. Shapes and meaning are described there.
 #pragma once
 #include <stdint.h>
 
@@ -61,6 +61,6 @@ struct Params {
   uint32_t first_row;
   uint32_t first_column;
 };
-static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 56, "src/kernel_abi.rs has the same fields");
+static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 56, "src/kernels/abi.rs has the same fields");
 
 enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

@@ -76,7 +76,7 @@ struct alignas(16) Running {
   float target_logit;
   float unused[3];
 };
-static_assert(sizeof(Running) == 48, "src/kernel_abi.rs has as many bytes");
+static_assert(sizeof(Running) == 48, "src/kernels/abi.rs has as many bytes");
 
 // The same sums relative to another shift.
 template <bool STATS> DEVICE void reshift(Partial& a, float shift) {

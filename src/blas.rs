@@ -9,6 +9,7 @@ pub(crate) struct View {
 }
 
 impl View {
+    #[cfg(any(test, feature = "cuda"))]
     pub fn transposed(self) -> Self {
         let ([rows, columns], [by_row, by_column]) = (self.shape, self.stride);
         Self {
@@ -18,6 +19,7 @@ impl View {
     }
 
     /// Elements from the first to the last; there are some.
+    #[cfg(any(test, feature = "cuda"))]
     pub fn extent(&self) -> usize {
         let last = |i: usize| (self.shape[i] - 1) * self.stride[i];
         last(0) + last(1) + 1
@@ -54,6 +56,7 @@ impl View {
 }
 
 /// Arguments of a gemm. BLAS's first matrix is our second.
+#[cfg(any(test, feature = "cuda"))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gemm {
     pub m: i32,
@@ -64,6 +67,7 @@ pub(crate) struct Gemm {
     pub out_lead: i32,
 }
 
+#[cfg(any(test, feature = "cuda"))]
 impl Gemm {
     /// For a·b, written to rows `pitch` elements apart.
     pub fn new(a: View, b: View, pitch: usize) -> Result<Self, String> {

@@ -40,27 +40,35 @@
 //!
 //! # Where to look
 //!
-//! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside: `call` validates
-//! arguments, `op` ties the loss into candle's graph, `linear` the loss that starts from hidden states (`tiles` says how it
-//! cuts the logits), `reference` is the oracle, `cpu` the vectorised CPU path, `cuda`
-//! launches the kernels in `kernels/`, `select` chooses among them, and `kernel_abi` is what they are given.
+//! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside, from the top:
+//!
+//! * `options` and `results` are what a caller sets and gets, `loss` the entry points; `reference` is the oracle.
+//! * `call` checks the arguments of one call and brings them to the form that everything below reads; `rows` finds rows
+//!   in memory.
+//! * `op` ties the loss of logits into candle's graph, `linear` that of hidden states; `tiles` cuts the latter's logits.
+//! * `backend` is what a device does for them. `cpu` is the vectorised path, `cuda` launches the kernels in `kernels/`.
+//! * `kernels` is what these are given, and chooses among them; `blas` puts products into BLAS's terms.
+//!
+//! `docs/architecture.md` follows a call through them and says where changes go.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
 
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod backend;
 mod blas;
 mod call;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-mod kernel_abi;
+// without, the emulation tests use what is left
+mod kernels;
 mod linear;
 mod loss;
 mod op;
+mod options;
 mod reference;
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-mod select;
+mod results;
+mod rows;
 mod tiles;
 pub mod ual;
 
@@ -73,4 +81,6 @@ mod documents {
     struct Guide;
 }
 
-pub use loss::{CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing, cross_entropy};
+pub use loss::cross_entropy;
+pub use options::{CrossEntropy, Reduction, Smoothing};
+pub use results::{LossAndGrad, RowStats};

@@ -1,4 +1,4 @@
-//! The loss as custom operations of candle.
+//! The loss of logits as custom operations of candle.
 //!
 //! Each operation has one tensor argument, the logits; targets, smoothing and weights are fields, so candle's
 //! backward never sees them. What a forward leaves for its backward, and the statistics, go past the graph as well:
@@ -10,32 +10,15 @@ use std::sync::{Arc, OnceLock};
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use crate::cuda::Cuda;
 use crate::{
-    LossAndGrad, RowStats,
-    call::{Call, row_offsets},
-    cpu,
+    backend::{Backend, Fused, Past},
+    call::Call,
+    cpu::Cpu,
+    results::{LossAndGrad, RowStats},
+    rows::row_offsets,
 };
-
-/// What a backend's forward returns; `S` is its storage, `K` what it keeps for the backward.
-pub(crate) struct Forward<S, K = Saved> {
-    /// Of [`Call::loss_shape`].
-    pub loss: S,
-    pub stats: Option<RowStats>,
-    pub saved: K,
-}
-
-/// What a backend's single pass returns beside the gradient.
-pub(crate) struct Fused {
-    pub loss: Tensor,
-    pub stats: RowStats,
-}
-
-/// Normalisers of the rows, from the forward to the backward.
-pub(crate) enum Saved {
-    Cpu(cpu::Saved),
-    #[cfg(feature = "cuda")]
-    Cuda(crate::cuda::Saved),
-}
 
 pub(crate) fn forward(
     call: Call,
@@ -46,19 +29,15 @@ pub(crate) fn forward(
     let op = ForwardOp(Arc::new(ForwardState {
         call,
         stats,
-        saved: OnceLock::new(),
-        row_stats: OnceLock::new(),
+        past: Past::default(),
     }));
     let state = op.0.clone();
     let loss = logits.apply_op1(op)?;
-    Ok((loss, state.row_stats.get().cloned()))
+    Ok((loss, state.past.stats()))
 }
 
 pub(crate) fn loss_and_grad(call: Call, logits: &Tensor) -> Result<LossAndGrad> {
-    let op = FusedOp {
-        call,
-        result: OnceLock::new(),
-    };
+    let op = FusedOp::new(call);
     let grad = with_readable_rows(&logits.detach())?.apply_op1_no_bwd(&op)?;
     Ok(op.finish(grad))
 }
@@ -81,10 +60,7 @@ pub(crate) fn loss_and_grad_inplace(call: Call, logits: Tensor) -> Result<LossAn
             logits.stride()
         );
     }
-    let op = FusedOp {
-        call,
-        result: OnceLock::new(),
-    };
+    let op = FusedOp::new(call);
     logits.inplace_op1(&op)?;
     Ok(op.finish(logits))
 }
@@ -103,17 +79,13 @@ struct ForwardOp(Arc<ForwardState>);
 struct ForwardState {
     call: Call,
     stats: bool,
-    saved: OnceLock<Saved>,
-    row_stats: OnceLock<RowStats>,
+    past: Past,
 }
 
 impl ForwardState {
-    fn keep<S>(&self, forward: Forward<S>) -> (S, Shape) {
-        let _ = self.saved.set(forward.saved);
-        if let Some(stats) = forward.stats {
-            let _ = self.row_stats.set(stats);
-        }
-        (forward.loss, self.call.loss_shape().into())
+    fn run<B: Backend>(&self, logits: &B::Storage, layout: &Layout) -> Result<(B::Storage, Shape)> {
+        let forward = B::forward(&self.call, logits, layout, self.stats)?;
+        Ok((self.past.keep(forward), self.call.loss_shape().into()))
     }
 }
 
@@ -123,29 +95,22 @@ impl CustomOp1 for ForwardOp {
     }
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(self
-            .0
-            .keep(cpu::forward(&self.0.call, logits, layout, self.0.stats)?))
+        self.0.run::<Cpu>(logits, layout)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok(self.0.keep(crate::cuda::forward(
-            &self.0.call,
-            logits,
-            layout,
-            self.0.stats,
-        )?))
+        self.0.run::<Cuda>(logits, layout)
     }
 
     fn bwd(&self, logits: &Tensor, _loss: &Tensor, grad_loss: &Tensor) -> Result<Option<Tensor>> {
-        let call = &self.0.call;
+        let ForwardState { call, past, .. } = &*self.0;
         // Detached throughout: nothing in here may enter the graph, or it would keep the logits alive.
         let is_parameter = logits.is_variable();
         let logits = logits.detach();
         let op = BackwardOp {
             call,
-            saved: self.0.saved.get().expect("the forward ran"),
+            past,
             upstream: grad_loss.detach().contiguous()?.flatten_all()?,
         };
         let writable = row_offsets(logits.layout()).is_some_and(|rows| rows.disjoint(call.width));
@@ -160,9 +125,22 @@ impl CustomOp1 for ForwardOp {
 
 struct BackwardOp<'a> {
     call: &'a Call,
-    saved: &'a Saved,
+    past: &'a Past,
     /// Gradient of the result, contiguous: a value, or one a row.
     upstream: Tensor,
+}
+
+impl BackwardOp<'_> {
+    fn run<B: Backend>(&self, logits: &B::Storage, layout: &Layout) -> Result<(B::Storage, Shape)> {
+        let saved = self.past.saved::<B::Saved>()?;
+        let grad = B::backward(self.call, saved, &self.upstream, logits, layout)?;
+        Ok((grad, layout.shape().clone()))
+    }
+
+    fn run_inplace<B: Backend>(&self, logits: &mut B::Storage, layout: &Layout) -> Result<()> {
+        let saved = self.past.saved::<B::Saved>()?;
+        B::backward_inplace(self.call, saved, &self.upstream, logits, layout)
+    }
 }
 
 impl CustomOp1 for BackwardOp<'_> {
@@ -171,14 +149,12 @@ impl CustomOp1 for BackwardOp<'_> {
     }
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let grad = cpu::backward(self.call, self.saved, &self.upstream, logits, layout)?;
-        Ok((grad, layout.shape().clone()))
+        self.run::<Cpu>(logits, layout)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let grad = crate::cuda::backward(self.call, self.saved, &self.upstream, logits, layout)?;
-        Ok((grad, layout.shape().clone()))
+        self.run::<Cuda>(logits, layout)
     }
 }
 
@@ -188,12 +164,12 @@ impl InplaceOp1 for BackwardOp<'_> {
     }
 
     fn cpu_fwd(&self, logits: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        cpu::backward_inplace(self.call, self.saved, &self.upstream, logits, layout)
+        self.run_inplace::<Cpu>(logits, layout)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        crate::cuda::backward_inplace(self.call, self.saved, &self.upstream, logits, layout)
+        self.run_inplace::<Cuda>(logits, layout)
     }
 }
 
@@ -203,8 +179,23 @@ struct FusedOp {
 }
 
 impl FusedOp {
-    fn keep(&self, result: Fused) {
+    fn new(call: Call) -> Self {
+        Self {
+            call,
+            result: OnceLock::new(),
+        }
+    }
+
+    fn run<B: Backend>(&self, logits: &B::Storage, layout: &Layout) -> Result<(B::Storage, Shape)> {
+        let (grad, result) = B::loss_and_grad(&self.call, logits, layout)?;
         let _ = self.result.set(result);
+        Ok((grad, layout.shape().clone()))
+    }
+
+    fn run_inplace<B: Backend>(&self, logits: &mut B::Storage, layout: &Layout) -> Result<()> {
+        let result = B::loss_and_grad_inplace(&self.call, logits, layout)?;
+        let _ = self.result.set(result);
+        Ok(())
     }
 
     fn finish(self, grad: Tensor) -> LossAndGrad {
@@ -219,16 +210,12 @@ impl CustomOp1 for FusedOp {
     }
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (grad, result) = cpu::fused(&self.call, logits, layout)?;
-        self.keep(result);
-        Ok((grad, layout.shape().clone()))
+        self.run::<Cpu>(logits, layout)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (grad, result) = crate::cuda::fused(&self.call, logits, layout)?;
-        self.keep(result);
-        Ok((grad, layout.shape().clone()))
+        self.run::<Cuda>(logits, layout)
     }
 }
 
@@ -238,13 +225,11 @@ impl InplaceOp1 for FusedOp {
     }
 
     fn cpu_fwd(&self, logits: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        self.keep(cpu::fused_inplace(&self.call, logits, layout)?);
-        Ok(())
+        self.run_inplace::<Cpu>(logits, layout)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, logits: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        self.keep(crate::cuda::fused_inplace(&self.call, logits, layout)?);
-        Ok(())
+        self.run_inplace::<Cuda>(logits, layout)
     }
 }

@@ -4,8 +4,9 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{
-    CrossEntropy, LossAndGrad, Reduction, RowStats, Smoothing,
     call::{Call, Row},
+    options::{CrossEntropy, Reduction, Smoothing},
+    results::{LossAndGrad, RowStats},
 };
 
 /// What one row contributes. All zero for an ignored row.

@@ -24,6 +24,13 @@ impl Tile {
     }
 }
 
+/// What the backends do, in which order.
+pub(crate) struct Plan {
+    pub tiles: Tiles,
+    /// Tiles, from the first on, whose logits the forward keeps for the backward.
+    pub keep: usize,
+}
+
 /// The tiles of N rows of V classes. Nothing here depends on the memory budget, so that no result does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tiles {

@@ -5,34 +5,31 @@
 use std::ops::Range;
 
 use candle_core::{
-    CpuStorage, DType, Layout, Result, Tensor, WithDType, backend::BackendStorage, bail,
+    CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, backend::BackendStorage, bail,
     utils::get_num_threads,
 };
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::{
-    divisor,
+    Cpu,
     element::{Element, Precise},
-    forward_result,
     memory::{GradRows, Logits},
     parallel::{Scratch, for_each_row, row_partial, write_gradient},
     real::Real,
-    result_type,
+    results::{self, divisor, forward_result, result_type},
     row::{self, GradFactors, Normaliser, Partial, RowResult, Transform},
 };
 use crate::{
+    backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
     call::{Call, Row},
-    linear::{Kept, Operands, Plan, Wanted},
-    op::Forward,
-    tiles::Tile,
+    tiles::{Plan, Tile},
 };
 
 /// What the forward leaves for the backward.
 pub(crate) struct Saved {
-    rows: Vec<Option<Row>>,
-    normalisers: Vec<Normaliser>,
-    kept: Kept<CpuStorage>,
+    of_rows: results::Saved,
+    kept: KeptTiles<CpuStorage>,
 }
 
 /// A type that products are computed in.
@@ -347,7 +344,7 @@ fn merge_tile<T: Element, const CAP: bool, const STATS: bool>(
 /// Overwrites the logits `x` of a tile with their gradients; `scale` is that of each row.
 fn differentiate_tile<T: Element, const CAP: bool>(
     call: &Call,
-    saved: &Saved,
+    saved: &results::Saved,
     scale: impl Fn(usize) -> f64 + Sync + Send,
     x: &mut [T],
     tile: &Tile,
@@ -439,7 +436,7 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
     wanted: Wanted,
 ) -> Result<[Option<CpuStorage>; 3]> {
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let divisor = divisor(call, &saved.rows);
+    let divisor = divisor(call, &saved.of_rows.rows);
     let mut factors = Factors::<E>::new(operands)?;
     let (depth, by_rows) = (factors.depth(), plan.tiles.by_rows);
     let gradient =
@@ -461,9 +458,9 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
         let scale = |i: usize| upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
         if call.softcap.is_some() {
             let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
-            differentiate_tile::<_, true>(call, saved, scale, x, &tile);
+            differentiate_tile::<_, true>(call, &saved.of_rows, scale, x, &tile);
         } else {
-            differentiate_tile::<_, false>(call, saved, scale, &mut logits, &tile);
+            differentiate_tile::<_, false>(call, &saved.of_rows, scale, &mut logits, &tile);
         }
         let gradients = Matrix::contiguous(&logits, tile.classes.len());
         if let Some(weight) = &mut weight_gradient {
@@ -533,36 +530,57 @@ macro_rules! with_type {
     }};
 }
 
-pub(crate) fn forward(
-    call: &Call,
-    plan: &Plan,
-    operands: &Operands<CpuStorage>,
-    stats: bool,
-) -> Result<Forward<CpuStorage, crate::linear::Saved>> {
-    let rows = call.read_rows()?;
-    let (results, normalisers, kept) =
-        with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
-    let dtype = result_type(operands.hidden.0.dtype());
-    let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
-    Ok(Forward {
-        loss,
-        stats,
-        saved: crate::linear::Saved::Cpu(Saved {
-            rows,
-            normalisers,
-            kept: Kept::new(kept),
-        }),
-    })
-}
+impl LinearBackend for Cpu {
+    type LinearSaved = Saved;
 
-/// Gradients of hidden, weight and bias, those that are wanted.
-pub(crate) fn backward(
-    call: &Call,
-    plan: &Plan,
-    saved: &Saved,
-    upstream: &Tensor,
-    operands: &Operands<CpuStorage>,
-    wanted: Wanted,
-) -> Result<[Option<CpuStorage>; 3]> {
-    with_type!(operands, E => differentiate::<E>(call, plan, saved, upstream, operands, wanted))
+    /// About what stays in the shared cache until the products have read it.
+    const TILE_BYTES: usize = 8 << 20;
+    const TILE_PITCH: usize = 1;
+
+    fn tile_dtype(factors: DType) -> DType {
+        result_type(factors)
+    }
+
+    fn storage(storage: &Storage) -> Option<&CpuStorage> {
+        match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    fn into_storage(storage: CpuStorage) -> Storage {
+        Storage::Cpu(storage)
+    }
+
+    fn forward_linear(
+        call: &Call,
+        plan: &Plan,
+        operands: &Operands<CpuStorage>,
+        stats: bool,
+    ) -> Result<Forward<CpuStorage, Saved>> {
+        let rows = call.read_rows()?;
+        let (results, normalisers, kept) =
+            with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
+        let dtype = result_type(operands.hidden.0.dtype());
+        let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
+        Ok(Forward {
+            loss,
+            stats,
+            saved: Saved {
+                of_rows: results::Saved { rows, normalisers },
+                kept: KeptTiles::new(kept),
+            },
+        })
+    }
+
+    fn backward_linear(
+        call: &Call,
+        plan: &Plan,
+        saved: &Saved,
+        upstream: &Tensor,
+        operands: &Operands<CpuStorage>,
+        wanted: Wanted,
+    ) -> Result<[Option<CpuStorage>; 3]> {
+        with_type!(operands, E => differentiate::<E>(call, plan, saved, upstream, operands, wanted))
+    }
 }

@@ -2,10 +2,7 @@
 
 use candle_core::{Layout, Result, bail};
 
-use crate::{
-    call::{Call, row_offsets},
-    kernel_abi::{MAX_ROW_DIMS, RowOffsets},
-};
+use crate::{call::Call, kernels::abi::RowOffsets, rows::row_offsets};
 
 /// Where rows start in the storage.
 #[derive(Clone, Copy)]
@@ -47,16 +44,12 @@ unsafe impl<T: Send> Sync for GradRows<'_, T> {}
 impl<'a, T> GradRows<'a, T> {
     pub(super) fn contiguous(rows: usize, width: usize, grad: &'a mut [T]) -> Self {
         assert_eq!(grad.len(), rows * width);
-        let mut strides = [0; MAX_ROW_DIMS];
-        strides[0] = width as u64;
-        let offsets = RowOffsets {
-            dims: 1,
-            sizes: [1; MAX_ROW_DIMS],
-            strides,
-        };
         Self {
             base: grad.as_mut_ptr(),
-            starts: Starts { first: 0, offsets },
+            starts: Starts {
+                first: 0,
+                offsets: RowOffsets::contiguous(width),
+            },
             width,
             storage: std::marker::PhantomData,
         }

@@ -1,20 +1,17 @@
 //! Rows, or pieces of rows where rows are few, shared out among threads.
 
-use candle_core::{DType, Layout, Result, Tensor, bail};
+use candle_core::{DType, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    divisor,
     element::Element,
     memory::{GradRows, Logits, readable},
     real::Real,
+    results::{Saved, divisor},
     row::{self, GradFactors, Normaliser, PIECE, Partial, RowResult, Transform},
     tasks::{Gradients, KeptGradients, Partials, dispatch},
 };
-use crate::{
-    call::{Call, Row},
-    op,
-};
+use crate::call::{Call, Row};
 
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
@@ -220,15 +217,11 @@ pub(super) fn write_gradient<T: Element, const CAP: bool>(
 /// Gradient of every row from the forward's normalisers.
 pub(super) fn differentiate<T: Element>(
     call: &Call,
-    saved: &op::Saved,
+    saved: &Saved,
     upstream: &Tensor,
     logits: Logits<T>,
     out: &GradRows<T>,
 ) -> Result<()> {
-    #[allow(irrefutable_let_patterns)] // there are others with the feature `cuda`
-    let op::Saved::Cpu(saved) = saved else {
-        bail!("cross-entropy: forward and backward on different devices")
-    };
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let divisor = divisor(call, &saved.rows);
     let (transform, exact) = (Transform::new(call), Transform::new(call));

@@ -4,38 +4,37 @@
 use std::{ffi::c_void, ops::Range, sync::Arc};
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Tensor,
+    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Storage, Tensor,
     backend::{BackendDevice, BackendStorage},
     bail,
-    cuda_backend::{
-        CudaStorageSlice, WrapErr,
-        cudarc::{
-            cublas::{result::gemm_ex, sys},
-            driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut},
-        },
-        gemm_reduced_precision_f32,
-    },
+    cuda_backend::{CudaStorageSlice, WrapErr, gemm_reduced_precision_f32},
+};
+use cudarc::{
+    cublas::{result::gemm_ex, sys},
+    driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut},
 };
 
 use super::{
-    FirstError, Inputs, OnDevice, Stats, alloc, alloc_floats, check_upstream, contiguous_rows,
+    Cuda,
+    arguments::{FirstError, Inputs, Stats, check_upstream, scalars},
+    logits,
+    memory::{OnDevice, alloc, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    read_floats, reduce, scalars, write_floats,
+    reduce::reduce,
 };
 use crate::{
-    Reduction,
+    backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
     blas::{Gemm, View},
     call::Call,
-    kernel_abi::{Params, Running},
-    linear::{CUDA_PITCH, Kept, Operands, Plan, Wanted},
-    op::Forward,
-    tiles::Tile,
+    kernels::abi::{Params, RowOffsets, Running},
+    options::Reduction,
+    tiles::{Plan, Tile},
 };
 
 /// What the forward leaves for the backward.
 pub(crate) struct Saved {
-    rows: super::Saved,
-    kept: Kept<CudaStorage>,
+    of_rows: logits::Saved,
+    kept: KeptTiles<CudaStorage>,
 }
 
 /// A view of two dimensions, one of whose strides is 1.
@@ -274,7 +273,7 @@ unsafe fn set_math_mode(handle: sys::cublasHandle_t, mode: sys::cublasMath_t) ->
 
 /// Elements from a row of a tile to the next.
 fn pitch(tile: &Tile) -> usize {
-    tile.pitch(CUDA_PITCH)
+    tile.pitch(Cuda::TILE_PITCH)
 }
 
 #[cfg(feature = "nvtx")]
@@ -352,7 +351,7 @@ impl FactorGradient {
 
 /// Parameters of a launch over a tile, without addresses.
 fn tile_scalars(call: &Call, tile: &Tile) -> Result<Params> {
-    let rows = contiguous_rows(pitch(tile) as u32);
+    let rows = RowOffsets::contiguous(pitch(tile));
     Ok(Params {
         logits_rows: rows,
         grad_rows: rows,
@@ -369,150 +368,176 @@ fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
     alloc_floats(&products.device, products.dtype(), count)
 }
 
-pub(crate) fn forward(
-    call: &Call,
-    plan: &Plan,
-    operands: &Operands<CudaStorage>,
-    stats: bool,
-) -> Result<Forward<CudaStorage, crate::linear::Saved>> {
-    let device = operands.hidden.0.device();
-    let stream = device.cuda_stream();
-    let inputs = Inputs::of(call)?;
-    let mut row_loss = alloc(device, call.rows)?;
-    let mut state = alloc(device, call.rows)?;
-    let mut stats = if stats {
-        Some(Stats::alloc(call, device)?)
-    } else {
-        None
-    };
-    let mut first_error = FirstError::alloc(call, device)?;
-    let mut kept = Vec::new();
-    if call.rows > 0 {
-        let products = Products::new(call, operands)?;
-        let work = Work::ForwardOfTile {
-            stats: stats.is_some(),
-        };
-        let mut running: CudaSlice<Running> = alloc(device, call.rows)?;
-        let mut free = None;
-        for (t, tile) in plan.tiles.iter().enumerate() {
-            let mut logits = match free.take() {
-                Some(logits) => logits, // the first tile is the largest
-                None => alloc_tile(&products, &tile)?,
-            };
-            products.logits(&tile, &mut logits)?;
-            let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
-            let element = read_floats(&mut launch, &logits)?;
-            inputs.set(&mut launch)?;
-            launch.params.loss = launch.write(&mut row_loss);
-            launch.params.state = launch.write(&mut state);
-            if let Some(stats) = &mut stats {
-                stats.set(&mut launch);
-            }
-            first_error.set(&mut launch);
-            if tile.classes.len() < call.vocab {
-                launch.params.running = launch.write(&mut running);
-            }
-            // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
-            unsafe { launch.start(work, element, call.softcap.is_some()) }?;
-            if t < plan.keep {
-                kept.push(logits);
-            } else {
-                free = Some(logits);
-            }
+impl LinearBackend for Cuda {
+    type LinearSaved = Saved;
+
+    /// Wider tiles mean fewer passes over the f32 sums, which cost more than what a tile that fits in the L2 saves
+    /// (docs/performance.md); with the sums of a batch of 8192 states of 4096, this is 240 MiB.
+    const TILE_BYTES: usize = 112 << 20;
+    /// 16 bytes of two-byte elements, for the products' sake.
+    const TILE_PITCH: usize = 8;
+
+    fn tile_dtype(factors: DType) -> DType {
+        factors
+    }
+
+    fn storage(storage: &Storage) -> Option<&CudaStorage> {
+        match storage {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
         }
     }
-    first_error.check(call, device)?;
-    let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
-    Ok(Forward {
-        loss: CudaStorage::wrap_cuda_slice(loss, device.clone()),
-        stats: stats.map(|stats| stats.into_tensors(call, device)),
-        saved: crate::linear::Saved::Cuda(Saved {
-            rows: super::Saved {
-                state,
-                total_weight,
-            },
-            kept: Kept::new(kept),
-        }),
-    })
-}
 
-/// Gradients of hidden, weight and bias, those that are wanted.
-pub(crate) fn backward(
-    call: &Call,
-    plan: &Plan,
-    saved: &Saved,
-    upstream: &Tensor,
-    operands: &Operands<CudaStorage>,
-    wanted: Wanted,
-) -> Result<[Option<CudaStorage>; 3]> {
-    let device = operands.hidden.0.device();
-    let stream = device.cuda_stream();
-    check_upstream(call, upstream)?;
-    let inputs = Inputs::of(call)?;
-    let upstream = OnDevice::of(upstream);
-    let products = Products::new(call, operands)?;
-    let by_rows = plan.tiles.by_rows;
-    let covered = if call.rows == 0 { 0 } else { call.vocab };
-    let gradient = |wanted: bool, shape, covered, is_sum| {
-        wanted
-            .then(|| FactorGradient::new(&products, shape, covered, is_sum))
-            .transpose()
-    };
-    let depth = products.weight.view.shape[1];
-    let mut hidden_gradient = gradient(wanted.hidden, [call.rows, depth], call.rows, !by_rows)?;
-    let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
-    let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
+    fn into_storage(storage: CudaStorage) -> Storage {
+        Storage::Cuda(storage)
+    }
 
-    let mut kept = saved.kept.take();
-    let mut free = None;
-    for tile in plan.tiles.iter() {
-        let mut logits = match kept.next() {
-            Some(logits) => logits,
-            None => {
+    fn forward_linear(
+        call: &Call,
+        plan: &Plan,
+        operands: &Operands<CudaStorage>,
+        stats: bool,
+    ) -> Result<Forward<CudaStorage, Saved>> {
+        let device = operands.hidden.0.device();
+        let stream = device.cuda_stream();
+        let inputs = Inputs::of(call)?;
+        let mut row_loss = alloc(device, call.rows)?;
+        let mut state = alloc(device, call.rows)?;
+        let mut stats = if stats {
+            Some(Stats::alloc(call, device)?)
+        } else {
+            None
+        };
+        let mut first_error = FirstError::alloc(call, device)?;
+        let mut kept = Vec::new();
+        if call.rows > 0 {
+            let products = Products::new(call, operands)?;
+            let work = Work::ForwardOfTile {
+                stats: stats.is_some(),
+            };
+            let mut running: CudaSlice<Running> = alloc(device, call.rows)?;
+            let mut free = None;
+            for (t, tile) in plan.tiles.iter().enumerate() {
                 let mut logits = match free.take() {
-                    Some(logits) => logits,
+                    Some(logits) => logits, // the first tile is the largest
                     None => alloc_tile(&products, &tile)?,
                 };
                 products.logits(&tile, &mut logits)?;
-                logits
+                let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
+                let element = read_floats(&mut launch, &logits)?;
+                inputs.set(&mut launch)?;
+                launch.params.loss = launch.write(&mut row_loss);
+                launch.params.state = launch.write(&mut state);
+                if let Some(stats) = &mut stats {
+                    stats.set(&mut launch);
+                }
+                first_error.set(&mut launch);
+                if tile.classes.len() < call.vocab {
+                    launch.params.running = launch.write(&mut running);
+                }
+                // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
+                unsafe { launch.start(work, element, call.softcap.is_some()) }?;
+                if t < plan.keep {
+                    kept.push(logits);
+                } else {
+                    free = Some(logits);
+                }
             }
-        };
-        let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
-        let (element, address) = write_floats(&mut launch, &mut logits)?;
-        (launch.params.logits, launch.params.grad) = (address, address);
-        inputs.set(&mut launch)?;
-        launch.params.state = launch.read(&saved.rows.state);
-        launch.params.upstream = upstream.read::<f32>(&mut launch)?;
-        launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
-        launch.params.divisor = (saved.rows.total_weight.as_ref()).map_or(0, |w| launch.read(w));
-        // SAFETY: the tile has its rows `pitch` apart, `upstream` has the number of values checked above, and all other
-        // memory has an element for each of `call.rows`.
-        unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }?;
-
-        #[cfg(feature = "nvtx")]
-        let _range = range("gradients", &tile);
-        let shape = [tile.rows.len(), tile.classes.len()];
-        let gradients = Matrix::pitched(&logits, 0, shape, pitch(&tile));
-        if let Some(weight) = &mut weight_gradient {
-            let hidden = products.hidden.rows(&tile.rows);
-            weight.multiply(&products, &tile.classes, gradients.transposed(), hidden)?;
         }
-        if let Some(hidden) = &mut hidden_gradient {
-            let weight = products.weight.rows(&tile.classes);
-            hidden.multiply(&products, &tile.rows, gradients, weight)?;
-        }
-        if let (Some(bias), Some(ones)) = (&mut bias_gradient, &products.ones) {
-            let ones = OnDevice::of(ones);
-            let ones = Matrix::pitched(ones.storage()?, 0, [tile.rows.len(), 1], 1);
-            bias.multiply(&products, &tile.classes, gradients.transposed(), ones)?;
-        }
-        free = Some(logits);
+        first_error.check(call, device)?;
+        let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
+        Ok(Forward {
+            loss: CudaStorage::wrap_cuda_slice(loss, device.clone()),
+            stats: stats.map(|stats| stats.into_tensors(call, device)),
+            saved: Saved {
+                of_rows: logits::Saved {
+                    state,
+                    total_weight,
+                },
+                kept: KeptTiles::new(kept),
+            },
+        })
     }
-    let finish =
-        |gradient: Option<FactorGradient>| gradient.map(FactorGradient::into_storage).transpose();
-    Ok([
-        finish(hidden_gradient)?,
-        finish(weight_gradient)?,
-        finish(bias_gradient)?,
-    ])
+
+    fn backward_linear(
+        call: &Call,
+        plan: &Plan,
+        saved: &Saved,
+        upstream: &Tensor,
+        operands: &Operands<CudaStorage>,
+        wanted: Wanted,
+    ) -> Result<[Option<CudaStorage>; 3]> {
+        let device = operands.hidden.0.device();
+        let stream = device.cuda_stream();
+        check_upstream(call, upstream)?;
+        let inputs = Inputs::of(call)?;
+        let upstream = OnDevice::of(upstream);
+        let products = Products::new(call, operands)?;
+        let by_rows = plan.tiles.by_rows;
+        let covered = if call.rows == 0 { 0 } else { call.vocab };
+        let gradient = |wanted: bool, shape, covered, is_sum| {
+            wanted
+                .then(|| FactorGradient::new(&products, shape, covered, is_sum))
+                .transpose()
+        };
+        let depth = products.weight.view.shape[1];
+        let mut hidden_gradient = gradient(wanted.hidden, [call.rows, depth], call.rows, !by_rows)?;
+        let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
+        let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
+
+        let mut kept = saved.kept.take();
+        let mut free = None;
+        for tile in plan.tiles.iter() {
+            let mut logits = match kept.next() {
+                Some(logits) => logits,
+                None => {
+                    let mut logits = match free.take() {
+                        Some(logits) => logits,
+                        None => alloc_tile(&products, &tile)?,
+                    };
+                    products.logits(&tile, &mut logits)?;
+                    logits
+                }
+            };
+            let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
+            let (element, address) = write_floats(&mut launch, &mut logits)?;
+            (launch.params.logits, launch.params.grad) = (address, address);
+            inputs.set(&mut launch)?;
+            launch.params.state = launch.read(&saved.of_rows.state);
+            launch.params.upstream = upstream.read::<f32>(&mut launch)?;
+            launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
+            launch.params.divisor =
+                (saved.of_rows.total_weight.as_ref()).map_or(0, |w| launch.read(w));
+            // SAFETY: the tile has its rows `pitch` apart, `upstream` has the number of values checked above, and all other
+            // memory has an element for each of `call.rows`.
+            unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }?;
+
+            #[cfg(feature = "nvtx")]
+            let _range = range("gradients", &tile);
+            let shape = [tile.rows.len(), tile.classes.len()];
+            let gradients = Matrix::pitched(&logits, 0, shape, pitch(&tile));
+            if let Some(weight) = &mut weight_gradient {
+                let hidden = products.hidden.rows(&tile.rows);
+                weight.multiply(&products, &tile.classes, gradients.transposed(), hidden)?;
+            }
+            if let Some(hidden) = &mut hidden_gradient {
+                let weight = products.weight.rows(&tile.classes);
+                hidden.multiply(&products, &tile.rows, gradients, weight)?;
+            }
+            if let (Some(bias), Some(ones)) = (&mut bias_gradient, &products.ones) {
+                let ones = OnDevice::of(ones);
+                let ones = Matrix::pitched(ones.storage()?, 0, [tile.rows.len(), 1], 1);
+                bias.multiply(&products, &tile.classes, gradients.transposed(), ones)?;
+            }
+            free = Some(logits);
+        }
+        let finish = |gradient: Option<FactorGradient>| {
+            gradient.map(FactorGradient::into_storage).transpose()
+        };
+        Ok([
+            finish(hidden_gradient)?,
+            finish(weight_gradient)?,
+            finish(bias_gradient)?,
+        ])
+    }
 }

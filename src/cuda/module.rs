@@ -5,26 +5,21 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
 };
 
-use candle_core::{
-    Error, Result,
-    cuda_backend::{
-        WrapErr,
-        cudarc::{
-            driver::{
-                CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut,
-                DeviceRepr, DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
-                sys::{
-                    self, CUdevice_attribute as DeviceAttribute,
-                    CUfunction_attribute_enum as FunctionAttribute,
-                },
-            },
-            nvrtc::Ptx,
+use candle_core::{Error, Result, cuda_backend::WrapErr};
+use cudarc::{
+    driver::{
+        CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
+        DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+        sys::{
+            self, CUdevice_attribute as DeviceAttribute,
+            CUfunction_attribute_enum as FunctionAttribute,
         },
     },
+    nvrtc::Ptx,
 };
 
-use crate::{
-    kernel_abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, Running},
+use crate::kernels::{
+    abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, Running},
     select::{self, Forced, Geometry, Gpu},
 };
 

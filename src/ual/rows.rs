@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result, Shape, Tensor, bail};
 
-use super::SmoothingMap;
+use super::map::SmoothingMap;
 
 /// Where the tokens of a batch of B sequences stand among the rows of the loss.
 ///

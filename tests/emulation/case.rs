@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command};
 
 use bytemuck::Pod;
 
-use crate::kernel_abi::{Kernel, Params};
+use crate::kernels::abi::{Kernel, Params};
 
 /// A value that no kernel computes and no tolerance accepts, whatever type reads it.
 pub const POISON: u8 = 0x5a;

@@ -9,7 +9,7 @@ use super::{
     problem::{Problem, from_bytes},
     runs::{RowRun, Runs, STATS},
 };
-use crate::kernel_abi::Element;
+use crate::kernels::abi::Element;
 
 /// Outputs of one launch over the rows; those it does not have are empty.
 #[derive(Default)]

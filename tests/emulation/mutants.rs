@@ -8,7 +8,7 @@ use super::{
     problem::{Problem, View},
     rows::{Kind, bad_menu, menu, problem, row},
 };
-use crate::kernel_abi::Element;
+use crate::kernels::abi::Element;
 
 /// A change to one file of `kernels/`.
 struct Mutant {

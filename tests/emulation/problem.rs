@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, Smoothing};
 use half::{bf16, f16};
 
-use crate::kernel_abi::{Element, MAX_ROW_DIMS, RowOffsets};
+use crate::kernels::abi::{Element, MAX_ROW_DIMS, RowOffsets};
 
 pub const IGNORED: i64 = -100;
 

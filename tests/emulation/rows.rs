@@ -4,7 +4,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
 use super::problem::{Eps, OnChip, Problem, Tiles, View, round};
-use crate::kernel_abi::Element;
+use crate::kernels::abi::Element;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {

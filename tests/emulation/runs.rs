@@ -6,8 +6,8 @@ use super::{
     case::{Buffer, Case, POISON, Shape},
     problem::{Eps, OnChip, Problem, Tiles, View, to_bytes},
 };
-use crate::{
-    kernel_abi::{Kernel, Params, REDUCE_THREADS, RowState, Running},
+use crate::kernels::{
+    abi::{Kernel, Params, REDUCE_THREADS, RowState, Running},
     select::{self, Forced, Geometry, H200},
 };
 

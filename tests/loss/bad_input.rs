@@ -1,11 +1,9 @@
 //! Bad arguments and bad values: an error that names the argument, what it was and what it must be, from every entry
 //! point, with nothing written.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction, cross_entropy};
-use common::*;
 
 /// Expects an error containing `parts` from every entry point, and the logits untouched.
 #[track_caller]

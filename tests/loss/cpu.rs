@@ -1,11 +1,9 @@
 //! Every entry point of the fast CPU path against the f64 reference: types, sizes, options, layouts. The comparison and
-//! its tolerances are `Problem::check` and `Accuracy` in common/mod.rs.
+//! its tolerances are `Problem::check` and `Accuracy` in common.rs.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, IndexOp, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
-use common::*;
 
 const REDUCTIONS: [Reduction; 4] = [
     Reduction::None,

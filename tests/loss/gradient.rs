@@ -1,10 +1,8 @@
 //! The reference's gradient is the derivative of its loss: central differences in f64, over the options.
 
-mod common;
-
+use crate::common::*;
 use candle_core::DType;
 use candle_cross_entropy::Reduction;
-use common::*;
 
 /// Compares every element of the gradient with a central difference of the reduced loss. With no reduction the sum
 /// over rows is differenced: the gradient is each row's own.

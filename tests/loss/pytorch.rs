@@ -1,10 +1,8 @@
 //! PyTorch's own answers (fixtures/make_pytorch.py), against the reference and the fast path.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
-use common::*;
 use serde_json::Value;
 
 struct Case {

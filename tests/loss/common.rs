@@ -1,5 +1,4 @@
 //! What the tests share: random problems, and comparisons with the f64 reference under the crate's stated tolerances.
-#![allow(dead_code)] // every test binary uses a part
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};

@@ -1,11 +1,9 @@
 //! `forward_linear` against the f64 reference of the whole logits, and against a model that computes them whole: over
 //! types, options, tiles, budgets and both ways of cutting.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
-use common::*;
 
 const REDUCTIONS: [Reduction; 4] = [
     Reduction::Mean,

@@ -1,10 +1,8 @@
 //! Masked classes, NaN and infinities, ignored and weightless rows: what each does to its row, and nothing to others.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, IndexOp, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
-use common::*;
 
 const INF: f64 = f64::INFINITY;
 /// Below, around and above vectors and blocks.

@@ -1,10 +1,8 @@
 //! Reductions, upstream gradients, and the identities between them.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
-use common::*;
 
 /// f64 logits leave only the rules to be compared; f32 runs the paths that training runs.
 const TYPES: [(DType, f64); 2] = [(DType::F64, 1e-13), (DType::F32, 1e-6)];

@@ -2,32 +2,22 @@
 //! UndefinedBehaviorSanitizer, and with a race detector. `kernels/emulation/README.md` says how.
 #![cfg(unix)]
 
-#[path = "emulation/build.rs"]
 mod build;
-#[path = "emulation/case.rs"]
 mod case;
-#[path = "emulation/check.rs"]
 mod check;
-#[path = "../src/kernel_abi.rs"]
-#[allow(dead_code)]
-mod kernel_abi;
-#[path = "emulation/mutants.rs"]
+#[path = "../../src/kernels/mod.rs"]
+#[allow(dead_code)] // what only the launches on a GPU need
+mod kernels;
 mod mutants;
-#[path = "emulation/problem.rs"]
 mod problem;
-#[path = "emulation/rows.rs"]
 mod rows;
-#[path = "emulation/runs.rs"]
 mod runs;
-#[path = "../src/select.rs"]
-#[allow(dead_code)]
-mod select;
 
 use std::{collections::BTreeSet, process::Command};
 
 use build::{Build, driver, self_test};
 use check::{Results, check, same_bits};
-use kernel_abi::{Element, Kernel};
+use kernels::abi::{Element, Kernel};
 use problem::{Eps, OnChip, Problem, Tiles, View};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 

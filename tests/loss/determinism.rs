@@ -1,11 +1,9 @@
 //! A row's results are the same bits from run to run, whatever stands beside it, wherever it lies in memory, and however
 //! many threads work.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, IndexOp, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
-use common::*;
 
 /// Short and long rows, of odd length too: each row then starts at another alignment.
 const WIDTHS: [usize; 7] = [1, 17, 40, 301, 2049, 20_001, 50_257];

@@ -1,10 +1,8 @@
 //! Laws of the loss on arbitrary inputs, by proptest, on the fast path.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
-use common::*;
 use proptest::{prelude::*, sample::Index};
 
 /// Logits of one row as multiples of 1/8: adding another is exact.

@@ -1,14 +1,12 @@
 //! From samples to rows: the padded and the packed layout hold the same rows, those of a direct enumeration, the loss
 //! over both is the same, and bad arguments are named.
 
-mod common;
-
+use crate::common::{assert_close, bits, normal, rng, scalar};
 use candle_core::{DType, Device, Tensor};
 use candle_cross_entropy::{
     CrossEntropy, Reduction,
     ual::{Layout, SmoothingMap},
 };
-use common::{assert_close, bits, normal, rng, scalar};
 use proptest::prelude::*;
 
 const CPU: &Device = &Device::Cpu;

@@ -1,9 +1,7 @@
 //! Which kernel computes a row, and in which geometry: functions of the row's length and type and of the GPU. They see
 //! neither the number of rows nor an address, so that a row's bits depend on neither.
-//!
-//! Also compiled into the emulation tests, so nothing here may depend on CUDA.
 
-use crate::kernel_abi::{Element, Kernel};
+use super::abi::{Element, Kernel};
 
 /// What the choice depends on of a GPU. Bytes, unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,4 @@
 //! What the kernels in `kernels/` are given: the Rust twin of `kernels/params.cuh`, field for field.
-//!
-//! Also compiled into the emulation tests, so nothing here may depend on CUDA.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -113,7 +111,6 @@ pub struct Params {
 
 impl Params {
     /// Number of leading 64-bit words that are addresses.
-    #[allow(dead_code)] // for the emulation
     pub const POINTERS: usize = 19;
 }
 

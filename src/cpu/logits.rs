@@ -1,0 +1,113 @@
+//! The loss of logits on the CPU.
+
+use candle_core::{CpuStorage, Layout, Result, Tensor, backend::BackendStorage, bail};
+
+use super::{
+    Cpu,
+    element::{Element, Precise},
+    memory::{GradRows, Logits, readable},
+    parallel::{differentiate, evaluate, evaluate_and_differentiate},
+    results::{Saved, forward_result, fused_result, result_type},
+};
+use crate::{
+    backend::{Backend, Forward, Fused},
+    call::Call,
+};
+
+/// Evaluates an expression with `$x` as a slice of the logits' elements.
+macro_rules! with_elements {
+    ($call:expr, $storage:expr, $cast:ident, $x:ident => $body:expr) => {
+        match $storage {
+            CpuStorage::F32(x) if $call.softcap.is_some() => {
+                let $x = bytemuck::$cast::<f32, Precise>(x);
+                $body
+            }
+            CpuStorage::F32($x) => $body,
+            CpuStorage::F64($x) => $body,
+            CpuStorage::F16($x) => $body,
+            CpuStorage::BF16($x) => $body,
+            other => bail!("logits: {:?}, must be f32, f16, bf16 or f64", other.dtype()),
+        }
+    };
+}
+
+impl Backend for Cpu {
+    type Storage = CpuStorage;
+    type Saved = Saved;
+
+    fn forward(
+        call: &Call,
+        logits: &CpuStorage,
+        layout: &Layout,
+        stats: bool,
+    ) -> Result<Forward<CpuStorage, Saved>> {
+        let rows = call.read_rows()?;
+        let (results, normalisers) =
+            with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
+        let dtype = result_type(logits.dtype());
+        let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
+        Ok(Forward {
+            loss,
+            stats,
+            saved: Saved { rows, normalisers },
+        })
+    }
+
+    fn backward(
+        call: &Call,
+        saved: &Saved,
+        upstream: &Tensor,
+        logits: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<CpuStorage> {
+        with_elements!(call, logits, cast_slice, x => {
+            let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
+            let out = GradRows::contiguous(call.rows, call.width, &mut grad);
+            differentiate(call, saved, upstream, Logits::Separate(x, readable(layout)?), &out)?;
+            Ok(Element::storage(grad))
+        })
+    }
+
+    fn backward_inplace(
+        call: &Call,
+        saved: &Saved,
+        upstream: &Tensor,
+        logits: &mut CpuStorage,
+        layout: &Layout,
+    ) -> Result<()> {
+        with_elements!(call, logits, cast_slice_mut, x => {
+            let out = GradRows::inside(call, x, layout)?;
+            differentiate(call, saved, upstream, Logits::InPlace, &out)
+        })
+    }
+
+    fn loss_and_grad(
+        call: &Call,
+        logits: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<(CpuStorage, Fused)> {
+        let rows = call.read_rows()?;
+        let dtype = result_type(logits.dtype());
+        with_elements!(call, logits, cast_slice, x => {
+            let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
+            let out = GradRows::contiguous(call.rows, call.width, &mut grad);
+            let logits = Logits::Separate(x, readable(layout)?);
+            let results = evaluate_and_differentiate(call, &rows, logits, &out);
+            Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype)?))
+        })
+    }
+
+    fn loss_and_grad_inplace(
+        call: &Call,
+        logits: &mut CpuStorage,
+        layout: &Layout,
+    ) -> Result<Fused> {
+        let rows = call.read_rows()?;
+        let dtype = result_type(logits.dtype());
+        let results = with_elements!(call, logits, cast_slice_mut, x => {
+            let out = GradRows::inside(call, x, layout)?;
+            evaluate_and_differentiate(call, &rows, Logits::InPlace, &out)
+        });
+        fused_result(call, &rows, &results, dtype)
+    }
+}

@@ -1,0 +1,107 @@
+//! From the results of rows to what the loss returns, and what it keeps for the backward.
+
+use candle_core::{CpuStorage, DType, Device, Result, Tensor, WithDType};
+
+use super::row::{Normaliser, RowResult};
+use crate::{
+    backend::Fused,
+    call::{Call, Row},
+    options::Reduction,
+    results::RowStats,
+};
+
+/// What the forward leaves for the backward.
+pub(crate) struct Saved {
+    pub(super) rows: Vec<Option<Row>>,
+    pub(super) normalisers: Vec<Normaliser>,
+}
+
+/// The reduced loss, and the statistics if they are asked for, of type `dtype`.
+pub(super) fn forward_result(
+    call: &Call,
+    rows: &[Option<Row>],
+    results: &[RowResult],
+    dtype: DType,
+    stats: bool,
+) -> Result<(CpuStorage, Option<RowStats>)> {
+    let losses = reduce(call, rows, results);
+    let loss = if dtype == DType::F64 {
+        f64::to_cpu_storage_owned(losses)
+    } else {
+        narrow_storage(losses)
+    };
+    let stats = stats.then(|| row_stats(call, results, dtype)).transpose()?;
+    Ok((loss, stats))
+}
+
+/// Type of loss and statistics.
+pub(super) fn result_type(logits: DType) -> DType {
+    if logits == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}
+
+fn narrow_storage(values: Vec<f64>) -> CpuStorage {
+    f32::to_cpu_storage_owned(values.into_iter().map(|v| v as f32).collect())
+}
+
+/// What row losses are divided by.
+pub(super) fn divisor(call: &Call, rows: &[Option<Row>]) -> f64 {
+    match call.reduction {
+        Reduction::None | Reduction::Sum => 1.0,
+        Reduction::SumOver(n) => n,
+        Reduction::Mean => {
+            let total: f64 = rows.iter().flatten().map(|row| row.weight).sum();
+            if total == 0.0 { 1.0 } else { total }
+        }
+    }
+}
+
+/// The elements of the result.
+fn reduce(call: &Call, rows: &[Option<Row>], results: &[RowResult]) -> Vec<f64> {
+    let losses = results.iter().map(|r| r.loss);
+    match call.reduction {
+        Reduction::None => losses.collect(),
+        _ => vec![losses.sum::<f64>() / divisor(call, rows)],
+    }
+}
+
+pub(super) fn fused_result(
+    call: &Call,
+    rows: &[Option<Row>],
+    results: &[RowResult],
+    dtype: DType,
+) -> Result<Fused> {
+    let loss = Tensor::from_vec(reduce(call, rows, results), call.loss_shape(), &Device::Cpu)?
+        .to_dtype(dtype)?;
+    Ok(Fused {
+        loss,
+        stats: row_stats(call, results, dtype)?,
+    })
+}
+
+fn row_stats(call: &Call, results: &[RowResult], dtype: DType) -> Result<RowStats> {
+    let shape = call.shape.as_slice();
+    let float = |value: fn(&RowResult) -> f64| {
+        Tensor::from_vec(
+            results.iter().map(value).collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?
+        .to_dtype(dtype)
+    };
+    Ok(RowStats {
+        nll: float(|r| r.nll)?,
+        lse: float(|r| r.lse)?,
+        entropy: float(|r| r.entropy)?,
+        max_prob: float(|r| r.max_prob)?,
+        grad_norm_sq: float(|r| r.grad_norm_sq)?,
+        predicted: Tensor::from_vec(
+            results.iter().map(|r| r.predicted).collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?,
+    })
+}

@@ -1,0 +1,17 @@
+//! What the library promises, one file a property; [`common`] has the problems and the comparisons with the reference.
+//!
+//! One program: what the files share is compiled once, and the linker runs once.
+
+mod bad_input;
+mod common;
+mod cpu;
+mod determinism;
+mod gradient;
+mod graph;
+mod linear;
+mod properties;
+mod pytorch;
+mod reductions;
+mod special_values;
+mod ual;
+mod ual_rows;
