@@ -40,7 +40,7 @@ pub struct Running(pub [u32; 12]);
 
 /// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
 ///
-/// All pointers come first: the emulation relocates the leading [`Params::POINTERS`] words.
+/// All pointers come first: the emulation relocates the words before [`Params::logits_rows`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct Params {
@@ -107,11 +107,6 @@ pub struct Params {
     /// other arrays, and the class of its first column. The general kernels know them; 0 for all logits.
     pub first_row: u32,
     pub first_column: u32,
-}
-
-impl Params {
-    /// Number of leading 64-bit words that are addresses.
-    pub const POINTERS: usize = 19;
 }
 
 /// What is wrong with a row, as the kernels report it in `first_error`.

@@ -152,7 +152,7 @@ impl Case {
             for value in [shape.grid, shape.block, shape.cluster, shape.dynamic_shared] {
                 word(&mut file, value as usize);
             }
-            word(&mut file, Params::POINTERS);
+            word(&mut file, std::mem::offset_of!(Params, logits_rows) / 8);
             block(&mut file, bytemuck::bytes_of(&launch.params));
         }
         file

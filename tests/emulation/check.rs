@@ -83,7 +83,7 @@ impl Expected {
 fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, String> {
     let expected = Expected::new(p).map_err(|error| format!("reference: {error}"))?;
     let first_error = (0..p.rows())
-        .filter_map(|i| p.bad_value(i).map(|kind| i as u64 * 4 + kind))
+        .filter_map(|i| p.bad_value(i).map(|kind| i as u64 * 4 + kind as u64))
         .min()
         .unwrap_or(u64::MAX);
     let weights = (0..p.rows())

@@ -6,7 +6,6 @@ mod build;
 mod case;
 mod check;
 #[path = "../../src/kernels/mod.rs"]
-#[allow(dead_code)] // what only the launches on a GPU need
 mod kernels;
 mod mutants;
 mod problem;

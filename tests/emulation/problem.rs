@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, Smoothing};
 use half::{bf16, f16};
 
-use crate::kernels::abi::{Element, MAX_ROW_DIMS, RowOffsets};
+use crate::kernels::abi::{BadValue, Element, MAX_ROW_DIMS, RowOffsets};
 
 pub const IGNORED: i64 = -100;
 
@@ -144,16 +144,16 @@ impl Problem {
     }
 
     /// What is wrong with a row's values, as `first_error` says it.
-    pub fn bad_value(&self, i: usize) -> Option<u64> {
+    pub fn bad_value(&self, i: usize) -> Option<BadValue> {
         let (eps, weight) = (self.eps(i), self.weight(i));
         if self.ignored(i) {
             None
         } else if !(0..self.vocab as i64).contains(&self.targets[i]) {
-            Some(0)
+            Some(BadValue::Target)
         } else if !(0.0..=1.0).contains(&eps) {
-            Some(1)
+            Some(BadValue::Smoothing)
         } else if !(0.0..f32::INFINITY).contains(&weight) {
-            Some(2)
+            Some(BadValue::Weight)
         } else {
             None
         }
