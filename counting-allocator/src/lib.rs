@@ -1,11 +1,22 @@
-//! The process's allocator, counting: how much memory a piece of work takes.
+//! A global allocator that counts: how much memory a piece of work takes.
+//!
+//! ```
+//! use counting_allocator::{Counting, measure};
+//!
+//! #[global_allocator]
+//! static ALLOCATOR: Counting = Counting;
+//!
+//! let (bytes, usage) = measure(|| vec![0u8; 1000]);
+//! assert!(usage.live >= bytes.len() && usage.peak >= usage.live);
+//! ```
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
-struct Counting;
+/// To be the program's `#[global_allocator]`: else nothing is counted.
+pub struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -42,12 +53,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Bytes beyond those in use before.
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code)] // not everyone reads all
 pub struct Usage {
     /// Still in use afterwards.
     pub live: usize,

@@ -2,15 +2,14 @@
 //!
 //! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
 //! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
-//! [`crate::ngram`].
+//! [`ngram`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::Deserialize;
 use serde_json::Value;
@@ -22,9 +21,12 @@ use tokenizers::{
 };
 
 use crate::{
-    chat::Encoder,
-    data::{Dataset, Sample},
-    ngram::{self, NGram},
+    data::{
+        lines,
+        ngram::{self, NGram},
+        samples::{Dataset, Sample},
+    },
+    text::chat::Encoder,
 };
 
 /// Control tokens precede those of a tokeniser trained here: no text can produce them.
@@ -135,45 +137,29 @@ fn vocab(encoder: &Encoder) -> usize {
 
 /// The file's records; a bad line is an error that names it.
 fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut records = Vec::new();
-    for (number, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
-        let fail = |what: String| anyhow!("{}:{}: {what}", path.display(), number + 1);
-        let line = std::str::from_utf8(line)
-            .map_err(|e| fail(format!("not UTF-8 from byte {}", e.valid_up_to() + 1)))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let mut record: Record = serde_json::from_str(line).map_err(|e| {
-            // serde_json counts lines inside the one it was given.
-            let text = e.to_string();
-            let text = text.split(" at line ").next().unwrap_or(&text);
-            fail(format!("{text} (column {})", e.column()))
-        })?;
-        if record.response.trim().is_empty() {
-            return Err(fail(
-                "\"response\" is empty; there is nothing to learn".into(),
-            ));
-        }
-        if let Some(u) = record.uncertainty.filter(|u| !(0.0..=1.0).contains(u)) {
-            return Err(fail(format!(
+    lines::read(path, |line, number| {
+        let mut record: Record = lines::object(line)?;
+        ensure!(
+            !record.response.trim().is_empty(),
+            "\"response\" is empty; there is nothing to learn"
+        );
+        if let Some(u) = record.uncertainty {
+            ensure!(
+                (0.0..=1.0).contains(&u),
                 "\"uncertainty\" is {u}; it must be in [0, 1]"
-            )));
+            );
         }
-        record.line = number + 1;
+        record.line = number;
         if let Some(field) = group {
             let fields: Value = serde_json::from_str(line)?;
             record.group = match &fields[field] {
                 Value::String(group) => Some(group.clone()),
-                Value::Null => {
-                    return Err(fail(format!("{field:?}, the field of --group, is missing")));
-                }
+                Value::Null => bail!("{field:?}, the field of --group, is missing"),
                 other => Some(other.to_string()),
             };
         }
-        records.push(record);
-    }
-    Ok(records)
+        Ok(record)
+    })
 }
 
 /// Whether no record has an uncertainty. That only some have one is an error: an estimate is on another scale.

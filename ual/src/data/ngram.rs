@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::data::Sample;
+use crate::data::samples::Sample;
 
 /// Tokens before the predicted one.
 const ORDER: usize = 2;

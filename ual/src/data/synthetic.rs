@@ -17,7 +17,7 @@ use rand::{
 };
 use rand_distr::{Distribution as _, Gamma, weighted::WeightedIndex};
 
-use crate::data::{Dataset, Distribution, Sample};
+use crate::data::samples::{Dataset, Distribution, Sample};
 
 const GROUPS: usize = 12;
 const SUBJECTS: usize = 96;

@@ -6,8 +6,9 @@ use candle_core::{Device, Result, Tensor, Var};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-use crate::{
-    fused::{Attention, Rotation, rms_norm, swiglu},
+use crate::model::{
+    attention::{Attention, Rotation},
+    fused::{rms_norm, swiglu},
     linear::Linear,
 };
 

@@ -15,10 +15,10 @@ use candle_core::{
 };
 use serde_json::Value;
 
-use crate::{
+use crate::model::{
+    decoder::{Config, Weights},
     gguf,
-    model::{Config, Weights},
-    pretrained::{GGUF, HUGGING_FACE, Names},
+    names::{GGUF, HUGGING_FACE, Names},
 };
 
 /// How the names of files end that stand beside the weights: configuration and tokenizer.

@@ -15,7 +15,7 @@ use candle_nn::{
     rotary_emb::rope_i,
 };
 
-use crate::gguf::{self, Unread};
+use crate::model::gguf::{self, Unread};
 
 /// Most tokens of a text, whatever the model's context: attention scores take heads · tokens² · 4 bytes.
 const LONGEST: usize = 4096;

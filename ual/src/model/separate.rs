@@ -1,4 +1,4 @@
-//! What [`fused`](crate::fused) does, of candle's operations that have a backward; the fused softmax, rms_norm and rope
+//! What [`fused`](crate::model::fused) does, of candle's operations that have a backward; the fused softmax, rms_norm and rope
 //! of candle-nn have none.
 
 use candle_core::{D, DType, Result, Tensor};
@@ -7,7 +7,7 @@ use candle_nn::{
     rotary_emb::{rope_i_slow, rope_slow},
 };
 
-use crate::fused::Attention;
+use crate::model::attention::Attention;
 
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
     rms_norm_slow(x, weight, epsilon)

@@ -5,7 +5,10 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::{coord::Shift, prelude::*};
 
-use crate::report::{Group, PARTS, Run};
+use crate::report::{
+    curve::Point,
+    run::{Group, PARTS, Run},
+};
 
 const SIZE: (u32, u32) = (1000, 500);
 pub const COLORS: [RGBColor; 5] = [
@@ -80,7 +83,7 @@ pub fn losses(path: &Path, runs: &[Run]) -> Result<()> {
         let curves: Vec<Vec<(f64, f64)>> = runs
             .iter()
             .map(|run| {
-                let nll = |p: &crate::train::Point| {
+                let nll = |p: &Point| {
                     if side == 0 {
                         p.train_nll
                     } else {

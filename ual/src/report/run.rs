@@ -5,9 +5,9 @@ use std::{fmt::Write as _, fs, path::Path};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::{
+use crate::report::{
+    curve::Curve,
     metrics::{Bin, Row, Summary, reliability, split, summarise},
-    train::Curve,
 };
 
 /// One training and its held-out results.

@@ -1,20 +1,18 @@
-//! Command-line arguments, their checks, and what follows from them.
+//! What a training can be told on the command line, the checks of it, and what follows. `ual finetune` and `ual study` share it.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
-use clap::Parser;
 use serde::Serialize;
 
 use crate::{
-    data::Dataset,
-    train::{Loss, Plan},
+    data::samples::Dataset,
+    training::plan::{Loss, Plan},
 };
 
-/// Fine-tunes a small language model plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL), and
-/// compares them on held-out samples.
-#[derive(Parser, Clone, Debug, Serialize)]
+// Not a doc comment: clap would show it in place of the command's own.
+#[derive(clap::Args, Clone, Debug, Serialize)]
 pub struct Args {
     /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1];
     /// where no sample has one it is estimated: the rank, among the training samples, of the response's cross-entropy under a

@@ -14,10 +14,7 @@ use candle_core::{Device, Tensor, Var};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    optimizer::AdamW,
-    train::{Curve, Sums},
-};
+use crate::{report::curve::Curve, training::optimizer::AdamW};
 
 /// Where a training's checkpoints are, how often they are written, and whether to begin with what is there.
 #[derive(Clone)]
@@ -28,6 +25,16 @@ pub struct Checkpoints {
     pub resume: bool,
     /// What must be the same for a training to go on: arguments and data.
     pub fingerprint: String,
+}
+
+/// What the next point and the speed are computed from.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Sums {
+    /// Since the last point.
+    pub nll: f64,
+    pub rows: usize,
+    /// Since the beginning.
+    pub tokens: usize,
 }
 
 /// What is not a tensor.

@@ -4,9 +4,12 @@ use candle_core::{D, Device, Result, Tensor};
 use candle_cross_entropy::CrossEntropy;
 
 use crate::{
-    data::{Batch, IGNORED, Sample},
-    metrics::Row,
-    model::Decoder,
+    data::{
+        batches::{Batch, IGNORED},
+        samples::Sample,
+    },
+    model::decoder::Decoder,
+    report::metrics::Row,
 };
 
 /// A row of every response token. All but the divergence comes with the loss, from one pass.

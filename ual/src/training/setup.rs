@@ -7,15 +7,28 @@ use candle_core::{Device, Tensor};
 use candle_cross_entropy::ual::SmoothingMap;
 
 use crate::{
-    args::{Args, plans},
-    checkpoint::{self, Checkpoints},
-    data::{Dataset, Sample},
-    evaluate, jsonl, metrics,
-    model::{Config, Decoder, Trained},
-    pretrained::{self, Pretrained},
-    report::{self, Run},
-    synthetic,
-    train::{Curve, Method, Plan, train},
+    data::{
+        jsonl,
+        samples::{Dataset, Sample},
+        synthetic,
+    },
+    model::{
+        decoder::{Config, Decoder, Trained},
+        pretrained::{self, Pretrained},
+    },
+    report::{
+        curve::Curve,
+        metrics,
+        run::{Run, groups},
+    },
+    training::{
+        args::{Args, plans},
+        checkpoint::{self, Checkpoints},
+        evaluate::evaluate,
+        method::Method,
+        plan::Plan,
+        train::train,
+    },
 };
 
 pub struct Setup {
@@ -127,11 +140,11 @@ impl Setup {
             device,
         )?;
         let held_out: Vec<_> = self.data.held_out.iter().collect();
-        let rows = evaluate::evaluate(&self.model, &held_out, self.plan.batch, device)?;
+        let rows = evaluate(&self.model, &held_out, self.plan.batch, device)?;
         Ok(Run {
             method: name,
             mean_smoothing: method.mean_smoothing(samples)?,
-            groups: report::groups(&rows, self.threshold, &self.data.groups),
+            groups: groups(&rows, self.threshold, &self.data.groups),
             training,
         })
     }

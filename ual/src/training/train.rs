@@ -5,121 +5,27 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
-use candle_cross_entropy::{CrossEntropy, Reduction, RowStats, ual::SmoothingMap};
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use candle_cross_entropy::{Reduction, RowStats};
 
 use crate::{
-    checkpoint::{self, Checkpoints},
-    data::{Batch, Batches, Sample},
-    evaluate::evaluate,
-    metrics,
-    model::Decoder,
-    optimizer::AdamW,
-    progress::Progress,
+    data::{
+        batches::{Batch, Batches},
+        samples::Sample,
+    },
+    model::decoder::Decoder,
+    report::{
+        curve::{Curve, Point},
+        metrics,
+    },
+    training::{
+        checkpoint::{self, Checkpoints, Sums},
+        evaluate::evaluate,
+        method::Method,
+        optimizer::AdamW,
+        plan::{Loss, Plan},
+        progress::Progress,
+    },
 };
-
-/// What sets a sample's label smoothing.
-#[derive(Clone)]
-pub enum Method {
-    /// Supervised fine-tuning: no smoothing.
-    Sft,
-    Constant(f32),
-    /// Uncertainty-aware learning.
-    Ual(SmoothingMap),
-}
-
-impl Method {
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Sft => "SFT",
-            Self::Constant(_) => "constant",
-            Self::Ual(_) => "UAL",
-        }
-    }
-
-    /// Over the rows of the samples' responses.
-    pub fn mean_smoothing(&self, samples: &[Sample]) -> candle_core::Result<f32> {
-        Ok(match self {
-            Self::Sft => 0.0,
-            Self::Constant(smoothing) => *smoothing,
-            Self::Ual(map) => {
-                let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
-                let smoothing = map.smoothing_values(&of_rows)?;
-                let sum: f64 = smoothing.iter().copied().map(f64::from).sum();
-                (sum / smoothing.len() as f64) as f32
-            }
-        })
-    }
-
-    fn loss(&self, batch: &Batch) -> candle_core::Result<CrossEntropy> {
-        let loss = CrossEntropy::new();
-        Ok(match self {
-            Self::Sft => loss,
-            Self::Constant(smoothing) => loss.smoothing(*smoothing),
-            // (B, 1): the loss broadcasts it over the sequence.
-            Self::Ual(map) => {
-                let (uncertainties, device) = (&batch.uncertainties, batch.inputs.device());
-                loss.smoothing(batch.layout.smoothing(map, uncertainties, device)?)
-            }
-        })
-    }
-}
-
-/// What the loss is computed from.
-#[derive(Clone, Copy, Debug, Default, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Loss {
-    /// From hidden states and output projection, which the loss makes logits of in tiles: less memory
-    #[default]
-    Linear,
-    /// From all logits, which the model computes
-    Logits,
-}
-
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Plan {
-    pub steps: usize,
-    /// Samples in a batch.
-    pub batch: usize,
-    /// Batches of a step.
-    pub accumulate: usize,
-    pub loss: Loss,
-    pub learning_rate: f64,
-    pub weight_decay: f64,
-    /// Largest norm of all gradients together.
-    pub clip: f64,
-    pub seed: u64,
-    /// How many points the loss curve has, and of how many held-out samples at most.
-    pub points: usize,
-    pub curve_samples: usize,
-}
-
-/// A point of the loss curves: negative log-likelihood without smoothing, so that methods can be compared.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct Point {
-    pub step: usize,
-    /// Mean over the batches since the point before.
-    pub train_nll: f64,
-    pub held_out_nll: f64,
-}
-
-#[derive(Clone, Default, Serialize, Deserialize)]
-pub struct Curve {
-    pub points: Vec<Point>,
-    pub seconds: f64,
-    pub tokens_per_second: f64,
-}
-
-/// What the next point and the speed are computed from.
-#[derive(Clone, Copy, Default, Serialize, Deserialize)]
-pub struct Sums {
-    /// Since the last point.
-    nll: f64,
-    rows: usize,
-    /// Since the beginning.
-    tokens: usize,
-}
 
 pub fn train(
     name: &str,
@@ -167,7 +73,7 @@ pub fn train(
         if !norm.is_finite() {
             bail!("{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help");
         }
-        let learning_rate = plan.learning_rate * schedule(step, plan.steps);
+        let learning_rate = plan.learning_rate_of(step);
         optimizer.step(&gradients, learning_rate)?;
 
         sums.rows += rows;
@@ -258,16 +164,6 @@ pub fn largest_batch<'a>(samples: &'a [Sample], plan: &Plan) -> Vec<&'a Sample> 
         .map(|_| batches.next())
         .max_by_key(size)
         .expect("a data set is not empty")
-}
-
-/// Share of the peak learning rate: up in the first tenth of the steps, then a cosine down to a tenth.
-fn schedule(step: usize, steps: usize) -> f64 {
-    let warmup = steps.div_ceil(10);
-    if step <= warmup {
-        return step as f64 / warmup as f64;
-    }
-    let done = (step - warmup) as f64 / (steps - warmup) as f64;
-    0.1 + 0.45 * (1.0 + (std::f64::consts::PI * done).cos())
 }
 
 /// The norm that the gradients had.

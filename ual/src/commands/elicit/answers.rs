@@ -9,10 +9,14 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::{
-    log::Log,
-    samples::{Cost, Sample, Score, id, object_fields, texts},
+    commands::elicit::{
+        log::Log,
+        samples::{Cost, Sample, Score, id, texts},
+    },
+    data::lines,
 };
 
 /// How a line of OUT.votes begins.
@@ -99,7 +103,7 @@ impl<'a> Answers<'a> {
     }
 
     fn take_done(&mut self, line: &str, index: &HashMap<&str, usize>) -> Result<()> {
-        let fields = object_fields(line)?;
+        let fields: Map<String, Value> = lines::object(line)?;
         let (prompt, response) = texts(&fields)?;
         let id = id(&fields)?.context("\"id\" is missing")?;
         let i = self.find(&id, index)?;

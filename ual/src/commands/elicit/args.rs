@@ -3,10 +3,9 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 use serde_json::{Map, Value};
 
-use crate::prompt::Template;
+use crate::commands::elicit::prompt::Template;
 
 /// Scores how uncertain the right response to each sample is: asks a stronger model over an OpenAI-compatible chat
 /// endpoint, or, with --local, takes the entropy of a local model's predictions. Killed and started again with the same
@@ -14,7 +13,11 @@ use crate::prompt::Template;
 ///
 /// Exit status: 0 when every sample is scored, 3 when some could not be, 1 for an error, 2 for an
 /// unknown or missing option.
-#[derive(Parser, Debug)]
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  ual elicit --data samples.jsonl --out scored.jsonl --model MODEL
+  ual elicit --data samples.jsonl --out scored.jsonl --local MODEL.gguf")]
 pub struct Args {
     /// A line a sample, {"id": "…", "prompt": "…", "response": "…"}; further fields are kept. Without an id the sample's is
     /// a hash of its prompt and response

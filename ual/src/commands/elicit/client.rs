@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use ureq::http::{HeaderMap, StatusCode};
 
-use crate::{
+use crate::commands::elicit::{
     limits::{exhausted, retry_after},
     samples::Cost,
 };

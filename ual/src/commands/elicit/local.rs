@@ -9,13 +9,14 @@ use candle_cross_entropy::{CrossEntropy, Reduction};
 use tokenizers::Tokenizer;
 
 use crate::{
-    answers::Answers,
-    chat::Encoder,
+    commands::elicit::{
+        answers::Answers,
+        progress::Progress,
+        samples::{Cost, Sample},
+    },
     digest,
-    gguf_tokenizer::tokenizer,
-    llama::Llama,
-    progress::Progress,
-    samples::{Cost, Sample},
+    model::llama::Llama,
+    text::{chat::Encoder, gguf_tokenizer::tokenizer},
 };
 
 /// What the output calls the model: the name of its file, and the beginning of its hash.
@@ -101,7 +102,7 @@ impl Model {
         })
     }
 
-    /// The sample as `finetune` trains on it, less the token that ends it.
+    /// The sample as `ual finetune` trains on it, less the token that ends it.
     fn encode(&self, prompt: &str, response: &str) -> Result<Text> {
         let (prompt, ids) = (self.encoder.ids(prompt)?, self.encoder.ids(response)?);
         ensure!(

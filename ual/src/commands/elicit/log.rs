@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::samples::object_fields;
+use serde_json::{Map, Value};
 
 /// Lines of JSON objects, locked against other processes for as long as this value lives.
 pub struct Log {
@@ -107,7 +107,8 @@ fn open(path: &Path) -> Result<(Log, Vec<String>)> {
 }
 
 fn is_object(line: &[u8]) -> bool {
-    std::str::from_utf8(line).is_ok_and(|line| object_fields(line).is_ok())
+    std::str::from_utf8(line)
+        .is_ok_and(|line| serde_json::from_str::<Map<String, Value>>(line).is_ok())
 }
 
 /// A file that was made just now is found again after a power failure only once its folder is on the disk.

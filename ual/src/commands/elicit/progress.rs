@@ -1,14 +1,8 @@
-//! Progress on stderr: a bar on a terminal, else a line now and then.
+//! Progress of the answers on stderr.
 
-use std::{
-    io::{IsTerminal, Write},
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
-
-/// Between two lines.
-const PAUSE: Duration = Duration::from_secs(5);
+use crate::report::meter::Meter;
 
 pub struct Progress {
     total: usize,
@@ -16,33 +10,24 @@ pub struct Progress {
     /// Answers that an earlier run left: they say nothing about this one's speed.
     before: usize,
     start: Instant,
-    bar: Option<ProgressBar>,
-    last_line: Instant,
+    meter: Meter,
 }
 
 impl Progress {
     /// Of `total` answers, `done` are there already.
     pub fn new(total: usize, done: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style =
-                ProgressStyle::with_template("[{bar:30}] {pos}/{len} answers, {eta} left, {msg}");
-            let bar = ProgressBar::new(total as u64).with_style(
-                style
-                    .expect("the template is a constant")
-                    .progress_chars("=> "),
-            );
+        let template = "[{bar:30}] {pos}/{len} answers, {eta} left, {msg}";
+        let meter = Meter::new(template, total);
+        if let Some(bar) = meter.bar() {
             bar.set_position(done as u64);
             bar.reset_eta();
-            bar
-        });
-        let start = Instant::now();
+        }
         Self {
             total,
             done,
             before: done,
-            start,
-            bar,
-            last_line: start,
+            start: Instant::now(),
+            meter,
         }
     }
 
@@ -54,28 +39,27 @@ impl Progress {
     /// One answer less to wait for.
     pub fn gave_up(&mut self) {
         self.total -= 1;
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.meter.bar() {
             bar.set_length(self.total as u64);
         }
     }
 
     /// Shows where things stand, with `message`; called often.
     pub fn show(&mut self, message: &str) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.meter.bar() {
             bar.set_position(self.done as u64);
             bar.set_message(message.to_string());
-        } else if self.last_line.elapsed() >= PAUSE {
+        } else if self.meter.is_due() {
             self.line(message);
         }
     }
 
     pub fn finish(mut self, message: &str) {
-        match self.bar.take() {
-            Some(bar) => {
-                bar.set_position(self.done as u64);
-                bar.abandon_with_message(message.to_string());
-            }
-            None => self.line(message),
+        if let Some(bar) = self.meter.bar() {
+            bar.set_position(self.done as u64);
+            bar.abandon_with_message(message.to_string());
+        } else {
+            self.line(message);
         }
     }
 
@@ -85,13 +69,8 @@ impl Progress {
             let each = self.start.elapsed().as_secs_f64() / (self.done - self.before) as f64;
             left = format!("{:.0} s left, ", each * (self.total - self.done) as f64);
         }
-        // Nobody need listen.
-        _ = writeln!(
-            std::io::stderr(),
-            "{}/{} answers, {left}{message}",
-            self.done,
-            self.total
-        );
-        self.last_line = Instant::now();
+        let (done, total) = (self.done, self.total);
+        self.meter
+            .line(&format!("{done}/{total} answers, {left}{message}"));
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::{
+use crate::commands::elicit::{
     answers::Answers,
     args::Args,
     client::{Client, Failure, Passing, Reply},

@@ -1,34 +1,4 @@
-//! Scores the uncertainty of instruction data: of each sample, how uncertain the right response to its prompt is, which
-//! `finetune --data` turns into label smoothing. See `docs/elicitation.md`.
-//!
-//! ```text
-//! cargo run --release --example elicit -- --data in.jsonl --out scored.jsonl --model MODEL
-//! cargo run --release --example elicit -- --data in.jsonl --out scored.jsonl --local MODEL.gguf
-//! ```
-//!
-//! [`remote`] asks a stronger model over an OpenAI-compatible chat endpoint, [`local`] takes the entropy of a model's
-//! predictions. [`answers`] keeps what is there on the disk.
-
-mod answers;
-mod args;
-#[path = "../common/chat.rs"]
-#[allow(dead_code)] // a GGUF file has no folder
-mod chat;
-mod client;
-#[path = "../common/digest.rs"]
-mod digest;
-#[path = "../common/gguf.rs"]
-mod gguf;
-#[path = "../common/gguf_tokenizer.rs"]
-mod gguf_tokenizer;
-mod limits;
-mod llama;
-mod local;
-mod log;
-mod progress;
-mod prompt;
-mod remote;
-mod samples;
+//! A run of the command, from samples to their scores.
 
 use std::{
     collections::BTreeMap,
@@ -40,15 +10,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 
-use crate::{answers::Answers, args::Args, samples::Sample};
+use crate::commands::elicit::{
+    answers::Answers,
+    args::Args,
+    local, remote,
+    samples::{self, Sample},
+};
 
 /// Exit status when some samples could not be scored.
 const INCOMPLETE: u8 = 3;
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse();
+pub fn run(args: &Args) -> Result<ExitCode> {
     args.check()?;
     if args.print_prompt {
         io::stdout().write_all(args.template()?.text().as_bytes())?;
@@ -80,7 +53,7 @@ fn main() -> Result<ExitCode> {
             let tokenizer = args.tokenizer.as_deref();
             local::score(path, tokenizer, &samples, &mut answers, &mut missing)
         }
-        None => remote::score(&args, &samples, &mut answers, &mut missing),
+        None => remote::score(args, &samples, &mut answers, &mut missing),
     };
     if !missing.is_empty() {
         eprintln!("{} samples could not be scored:", missing.len());

@@ -1,13 +1,13 @@
 //! The input: lines of `{"id"?, "prompt", "response"}` with any further fields, which the output keeps as they are.
 
-use std::{collections::HashMap, fs, ops::AddAssign, path::Path};
+use std::{collections::HashMap, ops::AddAssign, path::Path};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::digest::hex;
+use crate::{data::lines, digest::hex};
 
 /// Fields that the output adds to a sample's own.
 const ADDED: [&str; 6] = [
@@ -100,18 +100,10 @@ fn digest(prompt: &str, response: &str) -> String {
 
 /// The file's samples. A bad line is an error that names it, and so is an id that two samples have.
 pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    let text =
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut samples = Vec::new();
     let mut lines_of_ids: HashMap<String, usize> = HashMap::new();
     let mut copies: HashMap<String, usize> = HashMap::new();
-    for (line, number) in text
-        .lines()
-        .zip(1..)
-        .filter(|(line, _)| !line.trim().is_empty())
-    {
-        let here = || format!("{}:{number}", path.display());
-        let mut sample = parse(line).with_context(here)?;
+    let samples = lines::read(path, |line, number| {
+        let mut sample = parse(line)?;
         if sample.unnamed {
             // Equal samples without an id: the second gets -2, and so on.
             let copy = copies.entry(sample.id.clone()).or_default();
@@ -121,18 +113,17 @@ pub fn read(path: &Path) -> Result<Vec<Sample>> {
             }
         }
         if let Some(other) = lines_of_ids.insert(sample.id.clone(), number) {
-            return Err(anyhow!("\"id\" is {:?}, as in line {other}", sample.id))
-                .with_context(here);
+            bail!("\"id\" is {:?}, as in line {other}", sample.id);
         }
-        samples.push(sample);
-    }
+        Ok(sample)
+    })?;
     ensure!(!samples.is_empty(), "{} has no samples", path.display());
     Ok(samples)
 }
 
 fn parse(line: &str) -> Result<Sample> {
     let object = line.trim();
-    let fields = object_fields(object)?;
+    let fields: Map<String, Value> = lines::object(object)?;
     if let Some(name) = ADDED.iter().find(|&&name| fields.contains_key(name)) {
         bail!(
             "the sample has a field {name:?} already; the output adds one of this name, so rename or remove it"
@@ -150,15 +141,6 @@ fn parse(line: &str) -> Result<Sample> {
         prompt,
         response,
         object: object.to_string(),
-    })
-}
-
-pub fn object_fields(text: &str) -> Result<Map<String, Value>> {
-    serde_json::from_str(text).map_err(|e| {
-        // serde_json counts lines inside the one it was given.
-        let message = e.to_string();
-        let message = message.split(" at line ").next().unwrap_or(&message);
-        anyhow!("{message} (column {})", e.column())
     })
 }
 

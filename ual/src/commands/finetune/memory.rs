@@ -7,10 +7,13 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::{
-    allocator,
-    data::{Batch, Sample},
-    model::Decoder,
-    train::{self, Loss, Method, Plan},
+    data::{batches::Batch, samples::Sample},
+    model::decoder::Decoder,
+    training::{
+        method::Method,
+        plan::{Loss, Plan},
+        train,
+    },
 };
 
 /// Peak bytes of a batch's forward and backward, beyond the weights, the optimizer's state, the data and the gradients of a
@@ -61,12 +64,13 @@ impl fmt::Display for BatchMemory {
     }
 }
 
-/// The most bytes in use during `work`, beyond those before it: of the host's memory on the CPU, of the device's pool
+/// The most bytes in use during `work`, beyond those before it: of the host's memory on the CPU (in a program whose
+/// allocator is the counting one), of the device's pool
 /// on CUDA. `None`, without running it, where neither counts what tensors take.
 fn peak(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Option<usize>> {
     match device {
         Device::Cpu => {
-            let (result, usage) = allocator::measure(work);
+            let (result, usage) = counting_allocator::measure(work);
             result?;
             Ok(Some(usage.peak))
         }

@@ -9,8 +9,8 @@ use candle_core::{Device, Result};
 use serde::Serialize;
 
 use crate::{
-    data::{Batch, Sample},
-    model::Decoder,
+    data::{batches::Batch, samples::Sample},
+    model::decoder::Decoder,
 };
 
 /// A token needs so many states to be a cluster; of the most frequent so many tokens, each with so many states at most.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::{clusters::Points, plots::COLORS};
+use crate::{commands::study::clusters::Points, report::plots::COLORS};
 
 const FONT: (&str, u32) = ("sans-serif", 15);
 /// So many clusters are told apart by colour.

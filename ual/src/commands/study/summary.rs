@@ -3,7 +3,14 @@
 
 use std::fmt::Write as _;
 
-use crate::{Outcome, UAL, WITHIN, clusters::Clusters, metrics::Summary};
+use crate::{
+    commands::study::{
+        arms::{UAL, WITHIN},
+        clusters::Clusters,
+        outcome::Outcome,
+    },
+    report::metrics::Summary,
+};
 
 type Metric = (&'static str, fn(&Summary) -> Option<f64>);
 
@@ -88,14 +95,14 @@ fn of_clusters(outcomes: &[Outcome], method: &str, measure: fn(&Clusters) -> f64
 /// `about` says what was trained on what.
 pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
     let mut text = String::new();
-    let command: Vec<String> = std::env::args().skip(1).collect();
+    let command: Vec<String> = std::env::args().skip(1).collect(); // `study` and its options
     let add = |text: &mut String, line: &str| writeln!(text, "{line}").expect("a string grows");
     let methods = methods(outcomes);
     add(&mut text, "# Uncertainty-aware smoothing, measured\n");
     add(
         &mut text,
         &format!(
-            "`cargo run --release --example study -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
+            "`cargo run --release -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
              samples. *Certain* samples have an uncertainty below the median, \
              or the least where half have it. *shuffled* is UAL with the same \
              uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.{}\n",
