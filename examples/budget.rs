@@ -1,96 +1,42 @@
 //! Time and peak memory of a loss from hidden states, with its backward, against `memory_budget`, beside the loss of
-//! whole logits. Draws the figure of the README.
+//! whole logits:
+//!
+//! ```sh
+//! cargo run --release --example budget                     # 4096 hidden states of length 256, 32000 classes
+//! cargo run --release --example budget -- 1024 576 49152
+//! ```
 
-#[path = "../common/allocator.rs"]
-mod allocator;
-mod plot;
+use std::time::Instant;
 
-use std::{path::PathBuf, time::Instant};
-
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cross_entropy::CrossEntropy;
-use clap::Parser;
+use counting_allocator::Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 const MIB: f64 = (1 << 20) as f64;
-
-/// Times forward and backward of `forward_linear` on the CPU at budgets from nothing to all logits, and counts the bytes
-/// they take beyond hidden states, weight and their gradients.
-#[derive(Parser)]
-struct Args {
-    /// Hidden states, N
-    #[arg(long, default_value_t = 4096)]
-    rows: usize,
-    /// Length of a hidden state, D
-    #[arg(long, default_value_t = 256)]
-    depth: usize,
-    /// Classes, V
-    #[arg(long, default_value_t = 32000)]
-    vocab: usize,
-    /// Budgets between nothing and everything
-    #[arg(long, default_value_t = 4)]
-    steps: usize,
-    /// Runs, of which the fastest counts
-    #[arg(long, default_value_t = 3)]
-    repeat: usize,
-    /// Where to draw the figure
-    #[arg(long, value_name = "FILE.svg")]
-    out: Option<PathBuf>,
-}
-
-/// What a step takes.
-#[derive(Clone, Copy)]
-struct Cost {
-    /// Bytes of logits that may be kept.
-    budget: f64,
-    /// Peak, beyond inputs and gradients as candle accumulates them.
-    mib: f64,
-    seconds: f64,
-}
+/// Budgets between nothing and all logits.
+const STEPS: usize = 4;
+/// Runs, of which the fastest counts.
+const RUNS: usize = 3;
 
 struct Problem {
     hidden: Var,
     weight: Var,
     targets: Tensor,
-    repeat: usize,
 }
 
 impl Problem {
-    fn new(args: &Args) -> Result<Self> {
+    fn new(rows: usize, depth: usize, vocab: usize) -> Result<Self> {
         let device = Device::Cpu;
-        let (rows, depth, vocab) = (args.rows, args.depth, args.vocab);
         let deviation = 3.0 / (depth as f32).sqrt();
         Ok(Self {
             hidden: Var::randn(0f32, 1f32, (rows, depth), &device)?,
             weight: Var::randn(0f32, deviation, (vocab, depth), &device)?,
             targets: Tensor::rand(0f32, vocab as f32, rows, &device)?.to_dtype(DType::U32)?,
-            repeat: args.repeat,
         })
-    }
-
-    /// The fastest of some runs, the first not among them, and the peak of the last.
-    fn cost(&self, budget: f64, step: impl Fn(&Self) -> Result<()>) -> Result<Cost> {
-        step(self)?;
-        let mut cost = Cost {
-            budget,
-            mib: 0.0,
-            seconds: f64::INFINITY,
-        };
-        for _ in 0..self.repeat.max(1) {
-            let start = Instant::now();
-            let (result, usage) = allocator::measure(|| step(self));
-            result?;
-            cost.seconds = cost.seconds.min(start.elapsed().as_secs_f64());
-            cost.mib = usage.peak as f64 / MIB;
-        }
-        Ok(cost)
-    }
-
-    /// What candle's accumulation of the gradients holds at its peak: the sum, zeros and the addend.
-    fn gradients_mib(&self) -> f64 {
-        let larger = self.hidden.elem_count().max(self.weight.elem_count());
-        let smaller = self.hidden.elem_count().min(self.weight.elem_count());
-        (3 * larger + smaller) as f64 * 4.0 / MIB
     }
 
     fn linear(&self, budget: usize) -> Result<()> {
@@ -106,39 +52,54 @@ impl Problem {
         loss.forward(&logits, &self.targets)?.backward()?;
         Ok(())
     }
+
+    /// What candle's accumulation of the gradients holds at its peak: the sum, zeros and the addend.
+    fn gradients(&self) -> usize {
+        let (hidden, weight) = (self.hidden.elem_count(), self.weight.elem_count());
+        (3 * hidden.max(weight) + hidden.min(weight)) * size_of::<f32>()
+    }
+}
+
+/// A line of the table: the peak of the last run, and the fastest run's time; the first is not among them.
+fn line(name: &str, step: impl Fn() -> Result<()>) -> Result<()> {
+    step()?;
+    let (mut peak, mut seconds) = (0, f64::INFINITY);
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        let (result, usage) = counting_allocator::measure(&step);
+        result?;
+        seconds = seconds.min(start.elapsed().as_secs_f64());
+        peak = usage.peak;
+    }
+    println!("{name:>10} {:>10.0} {seconds:>9.3}", peak as f64 / MIB);
+    Ok(())
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
-    let problem = Problem::new(&args)?;
-    let logits = args.rows * args.vocab * size_of::<f32>();
-    let steps = args.steps.max(1);
-    let budgets = (0..=steps).map(|step| logits * step / steps);
+    let sizes = std::env::args().skip(1).map(|size| size.parse());
+    let sizes: Vec<usize> = sizes
+        .collect::<Result<_, _>>()
+        .context("sizes are numbers")?;
+    ensure!(
+        (sizes.is_empty() || sizes.len() == 3) && !sizes.contains(&0),
+        "there are three sizes above 0, or none: rows depth vocab"
+    );
+    let &[rows, depth, vocab] = sizes
+        .as_slice()
+        .first_chunk()
+        .unwrap_or(&[4096, 256, 32000]);
+    let problem = Problem::new(rows, depth, vocab)?;
+    let logits = rows * vocab * size_of::<f32>();
+    println!("N {rows}, D {depth}, V {vocab}, f32");
     println!("logits: {:.0} MiB", logits as f64 / MIB);
     println!(
         "gradients, as candle accumulates them: {:.0} MiB",
-        problem.gradients_mib()
+        problem.gradients() as f64 / MIB
     );
     println!("budget MiB   peak MiB   seconds");
-    let print = |name: String, cost: &Cost| {
-        println!("{name:>10} {:>10.0} {:>9.3}", cost.mib, cost.seconds);
-    };
-    let mut costs = Vec::new();
-    for budget in budgets {
-        let mib = budget as f64 / MIB;
-        let cost = problem.cost(mib, |problem| problem.linear(budget))?;
-        print(format!("{mib:.0}"), &cost);
-        costs.push(cost);
+    for budget in (0..=STEPS).map(|step| logits * step / STEPS) {
+        let name = format!("{:.0}", budget as f64 / MIB);
+        line(&name, || problem.linear(budget))?;
     }
-    let whole = problem.cost(f64::NAN, Problem::whole_logits)?;
-    print("whole".into(), &whole);
-    if let Some(path) = &args.out {
-        let title = format!(
-            "forward and backward, N {}, D {}, V {}, f32",
-            args.rows, args.depth, args.vocab
-        );
-        plot::draw(path, &title, &costs, whole)
-            .with_context(|| format!("cannot draw {}", path.display()))?;
-    }
-    Ok(())
+    line("whole", || problem.whole_logits())
 }

@@ -1,28 +1,15 @@
-//! The methods of the example `neighbours`: each step is compared with its formula, and each training shows what the
-//! method is for.
-
-#[path = "../examples/neighbours/confidence.rs"]
-mod confidence;
-#[path = "../examples/neighbours/dro.rs"]
-mod dro;
-#[path = "../examples/neighbours/feasible.rs"]
-mod feasible;
-#[path = "../examples/neighbours/gradient_norm.rs"]
-mod gradient_norm;
-#[path = "../examples/neighbours/problem.rs"]
-mod problem;
-#[path = "../examples/neighbours/pseudo_labels.rs"]
-mod pseudo_labels;
-#[path = "../examples/neighbours/reliable.rs"]
-mod reliable;
-#[path = "../examples/neighbours/runs.rs"]
-mod runs;
+//! Each step is compared with its formula, and each training shows what the method is for.
 
 use candle_core::{DType, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction, cross_entropy};
 use candle_nn::ops::softmax;
-use problem::{CLASSES, DEVICE, Data, Model};
 use rand::{SeedableRng, rngs::StdRng};
+
+use crate::{
+    confidence, dro, feasible, gradient_norm,
+    problem::{CLASSES, DEVICE, Data, Model},
+    pseudo_labels, reliable, runs,
+};
 
 /// Samples, and a model that is neither trained nor uniform.
 fn setting() -> (Data, Model) {

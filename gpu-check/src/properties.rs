@@ -397,7 +397,7 @@ fn beyond(limit: u64, device: &Device) -> Result<String> {
 
 #[cfg(feature = "cuda")]
 fn free_bytes(device: &Device) -> Result<usize> {
-    crate::device::free_bytes(device)
+    crate::device::memory::free_bytes(device)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -1,14 +1,9 @@
 //! What stands round prompt and response: chat templates as models have them, against the text that Jinja makes of them.
 
-#[path = "../examples/common/chat.rs"]
-mod chat;
-#[path = "../examples/common/gguf_tokenizer.rs"]
-mod gguf_tokenizer;
-
 use std::{fs, io::Cursor};
 
 use candle_core::quantized::gguf_file::{self, Content, Value as Metadata};
-use chat::Encoder;
+use candle_ual::text::{chat::Encoder, gguf_tokenizer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokenizers::{

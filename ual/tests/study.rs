@@ -1,27 +1,5 @@
 //! The study: its clusters on points with a known answer, and a small run whose report says what its outcomes are.
 
-#[path = "../examples/study/clusters.rs"]
-#[allow(dead_code)] // each module is an example's, and not all of it is used here
-mod clusters;
-#[path = "../examples/finetune/data.rs"]
-#[allow(dead_code)]
-mod data;
-#[path = "../examples/common/digest.rs"]
-#[allow(dead_code)]
-mod digest;
-#[path = "../examples/finetune/fused.rs"]
-mod fused;
-#[path = "../examples/finetune/linear.rs"]
-#[allow(dead_code)]
-mod linear;
-#[path = "../examples/finetune/model.rs"]
-#[allow(dead_code)]
-mod model;
-#[path = "common/program.rs"]
-mod program;
-#[path = "../examples/finetune/separate.rs"]
-mod separate;
-
 use std::{
     collections::BTreeSet,
     fs,
@@ -30,7 +8,11 @@ use std::{
 };
 
 use candle_core::Device;
-use clusters::Points;
+use candle_ual::{
+    commands::study::clusters::{self, Points},
+    data::samples::Sample,
+    model::decoder::{Config, Decoder},
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -94,9 +76,9 @@ fn the_projection_keeps_the_two_widest_directions() {
 
 #[test]
 fn a_context_counts_once() {
-    let config = model::Config::small(20, (8, 1, 2), 10);
-    let model = model::Decoder::new(config, 1, &Device::Cpu).unwrap();
-    let sample = |tokens: &[u32]| data::Sample {
+    let config = Config::small(20, (8, 1, 2), 10);
+    let model = Decoder::new(config, 1, &Device::Cpu).unwrap();
+    let sample = |tokens: &[u32]| Sample {
         tokens: tokens.to_vec(),
         prompt: 2,
         uncertainty: 0.0,
@@ -118,7 +100,8 @@ fn a_context_counts_once() {
 }
 
 fn command(out: &Path, more: &[&str]) -> Output {
-    Command::new(program::example("study"))
+    Command::new(env!("CARGO_BIN_EXE_ual"))
+        .arg("study")
         .env("RAYON_NUM_THREADS", "1") // how products round depends on it
         .args(["--seeds", "2", "--steps", "4", "--pretrain-steps", "2"])
         .args(["--dim", "16", "--layers", "1", "--heads", "2", "--out"])

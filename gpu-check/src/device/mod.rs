@@ -14,8 +14,6 @@ use clap::ValueEnum;
 
 use crate::report::Report;
 
-pub use memory::free_bytes;
-
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub enum Timed {

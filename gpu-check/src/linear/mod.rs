@@ -13,10 +13,7 @@ use crate::{
     report::{Report, Worst},
 };
 use compare::Unfused;
-pub use problem::Outcome;
-use problem::{Placement, Problem, Shape};
-
-pub const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+use problem::{Outcome, Placement, Problem, Shape, TYPES};
 
 /// Every option meets these.
 const SMALL: &[Shape] = &[

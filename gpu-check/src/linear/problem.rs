@@ -8,6 +8,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::cases::{Options, gaussian, values};
 
+pub const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
 /// Sizes of a problem, and whether it has a bias.
 #[derive(Clone, Copy)]
 pub struct Shape {

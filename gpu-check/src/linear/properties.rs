@@ -6,9 +6,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
 
 use super::{
-    TYPES,
     compare::{self, Unfused},
-    problem::{Placement, Problem, Shape},
+    problem::{Placement, Problem, Shape, TYPES},
 };
 use crate::{
     cases::{OPTIONS, REDUCTIONS, values},
@@ -309,7 +308,7 @@ fn large_tile(device: &Device) -> Result<Worst> {
     };
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        let free = crate::device::free_bytes(device)?;
+        let free = crate::device::memory::free_bytes(device)?;
         ensure!(free > 16 << 30, "needs 16 GB, {} are free", free >> 30);
     }
     let depth = 16;

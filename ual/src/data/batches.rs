@@ -59,7 +59,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    pub fn next(&mut self) -> Vec<&'a Sample> {
+    pub fn next_batch(&mut self) -> Vec<&'a Sample> {
         if self.queue.is_empty() {
             let mut order: Vec<&Sample> = self.samples.iter().collect();
             order.shuffle(&mut self.rng);

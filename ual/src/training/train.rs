@@ -45,7 +45,7 @@ pub fn train(
         None => (0, Curve::default(), Sums::default()),
     };
     for _ in 0..done * plan.accumulate {
-        batches.next();
+        batches.next_batch();
     }
     let mut progress = Progress::new(name, plan.steps);
     let held_out: Vec<&Sample> = held_out
@@ -54,7 +54,7 @@ pub fn train(
         .collect();
     for step in done + 1..=plan.steps {
         let start = Instant::now();
-        let parts = (0..plan.accumulate).map(|_| Batch::new(&batches.next(), device));
+        let parts = (0..plan.accumulate).map(|_| Batch::new(&batches.next_batch(), device));
         let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
         let rows = parts.iter().map(|part| part.rows).sum();
         let mut gradients: Option<GradStore> = None;
@@ -161,7 +161,7 @@ pub fn largest_batch<'a>(samples: &'a [Sample], plan: &Plan) -> Vec<&'a Sample> 
         batch.len() * batch.iter().map(|s| s.tokens.len()).max().unwrap_or(0)
     };
     (0..samples.len().div_ceil(plan.batch))
-        .map(|_| batches.next())
+        .map(|_| batches.next_batch())
         .max_by_key(size)
         .expect("a data set is not empty")
 }

@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{program::example, server::Server};
+use crate::server::Server;
 
 /// A folder with `in.jsonl` of samples 0 to n − 1.
 pub struct Job {
@@ -31,9 +31,10 @@ impl Job {
         self.folder.path().join(name)
     }
 
-    /// The program in this folder, without arguments.
+    /// The command in this folder, without arguments.
     pub fn program(&self) -> Command {
-        let mut command = Command::new(example("elicit"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ual"));
+        command.arg("elicit");
         for name in [
             "OPENAI_BASE_URL",
             "OPENAI_API_KEY",

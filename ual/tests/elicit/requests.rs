@@ -1,34 +1,17 @@
-//! The elicitation example from the outside: run as a process against a server that behaves as one is told, and against a
-//! small local model. And its parsers, from the inside. For what it keeps on the disk see elicit_resume.rs.
-
-#[path = "elicit/job.rs"]
-mod job;
-#[path = "../examples/elicit/limits.rs"]
-#[allow(dead_code)] // it is the example's, and not all of it is used here
-mod limits;
-#[path = "elicit/model.rs"]
-mod model;
-#[path = "common/program.rs"]
-mod program;
-#[path = "../examples/elicit/prompt.rs"]
-#[allow(dead_code)]
-mod prompt;
-#[path = "elicit/server.rs"]
-mod server;
+//! What is asked of a server, and what its answers come to.
 
 use std::{
     fs,
     process::Command,
     sync::Mutex,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
+use candle_ual::commands::elicit::prompt;
 use serde_json::{Value, json};
-use ureq::http::HeaderMap;
 
 use crate::{
     job::{Job, Run, line, percent},
-    model::{expected_uncertainty, write_model},
     server::{Response, Server},
 };
 
@@ -88,9 +71,10 @@ fn fine_tuning_takes_the_output_as_its_data() {
     job.run(&server, &["--votes", "2"]).expect(0);
     let small =
         "--data out.jsonl --out run --dim 16 --layers 1 --heads 2 --pretrain-steps 1 --steps 1";
-    let mut finetune = Command::new(program::example("finetune"));
+    let mut finetune = Command::new(env!("CARGO_BIN_EXE_ual"));
     let run = Run::of(
         finetune
+            .arg("finetune")
             .args(small.split(' '))
             .current_dir(job.folder.path())
             .output()
@@ -543,163 +527,9 @@ fn a_prompt_of_ones_own_takes_the_defaults_place() {
         .expect(0)
         .stdout;
     assert_eq!(printed, prompt::Template::default().text());
-    let guide = include_str!("../docs/elicitation.md");
+    let guide = include_str!("../../../docs/elicitation.md");
     assert!(
         guide.contains(&printed),
         "docs/elicitation.md shows another prompt"
-    );
-}
-
-#[test]
-fn an_answer_is_a_number_in_its_last_line_and_nothing_else() {
-    for (text, value) in [
-        ("Uncertainty: 0", 0.0),
-        ("Uncertainty: 100", 1.0),
-        ("Uncertainty:37.5\n\n", 0.375),
-        ("Experts agree.\n  Uncertainty: 20  \n", 0.2),
-    ] {
-        assert_eq!(prompt::parse(text), Some(value), "{text:?}");
-    }
-    for text in [
-        "",
-        "37",
-        "Uncertainty:",
-        "Uncertainty: N",
-        "Uncertainty: 101",
-        "Uncertainty: 100.01",
-        "Uncertainty: -1",
-        "Uncertainty: +1",
-        "Uncertainty: 37%",
-        "Uncertainty: 3 7",
-        "Uncertainty: 1e1",
-        "Uncertainty: NaN",
-        "Uncertainty: 5.",
-        "Uncertainty: .5",
-        "Uncertainty: 10-20",
-        "uncertainty: 5",
-        "**Uncertainty: 5**",
-        "Uncertainty: 5\nI hope this helps.",
-        "The Uncertainty: 5",
-        "Uncertainty: ５",
-    ] {
-        assert_eq!(prompt::parse(text), None, "{text:?}");
-    }
-}
-
-#[test]
-fn waits_are_read_as_servers_write_them() {
-    let wait = |pairs: &[(&'static str, String)]| {
-        let mut headers = HeaderMap::new();
-        for (name, value) in pairs {
-            headers.insert(*name, value.parse().unwrap());
-        }
-        limits::retry_after(&headers).map(|wait| wait.as_secs_f64())
-    };
-    assert_eq!(wait(&[]), None);
-    assert_eq!(wait(&[("retry-after", "2.5".into())]), Some(2.5));
-    assert_eq!(
-        wait(&[
-            ("retry-after", "20".into()),
-            ("retry-after-ms", "150".into())
-        ]),
-        Some(0.15)
-    );
-    assert_eq!(wait(&[("retry-after", "soon".into())]), None);
-    let reset = [
-        ("retry-after", "soon".to_string()),
-        ("x-ratelimit-remaining-tokens", "0".to_string()),
-        ("x-ratelimit-reset-tokens", "3s".to_string()),
-    ];
-    assert_eq!(wait(&reset), Some(3.0));
-    assert_eq!(wait(&[("retry-after", "-5".into())]), None);
-    let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(30));
-    let until = wait(&[("retry-after", date)]).unwrap();
-    assert!((28.0..=30.0).contains(&until), "{until}");
-    assert_eq!(
-        wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT".into())]),
-        Some(0.0)
-    );
-    for (text, seconds) in [
-        ("1s", Some(1.0)),
-        ("6m0s", Some(360.0)),
-        ("1h1m1.5s", Some(3661.5)),
-        ("20ms", Some(0.02)),
-        ("3", Some(3.0)),
-        ("x", None),
-        ("5y", None),
-    ] {
-        let reset = [
-            ("x-ratelimit-remaining-tokens", "0".to_string()),
-            ("x-ratelimit-reset-tokens", text.to_string()),
-        ];
-        assert_eq!(wait(&reset), seconds, "{text}");
-    }
-    let left = [
-        ("x-ratelimit-remaining-tokens", "9".to_string()),
-        ("x-ratelimit-reset-tokens", "1s".to_string()),
-    ];
-    assert_eq!(wait(&left), None);
-
-    let first = Duration::from_secs(1);
-    for repetition in 0..40 {
-        let longest = 2f64.powi(repetition).min(60.0);
-        let wait = limits::backoff(first, repetition as u32).as_secs_f64();
-        assert!(
-            (longest / 2.0 - 1e-9..=longest + 1e-9).contains(&wait),
-            "{repetition}: {wait}"
-        );
-    }
-}
-
-#[test]
-fn a_local_model_scores_by_the_entropy_of_its_predictions() {
-    let job = Job::new(3);
-    let model = job.path("small.gguf");
-    let weights = write_model(&model);
-    let long = format!(
-        "{{\"id\": \"long\", \"prompt\": \"question 9?\", \"response\": \"{}\"}}\n",
-        "a".repeat(64)
-    );
-    let lines = fs::read_to_string(job.path("in.jsonl")).unwrap();
-    fs::write(job.path("in.jsonl"), format!("{long}{lines}")).unwrap();
-    let run = Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(3);
-    assert!(
-        run.stderr.contains("long: it has 9") && run.stderr.contains("the model takes 64"),
-        "{}",
-        run.stderr
-    );
-    let scored = job.scored();
-    assert_eq!(scored.len(), 3);
-    for i in 0..3 {
-        let line = &scored[&format!("s{i}")];
-        let (found, expected) = (
-            line["uncertainty"].as_f64().unwrap(),
-            expected_uncertainty(&weights, i),
-        );
-        assert!((found - expected).abs() < 1e-6, "{found} and {expected}");
-        assert!(expected > 0.1 && expected < 0.999, "{expected}");
-        let name = line["model"].as_str().unwrap();
-        let hash = name.strip_prefix("small.gguf sha256:").unwrap();
-        assert!(hash.len() == 16 && hash.chars().all(|c| c.is_ascii_hexdigit()));
-        assert!(line.get("votes").is_none() && line.get("spread").is_none());
-    }
-
-    // Continues, and does the same samples to the same digits.
-    let all = job.out();
-    let cut = all.find('\n').unwrap() + 20;
-    fs::write(job.path("out.jsonl"), &all[..cut]).unwrap();
-    fs::write(job.path("in.jsonl"), lines).unwrap();
-    Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(0);
-    assert_eq!(job.out(), all);
-
-    // Another model of the same name is another model.
-    let mut bytes = fs::read(&model).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs::write(&model, bytes).unwrap();
-    let run = Run::of(job.command(&["--local", "small.gguf"]).output().unwrap()).expect(1);
-    assert!(
-        run.stderr.contains("choose another --out"),
-        "{}",
-        run.stderr
     );
 }

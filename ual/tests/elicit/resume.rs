@@ -1,13 +1,5 @@
-//! The elicitation example's answers on the disk: killed at random moments it loses nothing and asks nothing twice, torn lines
-//! are repaired, and what is another's is left alone.
-
-#[path = "elicit/job.rs"]
-mod job;
-#[path = "common/program.rs"]
-mod program;
-#[path = "elicit/server.rs"]
-#[allow(dead_code)] // elicit.rs uses the rest
-mod server;
+//! The answers on the disk: killed at random moments the program loses nothing and asks nothing twice, torn lines are
+//! repaired, and what is another's is left alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,16 +1,13 @@
-//! The example's fused layers against candle's separate operations: values and gradients.
-
-#[path = "../examples/finetune/fused.rs"]
-mod fused;
-#[path = "../examples/finetune/separate.rs"]
-mod separate;
+//! The fused layers against candle's separate operations: values and gradients.
 
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
+use candle_ual::model::{
+    attention::{Attention, Rotation},
+    fused, separate,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-
-use crate::fused::{Attention, Rotation};
 
 const CPU: &Device = &Device::Cpu;
 

@@ -1,11 +1,5 @@
 //! Fine-tuning a model from files: a tiny one, written here as a GGUF file and as Hugging Face's folder. That training
 //! goes on exactly where it was killed, that parts of a batch add up, and what is refused.
-#![cfg(unix)] // programs are killed
-
-#[path = "../examples/finetune/optimizer.rs"]
-mod optimizer;
-#[path = "common/program.rs"]
-mod program;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,7 +10,7 @@ use std::{
 };
 
 use candle_core::{
-    DType, Device, Tensor, Var,
+    DType, Device, Tensor,
     quantized::{
         GgmlDType, QTensor,
         gguf_file::{self, Value as Metadata},
@@ -248,8 +242,9 @@ impl Setup {
     }
 
     fn command(&self, out: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(program::example("finetune"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ual"));
         command
+            .arg("finetune")
             .env("RAYON_NUM_THREADS", "1") // how products round depends on it
             .arg("--data")
             .arg(&self.data)
@@ -367,7 +362,8 @@ fn from_unscored_data_to_a_report() {
         .collect();
     fs::write(&setup.data, lines.join("\n")).unwrap();
     let score = |out: &str, model: &Path| {
-        let output = Command::new(program::example("elicit"))
+        let output = Command::new(env!("CARGO_BIN_EXE_ual"))
+            .arg("elicit")
             .current_dir(&folder)
             .args(["--data", "data.jsonl", "--out", out, "--local"])
             .arg(model)
@@ -388,7 +384,8 @@ fn from_unscored_data_to_a_report() {
             .contains("uncertainty: given")
     );
 
-    let output = Command::new(program::example("study"))
+    let output = Command::new(env!("CARGO_BIN_EXE_ual"))
+        .arg("study")
         .current_dir(&folder)
         .args([
             "--data",
@@ -593,24 +590,4 @@ fn what_does_not_fit_is_refused() {
     broken.model = broken.folder.path().join("nothing");
     let text = broken.refusal("out", &[]);
     assert!(text.contains("nothing"), "{text}");
-}
-
-/// A moment that was part of a graph would keep the activations of all steps alive.
-#[test]
-fn moments_are_no_part_of_a_graph() {
-    let var = |values: [f32; 4]| Var::from_tensor(&Tensor::new(&values, &Device::Cpu).unwrap());
-    let vars = [
-        var([1.0, 2.0, 3.0, 4.0]).unwrap(),
-        var([4.0, 3.0, 2.0, 1.0]).unwrap(),
-    ];
-    let mut optimizer = optimizer::AdamW::new(&vars, 0.1).unwrap();
-    for _ in 0..2 {
-        let product = (vars[0].as_tensor() * vars[1].as_tensor()).unwrap();
-        let loss = (product.sqr().unwrap() * vars[1].as_tensor()).unwrap();
-        let gradients = loss.sum_all().unwrap().backward().unwrap();
-        optimizer.step(&gradients, 0.01).unwrap();
-        for moments in &optimizer.moments {
-            assert!(!moments.first.track_op() && !moments.second.track_op());
-        }
-    }
 }

@@ -1,7 +1,4 @@
-//! The fine-tuning example from the outside: a small run of each kind of data, and bad input.
-
-#[path = "common/program.rs"]
-mod program;
+//! The command from the outside: a small run of each kind of data, and bad input.
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +12,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 fn finetune(arguments: &[&str]) -> Output {
-    Command::new(program::example("finetune"))
+    Command::new(env!("CARGO_BIN_EXE_ual"))
+        .arg("finetune")
         .env("RAYON_NUM_THREADS", "1") // what threads keep for themselves would count as a batch's memory
         .args(arguments)
         .output()

@@ -91,14 +91,17 @@ struct Closed {
     spread: Duration,
 }
 
-impl Gate {
-    pub fn new() -> Self {
+impl Default for Gate {
+    /// Open.
+    fn default() -> Self {
         Self(Mutex::new(Closed {
             until: Instant::now(),
             spread: Duration::ZERO,
         }))
     }
+}
 
+impl Gate {
     /// Lets nothing pass for `wait` from now, or longer where that was said before.
     pub fn close(&self, wait: Duration) {
         let mut closed = self.0.lock().unwrap_or_else(PoisonError::into_inner);

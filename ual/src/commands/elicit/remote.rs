@@ -96,7 +96,7 @@ pub fn score(
         backoff: args.backoff(),
         max_wait: args.max_wait(),
         jobs: Mutex::new(jobs),
-        gate: Gate::new(),
+        gate: Gate::default(),
         stop: AtomicBool::new(false),
         replies: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
