@@ -136,8 +136,8 @@ impl Linear {
 
     /// Peaks of the forward and of the backward, and the largest allocation of both.
     fn peaks(&self, loss: &CrossEntropy) -> [usize; 3] {
-        let (value, forward) = allocator::measure(|| self.forward(loss));
-        let (_, backward) = allocator::measure(|| value.backward().unwrap());
+        let (value, forward) = counting_allocator::measure(|| self.forward(loss));
+        let (_, backward) = counting_allocator::measure(|| value.backward().unwrap());
         let largest = forward.largest.max(backward.largest);
         [forward.peak, backward.peak, largest]
     }
