@@ -1,4 +1,5 @@
-//! What a training can be told on the command line, the checks of it, and what follows. `ual finetune` and `ual study` share it.
+//! What a training can be told on the command line, the checks of it, and what follows: `ual finetune` and `ual study` share
+//! it.
 
 use std::path::PathBuf;
 

@@ -7,9 +7,10 @@ use serde_json::{Map, Value};
 
 use crate::commands::elicit::prompt::Template;
 
-/// Scores how uncertain the right response to each sample is: asks a stronger model over an OpenAI-compatible chat
-/// endpoint, or, with --local, takes the entropy of a local model's predictions. Killed and started again with the same
-/// arguments, it continues.
+/// Scores how uncertain the right response to each sample is
+///
+/// Asks a stronger model over an OpenAI-compatible chat endpoint, or, with --local, takes the entropy of a local model's
+/// predictions. Killed and started again with the same arguments, it continues.
 ///
 /// Exit status: 0 when every sample is scored, 3 when some could not be, 1 for an error, 2 for an
 /// unknown or missing option.

@@ -2,8 +2,9 @@
 
 use crate::training;
 
-/// Fine-tunes a small language model plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL), and
-/// compares them on held-out samples.
+/// Fine-tunes a small language model three ways, and compares them on held-out samples
+///
+/// Plainly (SFT), with constant label smoothing, and uncertainty-aware (UAL).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -2,8 +2,10 @@
 
 use crate::training;
 
-/// Compares plain fine-tuning, constant smoothing of the same mean, uncertainty-aware smoothing, and a control in which the
-/// same uncertainties are dealt to the samples at random, over several seeds, and writes a report with pictures.
+/// Compares the trainings over several seeds with a control, and writes a report with pictures
+///
+/// The trainings are plain, with constant smoothing, and with uncertainty-aware smoothing of the same mean; in the control
+/// the same uncertainties are dealt to the samples at random.
 #[derive(clap::Args, Debug)]
 #[command(
     mut_arg("out", |out| out.default_value("out/study")), // not the folder of `ual finetune`
