@@ -3,7 +3,7 @@
 //!
 //! Throughput is of useful bytes: one read of the logits for a loss, a read and a write for a loss with gradient; from
 //! hidden states, of the operations of one product for a loss and of three for gradients. For timings by events on the
-//! device, without launch overhead, see `examples/gpu_check`.
+//! device, without launch overhead, see `gpu-check`.
 
 use std::time::{Duration, Instant};
 

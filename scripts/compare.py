@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Times other libraries' cross-entropy on a GPU, as `gpu_check --timing-only` times this crate's:
+"""Times other libraries' cross-entropy on a GPU, as `gpu-check --timing-only` times this crate's:
 
     compare.py time [--work logits|linear|all] [--out FILE] [--seconds S] [--samples N] [--commit NAME]
                     [--device cuda|cpu] [--reduced]
-    compare.py merge OUT FILE...      # one list from this script's files and gpu_check's
+    compare.py merge OUT FILE...      # one list from this script's files and gpu-check's
     compare.py table FILE             # the list, to read
 
 Needs PyTorch. Compared, from logits: a device copy; PyTorch, eager and compiled, with one smoothing value and with one
@@ -78,7 +78,7 @@ def main():
 
 
 def read(path):
-    """Records of this script's list, or of what gpu_check wrote; none where there is no such file."""
+    """Records of this script's list, or of what gpu-check wrote; none where there is no such file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:  # a run was cut off before or while writing

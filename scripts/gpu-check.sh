@@ -7,14 +7,14 @@
 # cuda-toolchain.sh where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo fetch >&2 # cuda-toolchain.sh reads cudarc's source
+cargo fetch --locked >&2 # cuda-toolchain.sh reads cudarc's source
 exports=$(scripts/cuda-toolchain.sh)
 eval "$exports"
 export CANDLE_CROSS_ENTROPY_CUDA_ARCHS=${CANDLE_CROSS_ENTROPY_CUDA_ARCHS:-80;90a}
 GPU_CHECK_COMMIT=$(git describe --always --dirty --exclude '*')
 export GPU_CHECK_COMMIT
-cargo build --release --features cuda --example gpu_check >&2
+cargo build --release --locked --package gpu-check --features cuda >&2
 # Stripped here: a profile that strips would compile every dependency again.
-built=${CARGO_TARGET_DIR:-target}/release/examples/gpu_check
+built=${CARGO_TARGET_DIR:-target}/release/gpu-check
 strip -o "$built-stripped" "$built"
 echo "$built-stripped"

@@ -1,16 +1,17 @@
 //! How much memory each entry point takes beside the logits, counted by this binary's allocator.
 
-#[path = "../examples/common/allocator.rs"]
-mod allocator;
-
 use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
+use counting_allocator::Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// What `run` returned, and the bytes live after it and at its peak, beyond those before it.
 fn measure<T>(run: impl FnOnce() -> T) -> (T, usize, usize) {
-    let (result, usage) = allocator::measure(run);
+    let (result, usage) = counting_allocator::measure(run);
     (result, usage.live, usage.peak)
 }
 
@@ -135,8 +136,8 @@ impl Linear {
 
     /// Peaks of the forward and of the backward, and the largest allocation of both.
     fn peaks(&self, loss: &CrossEntropy) -> [usize; 3] {
-        let (value, forward) = allocator::measure(|| self.forward(loss));
-        let (_, backward) = allocator::measure(|| value.backward().unwrap());
+        let (value, forward) = counting_allocator::measure(|| self.forward(loss));
+        let (_, backward) = counting_allocator::measure(|| value.backward().unwrap());
         let largest = forward.largest.max(backward.largest);
         [forward.peak, backward.peak, largest]
     }

@@ -17,6 +17,8 @@ mod problem;
 mod pseudo_labels;
 mod reliable;
 mod runs;
+#[cfg(test)]
+mod tests;
 
 use anyhow::{Result, bail};
 

@@ -1,0 +1,240 @@
+//! One request to an OpenAI-compatible chat endpoint, and what its outcome means.
+
+use std::{io::ErrorKind, time::Duration};
+
+use anyhow::{Result, anyhow};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use ureq::http::{HeaderMap, StatusCode};
+
+use crate::commands::elicit::{
+    limits::{exhausted, retry_after},
+    samples::Cost,
+};
+
+/// Bytes of an answer that are read; an answer is a line or a few paragraphs.
+const LARGEST: u64 = 16 << 20;
+/// Time to reach the server; a model's answer takes longer.
+const CONNECT: Duration = Duration::from_secs(15);
+/// Why an answer ends that says all it was to say.
+const WHOLE: [&str; 6] = ["stop", "stop_sequence", "end_turn", "eos", "eos_token", ""];
+/// Characters of a server's message that are shown.
+const SHOWN: usize = 300;
+
+pub struct Client {
+    agent: ureq::Agent,
+    url: String,
+    authorization: Option<String>,
+    body: Map<String, Value>,
+}
+
+pub struct Reply {
+    /// What the model said, or why that is nothing, or is not to be used: of an answer that was cut short a number's end
+    /// may be missing.
+    pub text: Result<String, String>,
+    pub cost: Cost,
+    /// Wait before any further request, where a limit is used up.
+    pub wait: Option<Duration>,
+}
+
+/// Why a request has no reply.
+pub enum Failure {
+    /// No request can succeed: the key, the address, the model.
+    Fatal(anyhow::Error),
+    /// The server will not answer this one.
+    Refused(String),
+    /// It may succeed later.
+    Passing {
+        reason: String,
+        /// As the server asks.
+        wait: Option<Duration>,
+        kind: Passing,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Passing {
+    /// A limit on requests, which holds for all of them.
+    Limit,
+    /// There is no server, or not the right one.
+    Unreachable,
+    /// An error of the server, a connection cut, no answer in time.
+    Error,
+}
+
+#[derive(Deserialize)]
+struct Completion {
+    choices: Vec<Choice>,
+    #[serde(default)]
+    usage: Value,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    message: Message,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    content: Option<String>,
+}
+
+impl Client {
+    /// `body` has further fields of every request.
+    pub fn new(
+        base_url: &str,
+        key: Option<&str>,
+        model: &str,
+        mut body: Map<String, Value>,
+        timeout: Duration,
+        concurrency: usize,
+    ) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(timeout))
+            .timeout_connect(Some(CONNECT.min(timeout)))
+            .max_idle_connections(concurrency)
+            .max_idle_connections_per_host(concurrency)
+            .build()
+            .new_agent();
+        body.insert("model".into(), model.into());
+        Self {
+            agent,
+            url: format!("{}/chat/completions", base_url.trim_end_matches('/')),
+            authorization: key.map(|key| format!("Bearer {key}")),
+            body,
+        }
+    }
+
+    pub fn ask(&self, prompt: &str) -> Result<Reply, Failure> {
+        let mut body = self.body.clone();
+        body.insert(
+            "messages".into(),
+            json!([{"role": "user", "content": prompt}]),
+        );
+        let mut request = self.agent.post(&self.url);
+        if let Some(authorization) = &self.authorization {
+            request = request.header("authorization", authorization);
+        }
+        let mut response = request.send_json(&body).map_err(|e| self.no_response(e))?;
+        let text = response
+            .body_mut()
+            .with_config()
+            .limit(LARGEST)
+            .lossy_utf8(true)
+            .read_to_string();
+        match (response.status(), text) {
+            (StatusCode::OK, text) => {
+                let text = text.map_err(|e| self.no_response(e))?;
+                self.reply(&text, response.headers())
+            }
+            // The status says enough where the text is not to be had.
+            (status, text) => {
+                Err(self.failure(status, response.headers(), &text.unwrap_or_default()))
+            }
+        }
+    }
+
+    fn no_response(&self, error: ureq::Error) -> Failure {
+        use ureq::Error::{
+            BadUri, ConnectProxyFailed, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io,
+            RedirectFailed, Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
+        };
+        let reason = format!("{}: {error}", self.url);
+        let kind = match &error {
+            BadUri(_) | Http(_) | InvalidProxyUrl | RedirectFailed | Rustls(_) | Tls(_)
+            | TlsRequired | TooManyRedirects => {
+                return Failure::Fatal(anyhow!(reason));
+            }
+            ConnectionFailed
+            | ConnectProxyFailed(_)
+            | HostNotFound
+            | Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => Passing::Unreachable,
+            // Invalid data: no TLS at the other end, or a certificate that does not hold.
+            Io(e) if [ErrorKind::ConnectionRefused, ErrorKind::InvalidData].contains(&e.kind()) => {
+                Passing::Unreachable
+            }
+            _ => Passing::Error,
+        };
+        Failure::Passing {
+            reason,
+            wait: None,
+            kind,
+        }
+    }
+
+    fn failure(&self, status: StatusCode, headers: &HeaderMap, text: &str) -> Failure {
+        let error = serde_json::from_str::<Value>(text)
+            .ok()
+            .and_then(|value| value.get("error").cloned())
+            .unwrap_or_default();
+        let field = |name| error.get(name).and_then(Value::as_str);
+        let message: String = field("message")
+            .or(error.as_str())
+            .unwrap_or(text)
+            .chars()
+            .take(SHOWN)
+            .collect();
+        let reason = format!("{status}: {}", message.trim());
+        // Servers differ in the status of an unknown model, and some say "too many requests" when the money is spent.
+        let code = field("code").or(field("type"));
+        let hopeless = code
+            .is_some_and(|code| ["model_not_found", "insufficient_quota"].contains(&code))
+            || field("param") == Some("model");
+        let wait = retry_after(headers);
+        let passing = |kind| Failure::Passing {
+            reason: reason.clone(),
+            wait,
+            kind,
+        };
+        match status.as_u16() {
+            _ if hopeless => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            429 => passing(Passing::Limit),
+            503 if wait.is_some() => passing(Passing::Limit),
+            408 | 409 | 425 | 500.. => passing(Passing::Error),
+            400 | 403 | 406 | 410.. => Failure::Refused(reason),
+            _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+        }
+    }
+
+    /// Of an answer with status 200.
+    fn reply(&self, text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
+        // Some services put the failure of the one behind them into an answer that is good otherwise.
+        let value: Result<Value, _> = serde_json::from_str(text);
+        let error = value.as_ref().map_or(&Value::Null, |value| &value["error"]);
+        if !error.is_null() {
+            let code = error["code"].as_u64();
+            let code = code.and_then(|code| u16::try_from(code).ok());
+            let code = code.filter(|code| (400..600).contains(code));
+            let status = code.and_then(|code| StatusCode::from_u16(code).ok());
+            let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
+            return Err(self.failure(status, headers, text));
+        }
+        let (said, usage) = match value.and_then(serde_json::from_value) {
+            Ok(Completion { choices, usage }) => {
+                let choice = choices.into_iter().next();
+                (choice.ok_or("no choices".into()).and_then(said), usage)
+            }
+            Err(error) => (Err(error.to_string()), Value::Null),
+        };
+        let start = || text.chars().take(SHOWN).collect::<String>();
+        Ok(Reply {
+            text: said.map_err(|why| format!("{why}: {:?}", start())),
+            cost: Cost {
+                prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
+                completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
+            },
+            wait: exhausted(headers),
+        })
+    }
+}
+
+fn said(choice: Choice) -> Result<String, String> {
+    match choice.finish_reason.as_deref() {
+        None => (),
+        Some(reason) if WHOLE.contains(&reason) => (),
+        Some(reason) => return Err(format!("the answer ended for the reason {reason:?}")),
+    }
+    choice.message.content.ok_or("no content".into())
+}

@@ -1,0 +1,132 @@
+//! Scores without a server: the mean entropy of a local model's predictions over the response's tokens, given the prompt,
+//! divided by the largest possible, log V.
+
+use std::{collections::BTreeMap, fs::File, io::BufReader, path::Path, time::Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use candle_core::{Device, Tensor, quantized::gguf_file::Content};
+use candle_cross_entropy::{CrossEntropy, Reduction};
+use tokenizers::Tokenizer;
+
+use crate::{
+    commands::elicit::{
+        answers::Answers,
+        progress::Progress,
+        samples::{Cost, Sample},
+    },
+    digest,
+    model::llama::Llama,
+    text::{chat::Encoder, gguf_tokenizer::tokenizer},
+};
+
+/// What the output calls the model: the name of its file, and the beginning of its hash.
+pub fn name(path: &Path) -> Result<String> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.context("not a file's name");
+    let name = name.and_then(|name| {
+        let hash = digest::of_files(&[path])?;
+        Ok(format!("{name} sha256:{}", &hash[..16]))
+    });
+    name.with_context(|| format!("--local {}", path.display()))
+}
+
+/// Scores every sample that has no score. Puts those that cannot have one into `missing`, by index, with the reason.
+pub fn score(
+    path: &Path,
+    tokenizer: Option<&Path>,
+    samples: &[Sample],
+    answers: &mut Answers,
+    missing: &mut BTreeMap<usize, String>,
+) -> Result<()> {
+    let model =
+        Model::load(path, tokenizer).with_context(|| format!("--local {}", path.display()))?;
+    let mut progress = Progress::new(samples.len(), answers.done());
+    let (start, mut tokens) = (Instant::now(), 0);
+    let speed = |tokens: usize| {
+        format!(
+            "{:.1} tokens/s",
+            tokens as f64 / start.elapsed().as_secs_f64()
+        )
+    };
+    for (i, sample) in samples.iter().enumerate() {
+        if answers.missing(i) == 0 {
+            continue;
+        }
+        let named = || format!("sample {}", sample.id);
+        let text = model.encode(&sample.prompt, &sample.response);
+        let text = text.with_context(named)?;
+        let (length, context) = (text.tokens.len(), model.llama.context);
+        if length > context {
+            missing.insert(
+                i,
+                format!("it has {length} tokens, and the model takes {context}"),
+            );
+            progress.gave_up();
+            continue;
+        }
+        let uncertainty = model.uncertainty(&text).with_context(named)?;
+        answers.add(i, uncertainty, Cost::default())?;
+        tokens += text.tokens.len();
+        progress.answered();
+        progress.show(&speed(tokens));
+    }
+    progress.finish(&speed(tokens));
+    Ok(())
+}
+
+struct Model {
+    llama: Llama,
+    encoder: Encoder,
+}
+
+struct Text {
+    tokens: Vec<u32>,
+    /// Where the response begins, above 0; it has a token at least.
+    response: usize,
+}
+
+impl Model {
+    fn load(path: &Path, tokenizer_file: Option<&Path>) -> Result<Self> {
+        let mut file = BufReader::new(File::open(path)?);
+        let content = Content::read(&mut file).context("not a GGUF file")?;
+        let tokenizer = match tokenizer_file {
+            Some(path) => Tokenizer::from_file(path)
+                .map_err(|e| anyhow!(e))
+                .with_context(|| format!("--tokenizer {}", path.display()))?,
+            None => tokenizer(&content)
+                .context("its tokenizer cannot be used; give one with --tokenizer")?,
+        };
+        Ok(Self {
+            encoder: Encoder::from_gguf(&content, tokenizer)?,
+            llama: Llama::load(&content, &mut file)?,
+        })
+    }
+
+    /// The sample as `ual finetune` trains on it, less the token that ends it.
+    fn encode(&self, prompt: &str, response: &str) -> Result<Text> {
+        let (prompt, ids) = (self.encoder.ids(prompt)?, self.encoder.ids(response)?);
+        ensure!(
+            !ids.is_empty(),
+            "the tokenizer makes nothing of the response"
+        );
+        let (tokens, response) = self.encoder.sample(&prompt, &ids);
+        Ok(Text { tokens, response })
+    }
+
+    /// Mean entropy of the predictions of the response's tokens, divided by log V: in \[0, 1\].
+    fn uncertainty(&self, text: &Text) -> Result<f64> {
+        let length = text.tokens.len() - text.response;
+        let hidden = self.llama.hidden(&text.tokens)?;
+        let hidden = hidden.narrow(0, text.response - 1, length)?; // a position predicts the next token
+        let targets = Tensor::new(&text.tokens[text.response..], &Device::Cpu)?;
+        let loss = CrossEntropy::new().reduction(Reduction::None);
+        let (_, stats) =
+            loss.forward_linear_with_stats(&hidden, &self.llama.projection, None, &targets)?;
+        let entropies = stats.entropy.to_vec1::<f32>()?;
+        let sum: f64 = entropies.iter().map(|&entropy| f64::from(entropy)).sum();
+        let vocab = self.llama.projection.dim(0)?;
+        let mean = sum / length as f64 / (vocab as f64).ln();
+        ensure!(mean.is_finite(), "the model's predictions are not finite");
+        Ok(mean.clamp(0.0, 1.0)) // rounding
+    }
+}

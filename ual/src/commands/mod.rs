@@ -1,0 +1,5 @@
+//! The commands of the program `ual`, each its arguments and its run.
+
+pub mod elicit;
+pub mod finetune;
+pub mod study;

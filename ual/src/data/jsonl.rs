@@ -1,0 +1,298 @@
+//! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
+//!
+//! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
+//! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
+//! [`ngram`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use anyhow::{Result, anyhow, bail, ensure};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::Deserialize;
+use serde_json::Value;
+use tokenizers::{
+    Tokenizer, TokenizerBuilder,
+    models::bpe::{BPE, BpeTrainer},
+    normalizers::NormalizerWrapper,
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+use crate::{
+    data::{
+        lines,
+        ngram::{self, NGram},
+        samples::{Dataset, Sample},
+    },
+    text::chat::Encoder,
+};
+
+/// Control tokens precede those of a tokeniser trained here: no text can produce them.
+const BEGIN: u32 = 0;
+const ANSWER: u32 = 1;
+const END: u32 = 2;
+const CONTROL: u32 = 3;
+
+#[derive(Debug, Deserialize)]
+struct Record {
+    prompt: String,
+    response: String,
+    uncertainty: Option<f32>,
+    /// Of the file, from 1.
+    #[serde(skip)]
+    line: usize,
+    /// What the field of `--group` says.
+    #[serde(skip)]
+    group: Option<String>,
+}
+
+pub struct Options<'a> {
+    pub seed: u64,
+    /// Share of the samples, above 0 and below 1.
+    pub held_out: f64,
+    pub vocab: usize,
+    pub max_tokens: usize,
+    /// So many samples, drawn at random, and no more.
+    pub limit: Option<usize>,
+    /// The field that parts the samples into groups.
+    pub group: Option<&'a str>,
+}
+
+/// `encoder` is that of the model, if there is one; else one is trained on the training samples.
+pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<Dataset> {
+    let mut records = read(path, options.group)?;
+    let estimated = is_to_be_estimated(path, &records)?;
+    // Of all records, so that they are the same whichever are drawn.
+    let groups: BTreeSet<&String> = records.iter().flat_map(|record| &record.group).collect();
+    let groups: Vec<String> = groups.into_iter().cloned().collect();
+    shuffle(&mut records, options.seed);
+    records.truncate(options.limit.unwrap_or(usize::MAX));
+    let held_out = (records.len() as f64 * options.held_out).round() as usize;
+    let Some(held_out) = between_questions(&records, held_out) else {
+        bail!(
+            "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out, \
+             of other prompts",
+            path.display(),
+            records.len(),
+        );
+    };
+    let train = records.split_off(held_out);
+    let encoder = match encoder {
+        Some(encoder) => encoder,
+        None => train_encoder(&train, options.vocab)?,
+    };
+    let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
+        let sample = |record: &Record| encode(record, &encoder, &groups, options.max_tokens);
+        records.iter().map(sample).collect()
+    };
+    let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
+    let truncated = train_samples
+        .iter()
+        .chain(&held_out_samples)
+        .filter(|(_, truncated)| *truncated)
+        .count();
+    if estimated {
+        estimate(&mut train_samples, &mut held_out_samples, vocab(&encoder));
+    }
+
+    let samples = |list: Vec<(Sample, bool)>| {
+        list.into_iter()
+            .map(|(sample, _)| sample)
+            .collect::<Vec<_>>()
+    };
+    let (train, held_out) = (samples(train_samples), samples(held_out_samples));
+    let plain = |s: &Sample| Sample {
+        tokens: s.tokens.clone(),
+        prompt: 1,
+        uncertainty: 0.0,
+        group: s.group,
+        truth: Vec::new(),
+    };
+    Ok(Dataset {
+        vocab: vocab(&encoder),
+        pretrain: train.iter().map(plain).collect(),
+        description: format!(
+            "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: \
+             {}",
+            path.display(),
+            train.len(),
+            held_out.len(),
+            options.max_tokens,
+            match estimated {
+                true => "estimated by the rank of the response's trigram cross-entropy",
+                false => "given",
+            },
+        ),
+        train,
+        held_out,
+        groups,
+    })
+}
+
+fn vocab(encoder: &Encoder) -> usize {
+    encoder.tokenizer.get_vocab_size(true) + encoder.offset as usize
+}
+
+/// The file's records; a bad line is an error that names it.
+fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
+    lines::read(path, |line, number| {
+        let mut record: Record = lines::object(line)?;
+        ensure!(
+            !record.response.trim().is_empty(),
+            "\"response\" is empty; there is nothing to learn"
+        );
+        if let Some(u) = record.uncertainty {
+            ensure!(
+                (0.0..=1.0).contains(&u),
+                "\"uncertainty\" is {u}; it must be in [0, 1]"
+            );
+        }
+        record.line = number;
+        if let Some(field) = group {
+            let fields: Value = serde_json::from_str(line)?;
+            record.group = match &fields[field] {
+                Value::String(group) => Some(group.clone()),
+                Value::Null => bail!("{field:?}, the field of --group, is missing"),
+                other => Some(other.to_string()),
+            };
+        }
+        Ok(record)
+    })
+}
+
+/// Whether no record has an uncertainty. That only some have one is an error: an estimate is on another scale.
+fn is_to_be_estimated(path: &Path, records: &[Record]) -> Result<bool> {
+    let (with, without): (Vec<&Record>, _) = records.iter().partition(|r| r.uncertainty.is_some());
+    if let (false, Some(first)) = (with.is_empty(), without.first()) {
+        bail!(
+            "{}:{}: {} of {} samples have no uncertainty, of which this is the first; all must have one, or none",
+            path.display(),
+            first.line,
+            without.len(),
+            records.len()
+        );
+    }
+    Ok(with.is_empty())
+}
+
+impl Record {
+    /// What makes samples be about the same: the prompt, or, of a text without one, the text.
+    fn question(&self) -> &str {
+        match self.prompt.trim() {
+            "" => &self.response,
+            prompt => prompt,
+        }
+    }
+}
+
+/// The first place from `wanted` on, or else the last before it, where a question ends and another begins: responses to
+/// one prompt are not trained on while others are held out. None where `wanted` leaves nothing on one side.
+fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
+    let between = |&i: &usize| records[i].question() != records[i - 1].question();
+    if !(1..records.len()).contains(&wanted) {
+        return None;
+    }
+    (wanted..records.len())
+        .find(between)
+        .or_else(|| (1..wanted).rev().find(between))
+}
+
+/// Questions in random order, the samples of each one after another.
+fn shuffle(records: &mut Vec<Record>, seed: u64) {
+    let mut questions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
+    for record in records.drain(..) {
+        let question = record.question().to_string();
+        questions.entry(question).or_default().push(record);
+    }
+    let mut questions: Vec<Vec<Record>> = questions.into_values().collect();
+    questions.shuffle(&mut StdRng::seed_from_u64(seed));
+    records.extend(questions.into_iter().flatten());
+}
+
+fn train_encoder(records: &[Record], vocab: usize) -> Result<Encoder> {
+    Ok(Encoder {
+        tokenizer: train_tokenizer(records, vocab)?,
+        offset: CONTROL,
+        before: vec![BEGIN],
+        between: vec![ANSWER],
+        end: END,
+    })
+}
+
+fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
+    let mut trainer = BpeTrainer::builder()
+        .show_progress(false)
+        .vocab_size(vocab - CONTROL as usize)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect()) // so that any text can be encoded
+        .build();
+    let mut tokenizer = TokenizerBuilder::new()
+        .with_model(BPE::default())
+        .with_normalizer(None::<NormalizerWrapper>)
+        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
+        .with_post_processor(Some(ByteLevel::default()))
+        .with_decoder(Some(ByteLevel::default()))
+        .build()
+        .map_err(|e| anyhow!("tokeniser: {e}"))?;
+    let texts = records
+        .iter()
+        .flat_map(|record| [record.prompt.as_str(), record.response.as_str()]);
+    tokenizer
+        .train(&mut trainer, texts)
+        .map_err(|e| anyhow!("tokeniser: {e}"))?;
+    Ok(tokenizer.into())
+}
+
+/// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
+/// of the room if the response needs the rest.
+fn encode(
+    record: &Record,
+    encoder: &Encoder,
+    groups: &[String],
+    max_tokens: usize,
+) -> Result<(Sample, bool)> {
+    let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
+    response.push(encoder.end);
+    let around = encoder.before.len() + encoder.between.len();
+    let room = max_tokens.saturating_sub(around);
+    if room < 2 {
+        bail!("{max_tokens} tokens leave no room beside the {around} round a prompt");
+    }
+    let truncated = prompt.len() + response.len() > room;
+    if truncated {
+        let for_prompt = (room - response.len().min(room)).max(room / 2);
+        prompt.drain(..prompt.len().saturating_sub(for_prompt));
+        response.truncate(room - prompt.len());
+    }
+    let (tokens, prompt) = encoder.sample(&prompt, &response);
+    let uncertainty = record.uncertainty.unwrap_or(0.0);
+    let group = record.group.as_ref();
+    Ok((
+        Sample {
+            tokens,
+            prompt,
+            uncertainty,
+            group: group
+                .and_then(|group| groups.binary_search(group).ok())
+                .unwrap_or(0),
+            truth: Vec::new(),
+        },
+        truncated,
+    ))
+}
+
+/// Estimates the uncertainties from the training samples' text.
+fn estimate(train: &mut [(Sample, bool)], held_out: &mut [(Sample, bool)], vocab: usize) {
+    let mut model = NGram::new(vocab);
+    train.iter().for_each(|(sample, _)| model.add(sample));
+    // A training sample must not be judged by a model that has seen it.
+    let seen = train.iter().map(|(s, _)| model.cross_entropy_without(s));
+    let seen: Vec<f64> = seen.collect();
+    for ((sample, _), &score) in train.iter_mut().zip(&seen) {
+        sample.uncertainty = ngram::rank(score, &seen);
+    }
+    for (sample, _) in held_out {
+        sample.uncertainty = ngram::rank(model.cross_entropy(sample), &seen);
+    }
+}

@@ -1,0 +1,8 @@
+//! Samples: where they come from, and batches of them.
+
+pub mod batches;
+pub mod jsonl;
+pub mod lines;
+pub mod ngram;
+pub mod samples;
+pub mod synthetic;

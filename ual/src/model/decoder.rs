@@ -1,0 +1,346 @@
+//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, Var};
+use rand::{SeedableRng, rngs::StdRng};
+use rand_distr::{Distribution, Normal};
+
+use crate::model::{
+    attention::{Attention, Rotation},
+    fused::{rms_norm, swiglu},
+    linear::Linear,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Config {
+    pub vocab: usize,
+    pub dim: usize,
+    pub layers: usize,
+    pub heads: usize,
+    /// Keys and values are shared by heads / kv_heads queries.
+    pub kv_heads: usize,
+    /// Width inside the SwiGLU.
+    pub hidden: usize,
+    pub max_tokens: usize,
+    pub rope_base: f32,
+    /// Which elements of a head rotate together: neighbours, as in GGUF files, or halves, as in Hugging Face's.
+    pub rope_interleaved: bool,
+    pub norm_epsilon: f32,
+}
+
+impl Config {
+    /// A small model of its own.
+    pub fn small(
+        vocab: usize,
+        (dim, layers, heads): (usize, usize, usize),
+        max_tokens: usize,
+    ) -> Self {
+        Self {
+            vocab,
+            dim,
+            layers,
+            heads,
+            kv_heads: heads,
+            // Two thirds of the usual 4·dim, because SwiGLU has three matrices where an MLP has two; a multiple of 8.
+            hidden: (dim * 8 / 3).next_multiple_of(8),
+            max_tokens,
+            rope_base: 10_000.0,
+            rope_interleaved: false,
+            norm_epsilon: 1e-6,
+        }
+    }
+
+    pub fn head_size(&self) -> usize {
+        self.dim / self.heads
+    }
+
+    pub fn kv_dim(&self) -> usize {
+        self.head_size() * self.kv_heads
+    }
+}
+
+struct Layer {
+    attention_norm: Tensor,
+    qkv: Linear,
+    output: Linear,
+    mlp_norm: Tensor,
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// A layer's weights as they come from a file, matrices (in, out).
+#[derive(Clone)]
+pub struct LayerWeights {
+    pub attention_norm: Tensor,
+    /// (dim, dim + 2·kv_dim)
+    pub qkv: Tensor,
+    pub output: Tensor,
+    pub mlp_norm: Tensor,
+    /// (dim, 2·hidden)
+    pub gate_up: Tensor,
+    pub down: Tensor,
+}
+
+/// A model's weights as they come from a file.
+#[derive(Clone)]
+pub struct Weights {
+    /// (V, D)
+    pub embedding: Tensor,
+    pub layers: Vec<LayerWeights>,
+    pub norm: Tensor,
+    /// (V, D); none where the embedding serves.
+    pub projection: Option<Tensor>,
+    /// By how much slower the elements of half a head turn, where a file says so.
+    pub rope_factors: Option<Vec<f32>>,
+}
+
+/// What is trained of given weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Trained {
+    All,
+    /// Low-rank adapters of every matrix of the layers: queries, keys and values are one, gate and up are one.
+    Lora {
+        rank: usize,
+        scale: f64,
+    },
+}
+
+pub struct Decoder {
+    config: Config,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// (V, D); the embedding where the two are tied.
+    projection: Tensor,
+    tied: bool,
+    rotation: Arc<Rotation>,
+    vars: Vec<Var>,
+}
+
+/// Seeded initial weights. candle cannot seed its CPU generator, so the numbers are drawn here.
+struct Init<'a> {
+    rng: StdRng,
+    device: &'a Device,
+    vars: Vec<Var>,
+}
+
+impl<'a> Init<'a> {
+    fn new(seed: u64, device: &'a Device) -> Self {
+        Self {
+            rng: StdRng::seed_from_u64(seed),
+            device,
+            vars: Vec::new(),
+        }
+    }
+
+    fn var(&mut self, values: &Tensor) -> Result<Var> {
+        let var = Var::from_tensor(values)?;
+        self.vars.push(var.clone());
+        Ok(var)
+    }
+
+    fn normal(&mut self, rows: usize, columns: usize, std: f64) -> Result<Var> {
+        let normal = Normal::new(0.0, std).expect("std is finite");
+        let values: Vec<f32> = (0..rows * columns)
+            .map(|_| normal.sample(&mut self.rng) as f32)
+            .collect();
+        let values = Tensor::from_vec(values, (rows, columns), self.device)?;
+        self.var(&values)
+    }
+
+    fn ones(&mut self, dim: usize) -> Result<Tensor> {
+        let ones = Tensor::ones(dim, candle_core::DType::F32, self.device)?;
+        Ok(self.var(&ones)?.as_tensor().clone())
+    }
+
+    /// A given matrix (in, out), trained or adapted.
+    fn linear(&mut self, weight: Tensor, trained: Trained) -> Result<Linear> {
+        match trained {
+            Trained::All => Ok(Linear::trained(&self.var(&weight)?)),
+            Trained::Lora { rank, scale } => {
+                let (input, output) = weight.dims2()?;
+                let down = self.normal(input, rank, (input as f64).powf(-0.5))?;
+                let up = Tensor::zeros((rank, output), weight.dtype(), self.device)?;
+                let up = self.var(&up)?;
+                Ok(Linear::adapted(weight, &down, &up, scale))
+            }
+        }
+    }
+
+    /// A given tensor that is no matrix of a layer.
+    fn other(&mut self, weight: Tensor, trained: Trained) -> Result<Tensor> {
+        match trained {
+            Trained::All => Ok(self.var(&weight)?.as_tensor().clone()),
+            Trained::Lora { .. } => Ok(weight),
+        }
+    }
+}
+
+impl Decoder {
+    /// With random weights, all trained.
+    pub fn new(config: Config, seed: u64, device: &Device) -> Result<Self> {
+        let Config {
+            vocab, dim, hidden, ..
+        } = config;
+        let mut init = Init::new(seed, device);
+        let std = (dim as f64).powf(-0.5);
+        let residual = std / (2.0 * config.layers as f64).sqrt();
+        let embedding = init.normal(vocab, dim, std)?.as_tensor().clone();
+        let layers = (0..config.layers)
+            .map(|_| {
+                Ok(Layer {
+                    attention_norm: init.ones(dim)?,
+                    qkv: Linear::trained(&init.normal(dim, dim + 2 * config.kv_dim(), std)?),
+                    output: Linear::trained(&init.normal(dim, dim, residual)?),
+                    mlp_norm: init.ones(dim)?,
+                    gate_up: Linear::trained(&init.normal(dim, 2 * hidden, std)?),
+                    down: Linear::trained(&init.normal(hidden, dim, residual)?),
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let norm = init.ones(dim)?;
+        let projection = init.normal(dim, vocab, std)?.t()?;
+        let outside = (embedding, norm, Some(projection));
+        Self::assemble(config, None, outside, layers, init)
+    }
+
+    /// With given weights; `seed` is that of the adapters.
+    pub fn from_weights(
+        config: Config,
+        weights: Weights,
+        trained: Trained,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut init = Init::new(seed, device);
+        let factors = weights.rope_factors;
+        let embedding = init.other(weights.embedding, trained)?;
+        let layers = weights.layers.into_iter().map(|layer| {
+            Ok(Layer {
+                attention_norm: init.other(layer.attention_norm, trained)?,
+                qkv: init.linear(layer.qkv, trained)?,
+                output: init.linear(layer.output, trained)?,
+                mlp_norm: init.other(layer.mlp_norm, trained)?,
+                gate_up: init.linear(layer.gate_up, trained)?,
+                down: init.linear(layer.down, trained)?,
+            })
+        });
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let norm = init.other(weights.norm, trained)?;
+        let projection = weights.projection;
+        let projection = projection.map(|weight| init.other(weight, trained));
+        let outside = (embedding, norm, projection.transpose()?);
+        Self::assemble(config, factors.as_deref(), outside, layers, init)
+    }
+
+    fn assemble(
+        config: Config,
+        factors: Option<&[f32]>,
+        (embedding, norm, projection): (Tensor, Tensor, Option<Tensor>),
+        layers: Vec<Layer>,
+        init: Init,
+    ) -> Result<Self> {
+        let positions = (config.max_tokens, config.head_size());
+        let (base, interleaved) = (config.rope_base, config.rope_interleaved);
+        let rotation = Rotation::new(positions, base, factors, interleaved, init.device)?;
+        Ok(Self {
+            config,
+            layers,
+            norm,
+            tied: projection.is_none(),
+            projection: projection.unwrap_or_else(|| embedding.clone()),
+            embedding,
+            rotation: Arc::new(rotation),
+            vars: init.vars,
+        })
+    }
+
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// Everything that is trained, always in the same order.
+    pub fn vars(&self) -> &[Var] {
+        &self.vars
+    }
+
+    /// Copies of the [`vars`](Self::vars).
+    pub fn weights(&self) -> Result<Vec<Tensor>> {
+        self.vars
+            .iter()
+            .map(|var| var.as_detached_tensor().copy())
+            .collect()
+    }
+
+    pub fn set_weights(&self, weights: &[Tensor]) -> Result<()> {
+        self.vars
+            .iter()
+            .zip(weights)
+            .try_for_each(|(var, weight)| var.set(weight))
+    }
+
+    /// As they would come from a file, adapters merged, without the graph that they are variables of. Factors of rotary
+    /// positions are not among them.
+    pub fn merged(&self) -> Result<Weights> {
+        let layers = self.layers.iter().map(|layer| {
+            Ok(LayerWeights {
+                attention_norm: layer.attention_norm.detach(),
+                qkv: layer.qkv.merged()?.detach(),
+                output: layer.output.merged()?.detach(),
+                mlp_norm: layer.mlp_norm.detach(),
+                gate_up: layer.gate_up.merged()?.detach(),
+                down: layer.down.merged()?.detach(),
+            })
+        });
+        Ok(Weights {
+            embedding: self.embedding.detach(),
+            layers: layers.collect::<Result<_>>()?,
+            norm: self.norm.detach(),
+            projection: (!self.tied).then(|| self.projection.detach()),
+            rope_factors: None,
+        })
+    }
+
+    /// Tokens (B, T) to logits (B, T, vocabulary).
+    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, length) = tokens.dims2()?;
+        self.rows(tokens)?.matmul(&self.projection.t()?)?.reshape((
+            batch,
+            length,
+            self.config.vocab,
+        ))
+    }
+
+    /// Tokens (B, T) to the states (B, T, dim) that the output projection makes logits of.
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, length) = tokens.dims2()?;
+        self.rows(tokens)?.reshape((batch, length, self.config.dim))
+    }
+
+    /// (vocabulary, dim).
+    pub fn output_projection(&self) -> Tensor {
+        self.projection.clone()
+    }
+
+    /// Rows (B·T, dim) throughout, so that every linear map is one matrix product.
+    fn rows(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (_, length) = tokens.dims2()?;
+        let attention = Attention {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            size: self.config.head_size(),
+            length,
+            rotation: self.rotation.clone(),
+        };
+        let norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, self.config.norm_epsilon);
+        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
+        for layer in &self.layers {
+            let qkv = layer.qkv.forward(&norm(&x, &layer.attention_norm)?)?;
+            x = (&x + layer.output.forward(&attention.clone().forward(&qkv)?)?)?;
+            let gate_up = layer.gate_up.forward(&norm(&x, &layer.mlp_norm)?)?;
+            x = (&x + layer.down.forward(&swiglu(&gate_up)?)?)?;
+        }
+        norm(&x, &self.norm)
+    }
+}

@@ -1,0 +1,133 @@
+//! A training's whole state in one file, so that it goes on exactly where it was.
+//!
+//! The order of the batches follows from the seed and the number of steps, so the file holds weights, the optimizer's
+//! moments, and what the loss curve has so far.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor, Var};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use crate::{report::curve::Curve, training::optimizer::AdamW};
+
+/// Where a training's checkpoints are, how often they are written, and whether to begin with what is there.
+#[derive(Clone)]
+pub struct Checkpoints {
+    pub path: PathBuf,
+    /// Steps from one to the next; the last step has one as well. 0: none.
+    pub every: usize,
+    pub resume: bool,
+    /// What must be the same for a training to go on: arguments and data.
+    pub fingerprint: String,
+}
+
+/// What the next point and the speed are computed from.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Sums {
+    /// Since the last point.
+    pub nll: f64,
+    pub rows: usize,
+    /// Since the beginning.
+    pub tokens: usize,
+}
+
+/// What is not a tensor.
+#[derive(Serialize, Deserialize)]
+pub struct Progress {
+    pub step: usize,
+    pub curve: Curve,
+    pub since_point: Sums,
+}
+
+const PROGRESS: &str = "progress";
+const FINGERPRINT: &str = "fingerprint";
+
+fn names(i: usize) -> [String; 3] {
+    ["weight", "first_moment", "second_moment"].map(|what| format!("{what}.{i}"))
+}
+
+impl Checkpoints {
+    pub fn is_due(&self, step: usize, steps: usize) -> bool {
+        self.every > 0 && (step == steps || step.is_multiple_of(self.every))
+    }
+
+    /// Writes beside the old file and takes its place: whenever the program is killed, one of the two is whole.
+    pub fn save(&self, vars: &[Var], optimizer: &AdamW, progress: &Progress) -> Result<()> {
+        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        for (i, (var, moments)) in vars.iter().zip(&optimizer.moments).enumerate() {
+            let values = [
+                var.as_detached_tensor(),
+                moments.first.clone(),
+                moments.second.clone(),
+            ];
+            tensors.extend(names(i).into_iter().zip(values));
+        }
+        let metadata = HashMap::from([
+            (PROGRESS.to_string(), serde_json::to_string(progress)?),
+            (FINGERPRINT.to_string(), self.fingerprint.clone()),
+        ]);
+        let partial = self.path.with_extension("partial");
+        let write = || -> Result<()> {
+            safetensors::serialize_to_file(tensors, Some(metadata), &partial)?;
+            File::open(&partial)?.sync_all()?;
+            Ok(fs::rename(&partial, &self.path)?)
+        };
+        write().with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// Puts the saved state back; none where there is no file, or it is not to be used.
+    pub fn load(
+        &self,
+        vars: &[Var],
+        optimizer: &mut AdamW,
+        device: &Device,
+    ) -> Result<Option<Progress>> {
+        if !self.resume || !self.path.exists() {
+            return Ok(None);
+        }
+        self.read(vars, optimizer, device)
+            .map(Some)
+            .with_context(|| format!("cannot resume from {}", self.path.display()))
+    }
+
+    fn read(&self, vars: &[Var], optimizer: &mut AdamW, device: &Device) -> Result<Progress> {
+        let bytes = fs::read(&self.path)?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
+        let metadata = metadata.metadata().clone().unwrap_or_default();
+        let (Some(progress), Some(fingerprint)) =
+            (metadata.get(PROGRESS), metadata.get(FINGERPRINT))
+        else {
+            bail!("it is no checkpoint of this program");
+        };
+        ensure!(
+            *fingerprint == self.fingerprint,
+            "it is of a training with other arguments or data:\n{fingerprint}\nnot\n{}",
+            self.fingerprint
+        );
+        let progress: Progress = serde_json::from_str(progress)?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
+        let tensor = |name: &str| {
+            let tensor = tensors.get(name);
+            tensor.with_context(|| format!("it has no {name}"))
+        };
+        for (i, (var, moments)) in vars.iter().zip(&mut optimizer.moments).enumerate() {
+            let [weight, first, second] = names(i);
+            var.set(tensor(&weight)?)?;
+            moments.first = tensor(&first)?.clone();
+            moments.second = tensor(&second)?.clone();
+        }
+        optimizer.steps = progress.step;
+        Ok(progress)
+    }
+}
+
+/// The file of a training in a folder.
+pub fn path(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("checkpoint-{name}.safetensors"))
+}

@@ -1,0 +1,11 @@
+//! Training: [`setup`] prepares what the methods that are compared have in common, [`train`] runs one of them.
+
+pub mod args;
+pub mod checkpoint;
+pub mod evaluate;
+pub mod method;
+pub mod optimizer;
+pub mod plan;
+pub mod progress;
+pub mod setup;
+pub mod train;

@@ -1,0 +1,205 @@
+//! What the trainings that are compared have in common: data, the initial model and the plan.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use candle_cross_entropy::ual::SmoothingMap;
+
+use crate::{
+    data::{
+        jsonl,
+        samples::{Dataset, Sample},
+        synthetic,
+    },
+    model::{
+        decoder::{Config, Decoder, Trained},
+        pretrained::{self, Pretrained},
+    },
+    report::{
+        curve::Curve,
+        metrics,
+        run::{Run, groups},
+    },
+    training::{
+        args::{Args, plans},
+        checkpoint::{self, Checkpoints},
+        evaluate::evaluate,
+        method::Method,
+        plan::Plan,
+        train::train,
+    },
+};
+
+pub struct Setup {
+    pub data: Dataset,
+    /// Of the held-out samples' uncertainties: certain below it, else uncertain.
+    pub threshold: f32,
+    /// Fitted on the training samples.
+    pub map: SmoothingMap,
+    pub model: Decoder,
+    /// How many numbers are trained.
+    pub parameters: usize,
+    pub plan: Plan,
+    pub pretraining: Option<Curve>,
+    /// What every training begins with.
+    initial: Vec<Tensor>,
+    /// What a checkpoint must have been made from.
+    fingerprint: String,
+}
+
+/// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
+/// counts more than a short one.
+pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
+    let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
+    SmoothingMap::fit(&of_rows, args.mean_smoothing, args.max_smoothing)
+        .context("the uncertainties of the training samples")
+}
+
+/// The model of `--model`.
+pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
+    let load = |path: &PathBuf| pretrained::load(path, args.max_tokens, device);
+    args.model.as_ref().map(load).transpose()
+}
+
+impl Setup {
+    /// Without a `loaded` model makes one, which it pre-trains.
+    pub fn new(
+        args: &Args,
+        data: Dataset,
+        loaded: Option<Pretrained>,
+        device: &Device,
+    ) -> Result<Self> {
+        fs::create_dir_all(&args.out)
+            .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+        let map = fit(&data.train, args)?;
+        let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
+        let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
+        println!("{}", data.description);
+
+        let of_model = loaded.is_some();
+        let fingerprint = format!(
+            "{} of data {} and model {}",
+            args.fingerprint(),
+            data.digest(),
+            loaded.as_ref().map_or("none", |loaded| &loaded.digest)
+        );
+        let model = decoder(args, loaded, &data, device)?;
+        let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
+        let Config { layers, dim, .. } = model.config();
+        println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
+        let (plan, pretraining_plan) = plans(args, &data);
+        let pretraining = if of_model {
+            None
+        } else {
+            let name = "pre-training";
+            let checkpoints = checkpoints(args, &fingerprint, name);
+            let corpus = (data.pretrain.as_slice(), &[][..]);
+            let plan = &pretraining_plan;
+            let sft = Method::Sft;
+            Some(train(
+                name,
+                &model,
+                &sft,
+                corpus,
+                plan,
+                &checkpoints,
+                device,
+            )?)
+        };
+        Ok(Self {
+            initial: model.weights()?,
+            data,
+            threshold,
+            map,
+            model,
+            parameters,
+            plan,
+            pretraining,
+            fingerprint,
+        })
+    }
+
+    /// Trains on `samples` from the initial weights, and evaluates; the model keeps what it learned.
+    pub fn run(
+        &self,
+        args: &Args,
+        name: &'static str,
+        method: &Method,
+        samples: &[Sample],
+        device: &Device,
+    ) -> Result<Run> {
+        self.model.set_weights(&self.initial)?;
+        let training = train(
+            name,
+            &self.model,
+            method,
+            (samples, &self.data.held_out),
+            &self.plan,
+            &checkpoints(args, &self.fingerprint, name),
+            device,
+        )?;
+        let held_out: Vec<_> = self.data.held_out.iter().collect();
+        let rows = evaluate(&self.model, &held_out, self.plan.batch, device)?;
+        Ok(Run {
+            method: name,
+            mean_smoothing: method.mean_smoothing(samples)?,
+            groups: groups(&rows, self.threshold, &self.data.groups),
+            training,
+        })
+    }
+}
+
+/// Loads or makes the data.
+pub fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
+    let &Args {
+        seed,
+        held_out,
+        vocab,
+        max_tokens,
+        limit,
+        ..
+    } = args;
+    let Some(path) = &args.data else {
+        return Ok(synthetic::generate(seed));
+    };
+    let options = jsonl::Options {
+        seed,
+        held_out,
+        vocab,
+        max_tokens,
+        limit,
+        group: args.group.as_deref(),
+    };
+    jsonl::load(path, loaded.map(|model| model.encoder.clone()), &options)
+}
+
+fn decoder(
+    args: &Args,
+    loaded: Option<Pretrained>,
+    data: &Dataset,
+    device: &Device,
+) -> Result<Decoder> {
+    let Some(loaded) = loaded else {
+        let shape = (args.dim, args.layers, args.heads);
+        let config = Config::small(data.vocab, shape, data.longest());
+        return Ok(Decoder::new(config, args.seed, device)?);
+    };
+    let trained = args.lora.map_or(Trained::All, |rank| Trained::Lora {
+        rank,
+        scale: args.lora_alpha.unwrap_or(2.0 * rank as f64) / rank as f64,
+    });
+    let (config, weights) = (loaded.config, loaded.weights);
+    Ok(Decoder::from_weights(
+        config, weights, trained, args.seed, device,
+    )?)
+}
+
+fn checkpoints(args: &Args, fingerprint: &str, name: &str) -> Checkpoints {
+    Checkpoints {
+        path: checkpoint::path(&args.out, name),
+        every: args.checkpoint_every,
+        resume: args.resume,
+        fingerprint: format!("{name}, {fingerprint}"),
+    }
+}

@@ -1,0 +1,185 @@
+//! One training: AdamW, a warm-up and cosine schedule, gradients accumulated over batches and clipped by their global
+//! norm.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use candle_cross_entropy::{Reduction, RowStats};
+
+use crate::{
+    data::{
+        batches::{Batch, Batches},
+        samples::Sample,
+    },
+    model::decoder::Decoder,
+    report::{
+        curve::{Curve, Point},
+        metrics,
+    },
+    training::{
+        checkpoint::{self, Checkpoints, Sums},
+        evaluate::evaluate,
+        method::Method,
+        optimizer::AdamW,
+        plan::{Loss, Plan},
+        progress::Progress,
+    },
+};
+
+pub fn train(
+    name: &str,
+    model: &Decoder,
+    method: &Method,
+    (samples, held_out): (&[Sample], &[Sample]),
+    plan: &Plan,
+    checkpoints: &Checkpoints,
+    device: &Device,
+) -> Result<Curve> {
+    let vars = model.vars();
+    let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
+    let mut batches = Batches::new(samples, plan.batch, plan.seed);
+    let saved = checkpoints.load(vars, &mut optimizer, device)?;
+    let (done, mut curve, mut sums) = match saved {
+        Some(saved) => (saved.step, saved.curve, saved.since_point),
+        None => (0, Curve::default(), Sums::default()),
+    };
+    for _ in 0..done * plan.accumulate {
+        batches.next_batch();
+    }
+    let mut progress = Progress::new(name, plan.steps);
+    let held_out: Vec<&Sample> = held_out
+        .iter()
+        .step_by(held_out.len().div_ceil(plan.curve_samples).max(1))
+        .collect();
+    for step in done + 1..=plan.steps {
+        let start = Instant::now();
+        let parts = (0..plan.accumulate).map(|_| Batch::new(&batches.next_batch(), device));
+        let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let mut gradients: Option<GradStore> = None;
+        let mut loss = 0.0;
+        for part in &parts {
+            let (part_loss, stats) = forward(model, method, plan.loss, part, rows)?;
+            add(&mut gradients, part_loss.backward()?, vars)?;
+            loss += part_loss.to_scalar::<f32>()?;
+            sums.nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
+        }
+        if !loss.is_finite() {
+            bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
+        }
+        let mut gradients = gradients.context("a step has a batch")?;
+        let norm = clip(&mut gradients, vars, plan.clip)?;
+        if !norm.is_finite() {
+            bail!("{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help");
+        }
+        let learning_rate = plan.learning_rate_of(step);
+        optimizer.step(&gradients, learning_rate)?;
+
+        sums.rows += rows;
+        sums.tokens += parts.iter().map(|part| part.tokens).sum::<usize>();
+        curve.seconds += start.elapsed().as_secs_f64();
+        curve.tokens_per_second = sums.tokens as f64 / curve.seconds;
+        progress.step(step, loss, curve.tokens_per_second);
+        // Evenly spaced, the last at the last step.
+        let points = |step: usize| step * plan.points / plan.steps;
+        if points(step) > points(step - 1) && !held_out.is_empty() {
+            let held_out = evaluate(model, &held_out, plan.batch, device)?;
+            let held_out_nll =
+                metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
+            curve.points.push(Point {
+                step,
+                train_nll: sums.nll / sums.rows as f64,
+                held_out_nll,
+            });
+            (sums.nll, sums.rows) = (0.0, 0);
+        }
+        if checkpoints.is_due(step, plan.steps) {
+            let state = checkpoint::Progress {
+                step,
+                curve,
+                since_point: sums,
+            };
+            checkpoints.save(vars, &optimizer, &state)?;
+            curve = state.curve;
+        }
+    }
+    progress.finish();
+    Ok(curve)
+}
+
+/// Adds the gradients of the variables. candle's hold on to the activations they were computed from, these do not.
+fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle_core::Result<()> {
+    let gradients = vars.iter().map(|var| more.remove(var).map(|g| g.detach()));
+    let gradients: Vec<_> = gradients.collect();
+    let Some(sum) = sum else {
+        for (var, gradient) in vars.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                more.insert(var, gradient);
+            }
+        }
+        *sum = Some(more);
+        return Ok(());
+    };
+    for (var, gradient) in vars.iter().zip(gradients) {
+        if let Some(gradient) = gradient {
+            let total = match sum.remove(var) {
+                Some(before) => (before + gradient)?,
+                None => gradient,
+            };
+            sum.insert(var, total);
+        }
+    }
+    Ok(())
+}
+
+/// The loss of a batch, a part of a step with so many `rows` that are not ignored, and its rows' statistics.
+pub fn forward(
+    model: &Decoder,
+    method: &Method,
+    loss: Loss,
+    batch: &Batch,
+    rows: usize,
+) -> candle_core::Result<(Tensor, RowStats)> {
+    let (inputs, targets) = (&batch.inputs, &batch.targets);
+    let options = method
+        .loss(batch)?
+        .reduction(Reduction::SumOver(rows.max(1) as f64));
+    match loss {
+        Loss::Linear => {
+            let (hidden, weight) = (model.hidden(inputs)?, model.output_projection());
+            options.forward_linear_with_stats(&hidden, &weight, None, targets)
+        }
+        Loss::Logits => options.forward_with_stats(&model.forward(inputs)?, targets),
+    }
+}
+
+/// The batch with the most tokens, padding among them, of the first epoch.
+pub fn largest_batch<'a>(samples: &'a [Sample], plan: &Plan) -> Vec<&'a Sample> {
+    let mut batches = Batches::new(samples, plan.batch, plan.seed);
+    let size = |batch: &Vec<&Sample>| {
+        batch.len() * batch.iter().map(|s| s.tokens.len()).max().unwrap_or(0)
+    };
+    (0..samples.len().div_ceil(plan.batch))
+        .map(|_| batches.next_batch())
+        .max_by_key(size)
+        .expect("a data set is not empty")
+}
+
+/// The norm that the gradients had.
+fn clip(gradients: &mut GradStore, vars: &[Var], largest: f64) -> candle_core::Result<f64> {
+    let squares = vars
+        .iter()
+        .filter_map(|var| gradients.get(var))
+        .map(|g| g.sqr()?.sum_all());
+    let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+    let norm = f64::from(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    if norm > largest {
+        for var in vars {
+            if let Some(gradient) = gradients.remove(var) {
+                gradients.insert(var, (gradient * (largest / norm))?);
+            }
+        }
+    }
+    Ok(norm)
+}

@@ -1,0 +1,248 @@
+//! What stands round prompt and response: chat templates as models have them, against the text that Jinja makes of them.
+
+use std::{fs, io::Cursor};
+
+use candle_core::quantized::gguf_file::{self, Content, Value as Metadata};
+use candle_ual::text::{chat::Encoder, gguf_tokenizer};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokenizers::{
+    AddedToken, PaddingParams, PaddingStrategy, Tokenizer, TruncationParams, models::bpe::BPE,
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+const SPECIAL: [&str; 7] = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+];
+
+/// Bytes, and the special tokens among `SPECIAL` that `known` says.
+fn tokenizer(known: impl Fn(&str) -> bool) -> Tokenizer {
+    let mut alphabet: Vec<String> = ByteLevel::alphabet().iter().map(char::to_string).collect();
+    alphabet.sort();
+    let vocab: tokenizers::models::bpe::Vocab = alphabet.into_iter().zip(0..).collect();
+    let bpe = BPE::builder().vocab_and_merges(vocab, vec![]);
+    let mut tokenizer = Tokenizer::new(bpe.build().unwrap());
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    let special = SPECIAL.into_iter().filter(|token| known(token));
+    let special: Vec<_> = special.map(|token| AddedToken::from(token, true)).collect();
+    tokenizer.add_special_tokens(special).unwrap();
+    tokenizer
+}
+
+fn encoder(tokenizer: Tokenizer, config: Option<&Value>) -> anyhow::Result<Encoder> {
+    let folder = TempDir::new().unwrap();
+    if let Some(config) = config {
+        fs::write(
+            folder.path().join("tokenizer_config.json"),
+            config.to_string(),
+        )
+        .unwrap();
+    }
+    Encoder::from_folder(folder.path(), tokenizer)
+}
+
+/// Before the prompt, between prompt and response, and the end, as text.
+fn frame(encoder: &Encoder) -> [String; 3] {
+    let text = |ids: &[u32]| encoder.tokenizer.decode(ids, false).unwrap();
+    [
+        text(&encoder.before),
+        text(&encoder.between),
+        text(&[encoder.end]),
+    ]
+}
+
+const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// In the manner of Llama 3's, with what such templates use: blocks on lines of their own, methods of strings, an
+/// exception that is not raised.
+const HEADERS: &str = r"{{- bos_token }}
+{%- if not messages %}
+    {{- raise_exception('no messages') }}
+{%- endif %}
+{% for message in messages %}
+    {% set role = message.role.strip() %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{% endfor %}
+";
+
+#[test]
+fn a_model_sees_its_own_chat_template() {
+    let config = json!({"chat_template": SMOLLM2, "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}});
+    let encoder = encoder(tokenizer(|_| true), Some(&config)).unwrap();
+    assert_eq!(
+        frame(&encoder),
+        [
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+             <|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_end|>"
+        ]
+    );
+    let (tokens, prompt) = encoder.sample(&[1, 2], &[3]);
+    assert_eq!(tokens[encoder.before.len()..][..2], [1, 2]);
+    assert_eq!((tokens.len(), tokens[prompt]), (prompt + 1, 3));
+    // Special tokens of the template are single ones, in a sample they are text.
+    let start = encoder.tokenizer.token_to_id("<|im_start|>").unwrap();
+    assert_eq!(encoder.before.iter().filter(|id| **id == start).count(), 2);
+    assert_eq!(
+        encoder.ids("<|im_start|>").unwrap().len(),
+        "<|im_start|>".len()
+    );
+}
+
+#[test]
+fn templates_with_blocks_methods_and_exceptions_are_rendered() {
+    let named = json!([{"name": "tool_use", "template": "nothing"}, {"name": "default", "template": HEADERS}]);
+    let config = json!({"chat_template": named, "bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>"});
+    let encoder = encoder(tokenizer(|_| true), Some(&config)).unwrap();
+    assert_eq!(
+        frame(&encoder),
+        [
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>"
+        ]
+    );
+}
+
+#[test]
+fn a_file_of_its_own_comes_before_the_configuration() {
+    let folder = TempDir::new().unwrap();
+    let template = "{{ messages[0].content }}<|im_start|>{{ messages[1].content }}";
+    fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let config = json!({"chat_template": SMOLLM2, "eos_token": "<|endoftext|>"});
+    fs::write(
+        folder.path().join("tokenizer_config.json"),
+        config.to_string(),
+    )
+    .unwrap();
+    let encoder = Encoder::from_folder(folder.path(), tokenizer(|_| true)).unwrap();
+    assert_eq!(frame(&encoder), ["", "<|im_start|>", "<|endoftext|>"]);
+}
+
+#[test]
+fn without_a_template_it_is_chatml_or_lines() {
+    let chat = encoder(tokenizer(|_| true), None).unwrap();
+    assert_eq!(
+        frame(&chat),
+        [
+            "<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_end|>"
+        ]
+    );
+    let plain =
+        |config: Option<&Value>| encoder(tokenizer(|t| !t.starts_with("<|im")), config).unwrap();
+    assert_eq!(frame(&plain(None)), ["", "\n", "<|endoftext|>"]);
+    let config =
+        json!({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "add_bos_token": true});
+    assert_eq!(
+        frame(&plain(Some(&config))),
+        ["<|begin_of_text|>", "\n", "<|eot_id|>"]
+    );
+}
+
+#[test]
+fn a_tokenizer_neither_cuts_nor_pads() {
+    let mut saved = tokenizer(|_| true);
+    let truncation = TruncationParams {
+        max_length: 2,
+        ..Default::default()
+    };
+    saved.with_truncation(Some(truncation)).unwrap();
+    let strategy = PaddingStrategy::Fixed(64);
+    saved.with_padding(Some(PaddingParams {
+        strategy,
+        ..Default::default()
+    }));
+    let encoder = encoder(saved, None).unwrap();
+    assert_eq!(encoder.ids("12345").unwrap().len(), 5);
+    assert_eq!(frame(&encoder)[0], "<|im_start|>user\n");
+}
+
+#[test]
+fn what_cannot_be_used_is_refused() {
+    let refusal = |template: &str| {
+        let config = json!({"chat_template": template, "eos_token": "<|endoftext|>"});
+        let refused = encoder(tokenizer(|_| true), Some(&config)).err().unwrap();
+        format!("{refused:#}")
+    };
+    assert!(
+        refusal("{{ messages[1].content }}{{ messages[0].content }}").contains("in this order")
+    );
+    assert!(refusal("{{ raise_exception('only tools') }}").contains("only tools"));
+    assert!(refusal("{% if %}").contains("chat template"));
+    let no_end = encoder(tokenizer(|_| false), None).err().unwrap();
+    assert!(no_end.to_string().contains("no token that ends"));
+}
+
+/// Of a GGUF file with bytes and the word "ab", which no merge makes.
+fn from_gguf(pre: &str, more: &[(&str, Metadata)]) -> Encoder {
+    let mut tokens: Vec<String> = ByteLevel::alphabet().iter().map(char::to_string).collect();
+    tokens.sort();
+    tokens.extend(["aa", "ab"].map(String::from));
+    let control = tokens.len();
+    tokens.extend(["<|begin_of_text|>", "<|eot_id|>"].map(String::from));
+    let kinds = (0..tokens.len()).map(|i| Metadata::I32(if i < control { 1 } else { 3 }));
+    let kinds = Metadata::Array(kinds.collect());
+    let tokens = Metadata::Array(tokens.into_iter().map(Metadata::String).collect());
+    let metadata = [
+        ("tokenizer.ggml.model", Metadata::String("gpt2".into())),
+        ("tokenizer.ggml.pre", Metadata::String(pre.into())),
+        ("tokenizer.ggml.tokens", tokens),
+        ("tokenizer.ggml.token_type", kinds),
+        (
+            "tokenizer.ggml.merges",
+            Metadata::Array(vec![Metadata::String("a a".into())]),
+        ),
+        ("tokenizer.ggml.bos_token_id", Metadata::U32(control as u32)),
+        (
+            "tokenizer.ggml.eos_token_id",
+            Metadata::U32(control as u32 + 1),
+        ),
+    ];
+    let metadata: Vec<_> = metadata
+        .iter()
+        .chain(more)
+        .map(|(key, value)| (*key, value))
+        .collect();
+    let mut file = Cursor::new(Vec::new());
+    gguf_file::write(&mut file, &metadata, &[]).unwrap();
+    file.set_position(0);
+    let content = Content::read(&mut file).unwrap();
+    let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
+    Encoder::from_gguf(&content, tokenizer).unwrap()
+}
+
+#[test]
+fn a_gguf_file_has_a_template_or_llama_3s_beginning() {
+    let llama3 = from_gguf("llama-bpe", &[]);
+    assert_eq!(frame(&llama3), ["<|begin_of_text|>", "\n", "<|eot_id|>"]);
+    assert_eq!(
+        llama3.ids("ab").unwrap().len(),
+        1,
+        "a word that is a token is one"
+    );
+    let without = ("tokenizer.ggml.add_bos_token", Metadata::Bool(false));
+    assert_eq!(frame(&from_gguf("llama-bpe", &[without]))[0], "");
+
+    let smollm = from_gguf("smollm", &[]);
+    assert_eq!(frame(&smollm), ["", "\n", "<|eot_id|>"]);
+    assert_eq!(smollm.ids("ab").unwrap().len(), 2);
+    let template = Metadata::String(
+        "{{ bos_token }}Q {{ messages[0].content }}{{ eos_token }}A {{ messages[1].content }}"
+            .into(),
+    );
+    let template = from_gguf("smollm", &[("tokenizer.chat_template", template)]);
+    assert_eq!(
+        frame(&template),
+        ["<|begin_of_text|>Q ", "<|eot_id|>A ", "<|eot_id|>"]
+    );
+}

@@ -1,0 +1,9 @@
+//! `ual elicit`: run as a process against a server that behaves as one is told, and against a small local model.
+
+mod job;
+mod local;
+mod model;
+mod parsing;
+mod requests;
+mod resume;
+mod server;
