@@ -597,3 +597,19 @@ pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
         assert!(message.contains(part), "{message:?} must contain {part:?}");
     }
 }
+
+/// Runs a test on random generators, and names the seed of one that fails.
+pub fn cases(test: impl Fn(&mut StdRng)) {
+    for seed in 0..1000 {
+        let case = std::panic::AssertUnwindSafe(|| test(&mut rng(seed)));
+        if let Err(panic) = std::panic::catch_unwind(case) {
+            eprintln!("the case of seed {seed} failed");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// Uniform, with all of f32's digits near 0 too: rand's own f32 are multiples of 2⁻²³ of the range.
+pub fn uniform(rng: &mut StdRng, range: impl rand::distr::uniform::SampleRange<f64>) -> f32 {
+    rng.random_range(range) as f32
+}

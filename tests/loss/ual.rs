@@ -1,57 +1,60 @@
 //! The map from uncertainty to smoothing: its mean, order and bounds, its errors, and that it can be saved.
 
+use crate::common::{cases, uniform};
 use candle_core::Device;
 use candle_cross_entropy::ual::{self, Shape, SmoothingMap};
-use proptest::prelude::*;
+use rand::{Rng, rngs::StdRng};
 
 /// Uncertainties of very different sizes, some of them 0 or below.
-fn uncertainties() -> impl Strategy<Value = Vec<f32>> {
-    let one = prop_oneof![
-        4 => 0f32..1.0,
-        1 => Just(0f32),
-        1 => -1f32..0.0,
-        1 => (-20i32..20).prop_map(|e| 10f32.powi(e)),
-    ];
-    prop::collection::vec(one, 1..60)
+fn uncertainties(rng: &mut StdRng) -> Vec<f32> {
+    let one = |rng: &mut StdRng| match rng.random_range(0..7) {
+        0..4 => uniform(rng, 0.0..1.0),
+        4 => 0.0,
+        5 => uniform(rng, -1.0..0.0),
+        _ => 10f32.powi(rng.random_range(-20..20)),
+    };
+    (0..rng.random_range(1..60)).map(|_| one(rng)).collect()
 }
 
-/// A data set with a mean that it can reach and the maximum.
-fn fittable() -> impl Strategy<Value = (Vec<f32>, f32, f32)> {
-    (uncertainties(), 0f32..=1.0, 0f32..=1.0).prop_filter_map(
-        "an uncertainty above 0",
-        |(u, share, max)| {
-            let positive = u.iter().filter(|&&u| u > 0.0).count();
+/// Closer together, so that no power of their ratio leaves f32's range.
+fn closer_uncertainties(rng: &mut StdRng) -> Vec<f32> {
+    let one = |rng: &mut StdRng| match rng.random_range(0..6) {
+        0..4 => f32::from(rng.random_range(0..=100u8)), // many are equal
+        4 => uniform(rng, 0.01..100.0),
+        _ => uniform(rng, -1.0..0.0),
+    };
+    (0..rng.random_range(1..60)).map(|_| one(rng)).collect()
+}
+
+/// A data set, some of it above 0, with a mean that it can reach and the maximum.
+fn with_mean(rng: &mut StdRng, uncertainties: fn(&mut StdRng) -> Vec<f32>) -> (Vec<f32>, f32, f32) {
+    loop {
+        let u = uncertainties(rng);
+        let (share, max) = (uniform(rng, 0.0..=1.0), uniform(rng, 0.0..=1.0));
+        let positive = u.iter().filter(|&&u| u > 0.0).count();
+        if positive > 0 {
             let reachable = max * positive as f32 / u.len() as f32;
-            (positive > 0).then_some((u, share * reachable, max))
-        },
-    )
+            return (u, share * reachable, max);
+        }
+    }
 }
 
-fn shapes() -> impl Strategy<Value = Shape> {
-    prop_oneof![
-        Just(Shape::Linear),
-        (0.1f32..4.0).prop_map(Shape::Power),
-        Just(Shape::Rank),
-        Just(Shape::Constant),
-    ]
+fn fittable(rng: &mut StdRng) -> (Vec<f32>, f32, f32) {
+    with_mean(rng, uncertainties)
 }
 
-/// A data set with a mean that it can reach in every shape, and the maximum. Its values are closer together, so that
-/// no power of their ratio leaves f32's range.
-fn fittable_by_all() -> impl Strategy<Value = (Vec<f32>, f32, f32)> {
-    let one = prop_oneof![
-        4 => (0u8..=100).prop_map(f32::from), // many are equal
-        1 => 0.01f32..100.0,
-        1 => -1f32..0.0,
-    ];
-    (prop::collection::vec(one, 1..60), 0f32..=1.0, 0f32..=1.0).prop_filter_map(
-        "an uncertainty above 0",
-        |(u, share, max)| {
-            let positive = u.iter().filter(|&&u| u > 0.0).count();
-            let reachable = max * positive as f32 / u.len() as f32;
-            (positive > 0).then_some((u, share * reachable, max))
-        },
-    )
+/// The same, in every shape.
+fn fittable_by_all(rng: &mut StdRng) -> (Vec<f32>, f32, f32) {
+    with_mean(rng, closer_uncertainties)
+}
+
+fn shape(rng: &mut StdRng) -> Shape {
+    match rng.random_range(0..4) {
+        0 => Shape::Linear,
+        1 => Shape::Power(uniform(rng, 0.1..4.0)),
+        2 => Shape::Rank,
+        _ => Shape::Constant,
+    }
 }
 
 fn mean_smoothing(map: &SmoothingMap, uncertainties: &[f32]) -> f64 {
@@ -68,116 +71,214 @@ fn message(uncertainties: &[f32], mean: f32, max: f32) -> String {
         .to_string()
 }
 
-proptest! {
-    #[test]
-    fn the_mean_is_met_also_under_clipping((u, mean, max) in fittable()) {
+#[test]
+fn the_mean_is_met_also_under_clipping() {
+    cases(|rng| {
+        let (u, mean, max) = fittable(rng);
         let map = SmoothingMap::fit(&u, mean, max).unwrap();
         let got = mean_smoothing(&map, &u);
-        prop_assert!((got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean), "mean {got}, asked for {mean}");
-    }
+        assert!(
+            (got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean),
+            "mean {got}, asked for {mean}"
+        );
+    });
+}
 
-    #[test]
-    fn values_keep_the_order_and_the_bounds((u, mean, max) in fittable(), others in uncertainties()) {
+#[test]
+fn values_keep_the_order_and_the_bounds() {
+    cases(|rng| {
+        let (u, mean, max) = fittable(rng);
+        let others = uncertainties(rng);
         let map = SmoothingMap::fit(&u, mean, max).unwrap();
         let mut all = [u, others].concat(); // also samples that it was not fitted on
         all.sort_by(f32::total_cmp);
         let smoothing: Vec<f32> = all.iter().map(|&u| map.smoothing(u).unwrap()).collect();
-        prop_assert!(smoothing.windows(2).all(|pair| pair[0] <= pair[1]), "{all:?} -> {smoothing:?}");
-        prop_assert!(smoothing.iter().all(|e| (0.0..=max).contains(e)), "{smoothing:?}, max {max}");
-        prop_assert!(all.iter().zip(&smoothing).all(|(&u, &e)| u > 0.0 || e == 0.0), "{all:?} -> {smoothing:?}");
-    }
+        assert!(
+            smoothing.windows(2).all(|pair| pair[0] <= pair[1]),
+            "{all:?} -> {smoothing:?}"
+        );
+        assert!(
+            smoothing.iter().all(|e| (0.0..=max).contains(e)),
+            "{smoothing:?}, max {max}"
+        );
+        assert!(
+            all.iter()
+                .zip(&smoothing)
+                .all(|(&u, &e)| u > 0.0 || e == 0.0),
+            "{all:?} -> {smoothing:?}"
+        );
+    });
+}
 
-    #[test]
-    fn below_the_maximum_it_is_proportional(
-        u in prop::collection::vec(0.01f32..1.0, 1..60), mean in 0.001f32..0.01, a in 0.01f32..1.0, b in 0.01f32..1.0,
-    ) {
+#[test]
+fn below_the_maximum_it_is_proportional() {
+    cases(|rng| {
+        let of_one = |rng: &mut StdRng| uniform(rng, 0.01..1.0);
+        let u: Vec<f32> = (0..rng.random_range(1..60)).map(|_| of_one(rng)).collect();
+        let (a, b) = (of_one(rng), of_one(rng));
+        let mean = uniform(rng, 0.001..0.01);
         let map = SmoothingMap::fit(&u, mean, 1.0).unwrap(); // no value reaches 1
         let (x, y) = (map.smoothing(a).unwrap(), map.smoothing(b).unwrap());
-        prop_assert!((x / y - a / b).abs() <= 1e-5 * (a / b), "{a} -> {x}, {b} -> {y}");
-    }
+        assert!(
+            (x / y - a / b).abs() <= 1e-5 * (a / b),
+            "{a} -> {x}, {b} -> {y}"
+        );
+    });
+}
 
-    #[test]
-    fn the_unit_of_uncertainty_does_not_matter((u, mean, max) in fittable(), exponent in -10i32..10) {
-        let unit = 2f32.powi(exponent); // exact in f32
+#[test]
+fn the_unit_of_uncertainty_does_not_matter() {
+    cases(|rng| {
+        let (u, mean, max) = fittable(rng);
+        let unit = 2f32.powi(rng.random_range(-10..10)); // exact in f32
         let scaled: Vec<f32> = u.iter().map(|u| u * unit).collect();
-        let (map, other) = (SmoothingMap::fit(&u, mean, max).unwrap(), SmoothingMap::fit(&scaled, mean, max).unwrap());
+        let (map, other) = (
+            SmoothingMap::fit(&u, mean, max).unwrap(),
+            SmoothingMap::fit(&scaled, mean, max).unwrap(),
+        );
         for (&u, &v) in u.iter().zip(&scaled) {
-            prop_assert_eq!(map.smoothing(u).unwrap(), other.smoothing(v).unwrap());
+            assert_eq!(map.smoothing(u).unwrap(), other.smoothing(v).unwrap());
         }
-    }
+    });
+}
 
-    #[test]
-    fn it_is_the_same_after_saving((u, mean, max) in fittable()) {
+#[test]
+fn it_is_the_same_after_saving() {
+    cases(|rng| {
+        let (u, mean, max) = fittable(rng);
         let map = SmoothingMap::fit(&u, mean, max).unwrap();
         let saved = serde_json::to_string(&map).unwrap();
-        prop_assert_eq!(serde_json::from_str::<SmoothingMap>(&saved).unwrap(), map, "{}", saved);
-    }
+        assert_eq!(
+            serde_json::from_str::<SmoothingMap>(&saved).unwrap(),
+            map,
+            "{saved}"
+        );
+    });
+}
 
-    #[test]
-    fn every_shape_meets_the_mean((u, mean, max) in fittable_by_all(), shape in shapes()) {
+#[test]
+fn every_shape_meets_the_mean() {
+    cases(|rng| {
+        let (u, mean, max) = fittable_by_all(rng);
+        let shape = shape(rng);
         let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
-        prop_assert_eq!(map.shape(), shape);
+        assert_eq!(map.shape(), shape);
         let got = mean_smoothing(&map, &u);
-        prop_assert!((got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean), "mean {got}, asked for {mean}");
-    }
+        assert!(
+            (got - f64::from(mean)).abs() <= 1e-6 * f64::from(mean),
+            "mean {got}, asked for {mean}"
+        );
+    });
+}
 
-    #[test]
-    fn every_shape_keeps_the_order_and_the_bounds(
-        (u, mean, max) in fittable_by_all(), shape in shapes(), others in uncertainties(),
-    ) {
+#[test]
+fn every_shape_keeps_the_order_and_the_bounds() {
+    cases(|rng| {
+        let (u, mean, max) = fittable_by_all(rng);
+        let (shape, others) = (shape(rng), uncertainties(rng));
         let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
         let mut all = [u, others, vec![f32::MAX, f32::MIN]].concat();
         all.sort_by(f32::total_cmp);
         let smoothing = map.smoothing_values(&all).unwrap();
-        prop_assert!(smoothing.windows(2).all(|pair| pair[0] <= pair[1]), "{all:?} -> {smoothing:?}");
-        prop_assert!(smoothing.iter().all(|e| (0.0..=max).contains(e)), "{smoothing:?}, max {max}");
+        assert!(
+            smoothing.windows(2).all(|pair| pair[0] <= pair[1]),
+            "{all:?} -> {smoothing:?}"
+        );
+        assert!(
+            smoothing.iter().all(|e| (0.0..=max).contains(e)),
+            "{smoothing:?}, max {max}"
+        );
         if matches!(shape, Shape::Linear | Shape::Power(_)) {
-            prop_assert!(all.iter().zip(&smoothing).all(|(&u, &e)| u > 0.0 || e == 0.0), "{all:?} -> {smoothing:?}");
+            assert!(
+                all.iter()
+                    .zip(&smoothing)
+                    .all(|(&u, &e)| u > 0.0 || e == 0.0),
+                "{all:?} -> {smoothing:?}"
+            );
         }
         for (pair, smoothing) in all.windows(2).zip(smoothing.windows(2)) {
-            prop_assert!(pair[0] != pair[1] || smoothing[0] == smoothing[1], "{pair:?} -> {smoothing:?}");
+            assert!(
+                pair[0] != pair[1] || smoothing[0] == smoothing[1],
+                "{pair:?} -> {smoothing:?}"
+            );
         }
-    }
+    });
+}
 
-    #[test]
-    fn every_shape_is_the_same_after_saving((u, mean, max) in fittable_by_all(), shape in shapes()) {
+#[test]
+fn every_shape_is_the_same_after_saving() {
+    cases(|rng| {
+        let (u, mean, max) = fittable_by_all(rng);
+        let shape = shape(rng);
         let map = SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
         let saved = serde_json::to_string(&map).unwrap();
-        prop_assert_eq!(serde_json::from_str::<SmoothingMap>(&saved).unwrap(), map, "{}", saved);
-    }
+        assert_eq!(
+            serde_json::from_str::<SmoothingMap>(&saved).unwrap(),
+            map,
+            "{saved}"
+        );
+    });
+}
 
-    #[test]
-    fn only_the_order_matters_to_ranks((u, mean, max) in fittable_by_all()) {
+#[test]
+fn only_the_order_matters_to_ranks() {
+    cases(|rng| {
+        let (u, bent, mean, max) = loop {
+            let (u, mean, max) = fittable_by_all(rng);
+            let bent: Vec<f32> = u.iter().map(|u| u.cbrt()).collect();
+            let same_order =
+                |(a, b): (&f32, &f32)| u.iter().zip(&bent).all(|(c, d)| (a < c) == (b < d));
+            if u.iter().zip(&bent).all(same_order) {
+                break (u, bent, mean, max);
+            }
+        };
         let map = SmoothingMap::fit_shape(Shape::Rank, &u, mean, max).unwrap();
-        let bent: Vec<f32> = u.iter().map(|u| u.cbrt()).collect();
-        prop_assume!(u.iter().zip(&bent).all(|(a, b)| u.iter().zip(&bent).all(|(c, d)| (a < c) == (b < d))));
         let other = SmoothingMap::fit_shape(Shape::Rank, &bent, mean, max).unwrap();
-        prop_assert_eq!(map.smoothing_values(&u).unwrap(), other.smoothing_values(&bent).unwrap());
-    }
+        assert_eq!(
+            map.smoothing_values(&u).unwrap(),
+            other.smoothing_values(&bent).unwrap()
+        );
+    });
+}
 
-    #[test]
-    fn a_power_of_one_is_linear((u, mean, max) in fittable_by_all()) {
+#[test]
+fn a_power_of_one_is_linear() {
+    cases(|rng| {
+        let (u, mean, max) = fittable_by_all(rng);
         let linear = SmoothingMap::fit(&u, mean, max).unwrap();
         let power = SmoothingMap::fit_shape(Shape::Power(1.0), &u, mean, max).unwrap();
-        for (a, b) in linear.smoothing_values(&u).unwrap().into_iter().zip(power.smoothing_values(&u).unwrap()) {
-            prop_assert!((a - b).abs() <= 1e-6 * a, "{a} and {b}");
+        for (a, b) in linear
+            .smoothing_values(&u)
+            .unwrap()
+            .into_iter()
+            .zip(power.smoothing_values(&u).unwrap())
+        {
+            assert!((a - b).abs() <= 1e-6 * a, "{a} and {b}");
         }
-    }
+    });
+}
 
-    #[test]
-    fn a_value_that_is_not_finite_is_named(mut u in uncertainties(), at in any::<prop::sample::Index>()) {
-        let at = at.index(u.len());
+#[test]
+fn a_value_that_is_not_finite_is_named() {
+    cases(|rng| {
+        let mut u = uncertainties(rng);
+        let at = rng.random_range(0..u.len());
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             u[at] = bad;
             let wanted = format!("uncertainties[{at}] is {bad}");
-            prop_assert!(message(&u, 0.0, 0.5).contains(&wanted));
+            assert!(message(&u, 0.0, 0.5).contains(&wanted));
             let map = SmoothingMap::fit(&[1.0], 0.1, 0.5).unwrap();
-            prop_assert!(map.smoothing_column(&u, &Device::Cpu).unwrap_err().to_string().contains(&wanted));
+            assert!(
+                map.smoothing_column(&u, &Device::Cpu)
+                    .unwrap_err()
+                    .to_string()
+                    .contains(&wanted)
+            );
             let text = map.smoothing(bad).unwrap_err().to_string();
             let wanted = format!("uncertainty is {bad}");
-            prop_assert!(text.contains(&wanted), "{}", text);
+            assert!(text.contains(&wanted), "{text}");
         }
-    }
+    });
 }
 
 #[test]

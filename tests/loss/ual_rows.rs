@@ -1,13 +1,13 @@
 //! From samples to rows: the padded and the packed layout hold the same rows, those of a direct enumeration, the loss
 //! over both is the same, and bad arguments are named.
 
-use crate::common::{assert_close, bits, normal, rng, scalar};
+use crate::common::{assert_close, bits, cases, normal, rng, scalar, uniform};
 use candle_core::{DType, Device, Tensor};
 use candle_cross_entropy::{
     CrossEntropy, Reduction,
     ual::{Layout, SmoothingMap},
 };
-use proptest::prelude::*;
+use rand::{Rng, rngs::StdRng};
 
 const CPU: &Device = &Device::Cpu;
 const VOCAB: usize = 13;
@@ -21,24 +21,20 @@ struct Sample {
     of_tokens: Vec<f32>,
 }
 
-fn sample() -> impl Strategy<Value = Sample> {
-    (
-        prop::collection::vec((0..VOCAB as u32, 0f32..1.0), 0..9),
-        0f32..1.0,
-    )
-        .prop_flat_map(|(tokens, uncertainty)| {
-            let (tokens, of_tokens): (Vec<u32>, Vec<f32>) = tokens.into_iter().unzip();
-            (0..=tokens.len()).prop_map(move |prompt| Sample {
-                tokens: tokens.clone(),
-                prompt,
-                uncertainty,
-                of_tokens: of_tokens.clone(),
-            })
-        })
+fn sample(rng: &mut StdRng) -> Sample {
+    let length = rng.random_range(0..9);
+    Sample {
+        tokens: (0..length)
+            .map(|_| rng.random_range(0..VOCAB as u32))
+            .collect(),
+        prompt: rng.random_range(0..=length),
+        uncertainty: uniform(rng, 0.0..1.0),
+        of_tokens: (0..length).map(|_| uniform(rng, 0.0..1.0)).collect(),
+    }
 }
 
-fn samples() -> impl Strategy<Value = Vec<Sample>> {
-    prop::collection::vec(sample(), 1..8)
+fn samples(rng: &mut StdRng) -> Vec<Sample> {
+    (0..rng.random_range(1..8)).map(|_| sample(rng)).collect()
 }
 
 /// A batch in both layouts.
@@ -127,70 +123,123 @@ impl Batch {
     }
 }
 
-proptest! {
-    #[test]
-    fn both_layouts_hold_the_rows_of_the_samples(samples in samples(), of_tokens in any::<bool>()) {
+#[test]
+fn both_layouts_hold_the_rows_of_the_samples() {
+    cases(|rng| {
+        let (samples, of_tokens) = (samples(rng), rng.random());
         let batch = Batch::new(samples);
         // Both keep the samples' order, so their lists are equal, not only their multisets.
-        prop_assert_eq!(batch.rows(&batch.padded, of_tokens), batch.enumerated(of_tokens));
-        prop_assert_eq!(batch.rows(&batch.packed, of_tokens), batch.enumerated(of_tokens));
-    }
+        assert_eq!(
+            batch.rows(&batch.padded, of_tokens),
+            batch.enumerated(of_tokens)
+        );
+        assert_eq!(
+            batch.rows(&batch.packed, of_tokens),
+            batch.enumerated(of_tokens)
+        );
+    });
+}
 
-    #[test]
-    fn a_row_with_a_target_is_followed_by_it_in_its_own_sequence(samples in samples()) {
-        let batch = Batch::new(samples);
-        let tokens = batch.packed.tokens(&batch.column(|s| s.tokens.clone()), 0, CPU).unwrap();
+#[test]
+fn a_row_with_a_target_is_followed_by_it_in_its_own_sequence() {
+    cases(|rng| {
+        let batch = Batch::new(samples(rng));
+        let tokens = batch
+            .packed
+            .tokens(&batch.column(|s| s.tokens.clone()), 0, CPU)
+            .unwrap();
         let tokens = tokens.to_vec1::<u32>().unwrap();
         let targets = batch.targets(&batch.packed).to_vec1::<i64>().unwrap();
         let ends = &batch.packed.cu_seqlens()[1..];
-        for (row, &target) in targets.iter().enumerate().filter(|(_, target)| **target != -100) {
-            prop_assert!(!ends.contains(&(row as u32 + 1)), "row {row} ends a sequence and has target {target}");
-            prop_assert_eq!(target, i64::from(tokens[row + 1]));
+        for (row, &target) in targets
+            .iter()
+            .enumerate()
+            .filter(|(_, target)| **target != -100)
+        {
+            assert!(
+                !ends.contains(&(row as u32 + 1)),
+                "row {row} ends a sequence and has target {target}"
+            );
+            assert_eq!(target, i64::from(tokens[row + 1]));
         }
-    }
+    });
+}
 
-    #[test]
-    fn padded_tokens_are_the_packed_ones_and_padding(samples in samples()) {
-        let batch = Batch::new(samples);
+#[test]
+fn padded_tokens_are_the_packed_ones_and_padding() {
+    cases(|rng| {
+        let batch = Batch::new(samples(rng));
         let tokens = batch.column(|s| s.tokens.clone());
         let padded = batch.padded.tokens(&tokens, 99, CPU).unwrap();
-        prop_assert_eq!(padded.shape(), &batch.padded.shape());
+        assert_eq!(padded.shape(), &batch.padded.shape());
         let padded = padded.flatten_all().unwrap().to_vec1::<u32>().unwrap();
-        let packed = batch.packed.tokens(&tokens, 99, CPU).unwrap().to_vec1::<u32>().unwrap();
-        prop_assert_eq!(&packed, &tokens.concat());
-        prop_assert_eq!(padded.into_iter().filter(|&token| token != 99).collect::<Vec<_>>(), packed);
-    }
+        let packed = batch
+            .packed
+            .tokens(&tokens, 99, CPU)
+            .unwrap()
+            .to_vec1::<u32>()
+            .unwrap();
+        assert_eq!(&packed, &tokens.concat());
+        assert_eq!(
+            padded
+                .into_iter()
+                .filter(|&token| token != 99)
+                .collect::<Vec<_>>(),
+            packed
+        );
+    });
+}
 
-    #[test]
-    fn the_loss_over_packed_rows_is_that_over_padded_rows(
-        samples in samples().prop_filter("a token", |s| s.iter().any(|s| !s.tokens.is_empty())),
-        of_tokens in any::<bool>(),
-        seed in any::<u64>(),
-    ) {
-        let batch = Batch::new(samples);
+#[test]
+fn the_loss_over_packed_rows_is_that_over_padded_rows() {
+    cases(|rng| {
+        let batch = loop {
+            let samples = samples(rng);
+            if samples.iter().any(|s| !s.tokens.is_empty()) {
+                break Batch::new(samples);
+            }
+        };
+        let (of_tokens, seed) = (rng.random(), rng.random());
         let (padded, packed) = batch.logits(seed);
         let loss = |layout: &Layout, logits: &Tensor, reduction| {
-            let options = CrossEntropy::new().smoothing(batch.smoothing(layout, of_tokens)).reduction(reduction);
+            let options = CrossEntropy::new()
+                .smoothing(batch.smoothing(layout, of_tokens))
+                .reduction(reduction);
             options.forward(logits, &batch.targets(layout)).unwrap()
         };
         for reduction in [Reduction::Mean, Reduction::Sum] {
-            let (a, b) = (loss(&batch.padded, &padded, reduction), loss(&batch.packed, &packed, reduction));
+            let (a, b) = (
+                loss(&batch.padded, &padded, reduction),
+                loss(&batch.packed, &packed, reduction),
+            );
             assert_close(scalar(&a), scalar(&b), 1e-5); // the sums are taken in other orders
         }
         // Rows without a target are 0 in both; the others have the same bits in the same order.
-        let rows = |loss: Tensor| bits(&loss).into_iter().filter(|&bits| bits != 0).collect::<Vec<_>>();
-        prop_assert_eq!(
+        let rows = |loss: Tensor| {
+            bits(&loss)
+                .into_iter()
+                .filter(|&bits| bits != 0)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
             rows(loss(&batch.padded, &padded, Reduction::None)),
             rows(loss(&batch.packed, &packed, Reduction::None))
         );
-    }
+    });
+}
 
-    #[test]
-    fn offsets_say_what_lengths_say(lengths in prop::collection::vec(0..100usize, 0..20)) {
+#[test]
+fn offsets_say_what_lengths_say() {
+    cases(|rng| {
+        let count = rng.random_range(0..20);
+        let lengths: Vec<usize> = (0..count).map(|_| rng.random_range(0..100)).collect();
         let packed = Layout::packed(&lengths).unwrap();
-        prop_assert_eq!(packed.lengths().collect::<Vec<_>>(), lengths);
-        prop_assert_eq!(&Layout::from_cu_seqlens(packed.cu_seqlens()).unwrap(), &packed);
-    }
+        assert_eq!(packed.lengths().collect::<Vec<_>>(), lengths);
+        assert_eq!(
+            &Layout::from_cu_seqlens(packed.cu_seqlens()).unwrap(),
+            &packed
+        );
+    });
 }
 
 #[test]
