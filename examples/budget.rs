@@ -8,8 +8,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Context, DType, Device, Result, Tensor, Var, bail};
 use candle_cross_entropy::CrossEntropy;
 use counting_allocator::Counting;
 
@@ -76,14 +75,13 @@ fn line(name: &str, step: impl Fn() -> Result<()>) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    let sizes = std::env::args().skip(1).map(|size| size.parse());
+    let sizes = std::env::args().skip(1);
     let sizes: Vec<usize> = sizes
-        .collect::<Result<_, _>>()
-        .context("sizes are numbers")?;
-    ensure!(
-        (sizes.is_empty() || sizes.len() == 3) && !sizes.contains(&0),
-        "there are three sizes above 0, or none: rows depth vocab"
-    );
+        .map(|size| size.parse().context("sizes are numbers"))
+        .collect::<Result<_>>()?;
+    if !(sizes.is_empty() || sizes.len() == 3) || sizes.contains(&0) {
+        bail!("there are three sizes above 0, or none: rows depth vocab")
+    }
     let &[rows, depth, vocab] = sizes
         .as_slice()
         .first_chunk()

@@ -20,7 +20,7 @@ mod runs;
 #[cfg(test)]
 mod tests;
 
-use anyhow::{Result, bail};
+use candle_core::{Result, bail};
 
 type Method = (&'static str, fn() -> Result<String>);
 
