@@ -116,14 +116,7 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         };
     }
     let masked = |k: usize| x[k] == f64::NEG_INFINITY;
-    let z: Vec<f64> = x
-        .iter()
-        .map(|&v| match softcap {
-            Some(c) if v != f64::NEG_INFINITY => c * (scale * v / c).tanh(),
-            _ => scale * v,
-        })
-        .collect();
-    let classes: Vec<usize> = (0..z.len()).filter(|&k| !masked(k)).collect();
+    let classes: Vec<usize> = (0..x.len()).filter(|&k| !masked(k)).collect();
     let k_count = classes.len() as f64; // K
     if classes.is_empty() {
         let loss = if w == 0.0 { 0.0 } else { f64::INFINITY };
@@ -135,36 +128,48 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         };
     }
 
-    // Subtracting the largest logit keeps exp in range; it cancels in everything below. The target is left out of
-    // the sum so that its log-probability keeps its digits when p_y is near 1.
-    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     // By the logits themselves: a softcap may make distinct ones equal by rounding.
     let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let predicted = x
         .iter()
         .position(|&v| v == largest)
         .expect("the maximum is one of them");
-    let others: f64 = classes
-        .iter()
-        .filter(|&&k| k != y)
-        .map(|&k| (z[k] - max).exp())
-        .sum();
-    let sum = others + (z[y] - max).exp();
-    let lse = max + sum.ln();
-    let p = |k: usize| (z[k] - max).exp() / sum;
-    let nll = if z[y] == max {
+    let z = |v: f64| match softcap {
+        Some(c) => c * (scale * v / c).tanh(),
+        None => scale * v,
+    };
+    // Exponents are relative to the largest logit, which cancels in everything below: exp stays in range. The difference
+    // comes before the scale: of large numbers it is exact, their multiples are not.
+    let d = |k: usize| match softcap {
+        _ if masked(k) => f64::NEG_INFINITY,
+        // tanh a − tanh b = 2·(e^(2a−2b) − 1) / ((1 + e^2a)·(1 + e^−2b)): tanh itself is all but equal near the cap.
+        Some(c) => {
+            let (a, b) = (scale * x[k] / c, scale * largest / c);
+            let distance = 2.0 * (x[k] - largest) * scale / c;
+            c * (2.0 * distance.exp_m1() / ((1.0 + (2.0 * a).exp()) * (1.0 + (-2.0 * b).exp())))
+        }
+        None => (x[k] - largest) * scale,
+    };
+    // The target is left out of the sum so that its log-probability keeps its digits when p_y is near 1.
+    let others: f64 = (0..x.len()).filter(|&k| k != y).map(|k| d(k).exp()).sum();
+    let e_y = d(y).exp();
+    let sum = others + e_y;
+    let lse = z(largest) + sum.ln();
+    let p = |k: usize| d(k).exp() / sum;
+    let nll = if e_y == 1.0 {
         others.ln_1p()
     } else {
-        (max - z[y]) + sum.ln()
+        sum.ln() - d(y)
     };
-    let smooth = classes.iter().map(|&k| max - z[k]).sum::<f64>() / k_count + sum.ln();
+    // What has no weight counts nothing, even if it is infinite.
+    let part = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
+    let smooth = sum.ln() - classes.iter().map(|&k| d(k)).sum::<f64>() / k_count;
     let loss = if w == 0.0 {
         0.0
     } else if masked(y) {
         f64::INFINITY
     } else {
-        let smoothed = if eps == 0.0 { 0.0 } else { eps * smooth };
-        w * ((1.0 - eps) * nll + smoothed + lambda * lse * lse)
+        w * (part(1.0 - eps, nll) + part(eps, smooth) + part(lambda, lse * lse))
     };
 
     let mut grad_norm_sq = 0.0;
@@ -173,17 +178,14 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         let p_minus_hit = if k == y { -others / sum } else { p(k) };
         let p_minus_q = p_minus_hit + if k == y { eps } else { 0.0 } - eps / k_count;
         grad_norm_sq += p_minus_q * p_minus_q;
-        let dz = w * (p_minus_q + 2.0 * lambda * lse * p(k));
-        grad[k] = dz * scale * softcap.map_or(1.0, |c| 1.0 - (z[k] / c).powi(2));
+        let dz = w * (p_minus_q + 2.0 * part(lambda, lse) * p(k));
+        grad[k] = dz * scale * softcap.map_or(1.0, |c| (scale * x[k] / c).cosh().powi(-2));
     }
     RowResult {
         loss,
         nll,
         lse,
-        entropy: classes
-            .iter()
-            .map(|&k| p(k) * ((max - z[k]) + sum.ln()))
-            .sum(),
+        entropy: classes.iter().map(|&k| part(p(k), sum.ln() - d(k))).sum(),
         max_prob: p(predicted),
         grad_norm_sq,
         predicted: predicted as u32,

@@ -163,35 +163,53 @@ impl Element for bf16 {
     }
 }
 
-/// An f32 logit computed in f64. With a softcap of some tens, z = c·tanh(x/c) rounded to f32 would be off by more than
-/// the gradient may be.
-#[derive(Clone, Copy, Default, Pod, Zeroable)]
+/// A logit of at most f32 computed in f64, for rows with a softcap: an exponent there comes out of a dozen operations, each
+/// of which rounds.
+#[derive(Clone, Copy, Default)]
 #[repr(transparent)]
-pub(super) struct Precise(f32);
+pub(super) struct Precise<T>(T);
 
-impl Element for Precise {
+// SAFETY: transparent.
+unsafe impl<T: Zeroable> Zeroable for Precise<T> {}
+unsafe impl<T: Pod> Pod for Precise<T> {}
+
+impl<T: Element<Real = f32>> Element for Precise<T> {
     type Real = f64;
 
     #[inline(always)]
     fn widen_into(from: &[Self], to: &mut [f64]) {
-        for (wide, x) in to.iter_mut().zip(from) {
-            *wide = x.0.into();
+        let mut singles = [0.0; CHUNK];
+        for (from, to) in from.chunks(CHUNK).zip(to.chunks_mut(CHUNK)) {
+            let singles = &mut singles[..from.len()];
+            T::widen_in_order(bytemuck::cast_slice(from), singles);
+            for (wide, x) in to.iter_mut().zip(singles) {
+                *wide = f64::from(*x);
+            }
         }
     }
     #[inline(always)]
     fn narrow(from: &[f64], to: &mut [Self]) {
-        for (narrow, x) in to.iter_mut().zip(from) {
-            *narrow = Self::narrow_one(*x);
+        let mut singles = [0.0; CHUNK];
+        for (from, to) in from.chunks(CHUNK).zip(to.chunks_mut(CHUNK)) {
+            let singles = &mut singles[..from.len()];
+            for (narrow, x) in singles.iter_mut().zip(from) {
+                *narrow = *x as f32;
+            }
+            T::narrow_in_order(singles, bytemuck::cast_slice_mut(to));
         }
     }
+    const NARROWS_ONE: bool = T::NARROWS_ONE;
     #[inline(always)]
     fn narrow_one(x: f64) -> Self {
-        Self(x as f32)
+        Self(T::narrow_one(x as f32))
     }
     fn storage(values: Vec<Self>) -> CpuStorage {
-        WithDType::to_cpu_storage_owned(bytemuck::cast_vec::<Self, f32>(values))
+        T::storage(bytemuck::cast_vec(values))
     }
 }
+
+/// Elements that [`Precise`] converts at a time.
+const CHUNK: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -18,7 +18,10 @@ use super::{
     parallel::{Scratch, for_each_row, row_partial, write_gradient},
     real::Real,
     results::{self, divisor, forward_result, result_type},
-    row::{self, GradFactors, Normaliser, Partial, RowResult, Transform},
+    row::{
+        self, CAPPED, Form, GradFactors, Normaliser, PLAIN, Partial, RowResult, SCALED, Transform,
+        form, with_form,
+    },
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
@@ -39,7 +42,7 @@ trait Compute: Element<Real = Self> + Real + WithDType {
 }
 
 impl Compute for f32 {
-    type Capped = Precise;
+    type Capped = Precise<f32>;
 }
 
 impl Compute for f64 {
@@ -311,14 +314,15 @@ fn target_in(row: &Row, classes: &Range<usize>) -> usize {
 }
 
 /// Merges the logits `x` of a tile into its rows' results.
-fn merge_tile<T: Element, const CAP: bool, const STATS: bool>(
+fn merge_tile<T: Element, const FORM: Form, const STATS: bool>(
     call: &Call,
     rows: &[Option<Row>],
     x: &[T],
     classes: &Range<usize>,
     running: &mut [Running],
 ) {
-    let transform = Transform::new(call);
+    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let transforms = (&transform, &exact);
     let width = classes.len();
     for_each_row(
         width,
@@ -329,20 +333,20 @@ fn merge_tile<T: Element, const CAP: bool, const STATS: bool>(
             let x = &x[i * width..][..width];
             let target = target_in(row, classes);
             let partial =
-                row_partial::<T, CAP, STATS, false>(x, target, &transform, scratch, shared);
+                row_partial::<T, FORM, STATS, false>(x, target, transforms, scratch, shared);
             if let Some(&x_y) = x.get(target) {
                 running.target_logit = row::one(x_y).f64();
             }
             if STATS && partial.largest > running.others.largest {
                 running.predicted = classes.start as u32 + row::largest_column(x, &partial);
             }
-            running.others = running.others.merge(partial);
+            running.others = running.others.merge::<FORM>(partial, &exact);
         },
     );
 }
 
 /// Overwrites the logits `x` of a tile with their gradients; `scale` is that of each row.
-fn differentiate_tile<T: Element, const CAP: bool>(
+fn differentiate_tile<T: Element, const FORM: Form>(
     call: &Call,
     saved: &results::Saved,
     scale: impl Fn(usize) -> f64 + Sync + Send,
@@ -363,7 +367,7 @@ fn differentiate_tile<T: Element, const CAP: bool>(
                 (target_in(&row, &tile.classes), factors)
             });
             let transforms = (&transform, &exact);
-            write_gradient::<T, CAP>(width, row, r, Logits::InPlace, &out, transforms, shared);
+            write_gradient::<T, FORM>(width, row, r, Logits::InPlace, &out, transforms, shared);
         },
     );
 }
@@ -395,13 +399,19 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
         resize(&mut logits, &tile);
         factors.logits(&tile, &mut logits);
         let (rows, running) = (&rows[tile.rows.clone()], &mut running[tile.rows.clone()]);
-        let capped = || bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
         let classes = &tile.classes;
-        match (call.softcap.is_some(), stats) {
-            (true, true) => merge_tile::<_, true, true>(call, rows, capped(), classes, running),
-            (true, false) => merge_tile::<_, true, false>(call, rows, capped(), classes, running),
-            (false, true) => merge_tile::<_, false, true>(call, rows, &logits, classes, running),
-            (false, false) => merge_tile::<_, false, false>(call, rows, &logits, classes, running),
+        let capped = || bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
+        match (form(call), stats) {
+            (CAPPED, true) => merge_tile::<_, CAPPED, true>(call, rows, capped(), classes, running),
+            (CAPPED, false) => {
+                merge_tile::<_, CAPPED, false>(call, rows, capped(), classes, running)
+            }
+            (SCALED, true) => merge_tile::<_, SCALED, true>(call, rows, &logits, classes, running),
+            (SCALED, false) => {
+                merge_tile::<_, SCALED, false>(call, rows, &logits, classes, running)
+            }
+            (_, true) => merge_tile::<_, PLAIN, true>(call, rows, &logits, classes, running),
+            (_, false) => merge_tile::<_, PLAIN, false>(call, rows, &logits, classes, running),
         }
         if t < plan.keep {
             kept.push(Element::storage(std::mem::take(&mut logits)));
@@ -417,11 +427,9 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
             target_logit,
             predicted,
         } = running;
-        if call.softcap.is_some() {
-            row::finish::<true>(call, row, target_logit, predicted, others, &exact)
-        } else {
-            row::finish::<false>(call, row, target_logit, predicted, others, &exact)
-        }
+        with_form!(call, FORM => {
+            row::finish::<FORM>(call, row, target_logit, predicted, others, &exact)
+        })
     };
     let (results, normalisers) = rows.iter().zip(&running).map(finish).unzip();
     Ok((results, normalisers, kept))
@@ -456,11 +464,14 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
             }
         }
         let scale = |i: usize| upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
-        if call.softcap.is_some() {
-            let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
-            differentiate_tile::<_, true>(call, &saved.of_rows, scale, x, &tile);
-        } else {
-            differentiate_tile::<_, false>(call, &saved.of_rows, scale, &mut logits, &tile);
+        let rows = &saved.of_rows;
+        match form(call) {
+            CAPPED => {
+                let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
+                differentiate_tile::<_, CAPPED>(call, rows, scale, x, &tile);
+            }
+            SCALED => differentiate_tile::<_, SCALED>(call, rows, scale, &mut logits, &tile),
+            _ => differentiate_tile::<_, PLAIN>(call, rows, scale, &mut logits, &tile),
         }
         let gradients = Matrix::contiguous(&logits, tile.classes.len());
         if let Some(weight) = &mut weight_gradient {

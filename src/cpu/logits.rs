@@ -1,6 +1,7 @@
 //! The loss of logits on the CPU.
 
 use candle_core::{CpuStorage, Layout, Result, Tensor, backend::BackendStorage, bail};
+use half::{bf16, f16};
 
 use super::{
     Cpu,
@@ -19,7 +20,15 @@ macro_rules! with_elements {
     ($call:expr, $storage:expr, $cast:ident, $x:ident => $body:expr) => {
         match $storage {
             CpuStorage::F32(x) if $call.softcap.is_some() => {
-                let $x = bytemuck::$cast::<f32, Precise>(x);
+                let $x = bytemuck::$cast::<f32, Precise<f32>>(x);
+                $body
+            }
+            CpuStorage::F16(x) if $call.softcap.is_some() => {
+                let $x = bytemuck::$cast::<f16, Precise<f16>>(x);
+                $body
+            }
+            CpuStorage::BF16(x) if $call.softcap.is_some() => {
+                let $x = bytemuck::$cast::<bf16, Precise<bf16>>(x);
                 $body
             }
             CpuStorage::F32($x) => $body,

@@ -8,7 +8,10 @@ use super::{
     memory::{GradRows, Logits, readable},
     real::Real,
     results::{Saved, divisor},
-    row::{self, GradFactors, Normaliser, PIECE, Partial, RowResult, Transform},
+    row::{
+        self, CAPPED, Form, GradFactors, Normaliser, PIECE, Partial, RowResult, Transform,
+        with_form,
+    },
     tasks::{Gradients, KeptGradients, Partials, dispatch},
 };
 use crate::call::{Call, Row};
@@ -40,20 +43,20 @@ impl<R: Real> Scratch<R> {
 }
 
 /// The row's pieces, evaluated into the scratch memory and merged in order, whoever evaluated them.
-pub(super) fn row_partial<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool>(
+pub(super) fn row_partial<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool>(
     x: &[T],
     target: usize,
-    transform: &Transform<T::Real>,
+    transforms: (&Transform<T::Real>, &Transform<f64>),
     scratch: &mut Scratch<T::Real>,
     shared: bool,
 ) -> Partial {
     let Scratch { partials, kept } = scratch;
     let run = |first_piece, partials: &mut [Partial], kept: &mut [T::Real]| {
-        dispatch(Partials::<T, CAP, STATS, KEEP> {
+        dispatch(Partials::<T, FORM, STATS, KEEP> {
             x,
             first_piece,
             target,
-            transform,
+            transforms,
             partials,
             kept,
         });
@@ -73,10 +76,10 @@ pub(super) fn row_partial<T: Element, const CAP: bool, const STATS: bool, const 
             .enumerate()
             .for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
     }
+    let exact = transforms.1;
     partials
         .iter()
-        .copied()
-        .fold(Partial::EMPTY, Partial::merge)
+        .fold(Partial::EMPTY, |all, &more| all.merge::<FORM>(more, exact))
 }
 
 /// Runs `f` on every row of `vocab` logits and its result: in parallel, or, where rows are few, one by one, and `f` is
@@ -121,12 +124,10 @@ pub(super) fn evaluate<T: Element>(
     let starts = readable(layout)?;
     let (transform, exact) = (Transform::new(call), Transform::new(call));
     let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
-    let evaluate_row = match (call.softcap.is_some(), stats) {
-        (true, true) => evaluate_row::<T, true, true>,
-        (true, false) => evaluate_row::<T, true, false>,
-        (false, true) => evaluate_row::<T, false, true>,
-        (false, false) => evaluate_row::<T, false, false>,
-    };
+    let evaluate_row = with_form!(call, FORM => match stats {
+        true => evaluate_row::<T, FORM, true>,
+        false => evaluate_row::<T, FORM, false>,
+    });
     for_each_row(
         call.vocab,
         &mut results,
@@ -147,19 +148,19 @@ pub(super) fn evaluate<T: Element>(
     Ok(results.into_iter().unzip())
 }
 
-fn evaluate_row<T: Element, const CAP: bool, const STATS: bool>(
+fn evaluate_row<T: Element, const FORM: Form, const STATS: bool>(
     call: &Call,
     row: &Row,
     x: &[T],
-    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
+    transforms: (&Transform<T::Real>, &Transform<f64>),
     scratch: &mut Scratch<T::Real>,
     shared: bool,
 ) -> (RowResult, Normaliser) {
-    let others = row_partial::<T, CAP, STATS, false>(x, row.target, transform, scratch, shared);
-    finish_row::<T, CAP, STATS>(call, row, x, &others, exact)
+    let others = row_partial::<T, FORM, STATS, false>(x, row.target, transforms, scratch, shared);
+    finish_row::<T, FORM, STATS>(call, row, x, &others, transforms.1)
 }
 
-fn finish_row<T: Element, const CAP: bool, const STATS: bool>(
+fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
     call: &Call,
     row: &Row,
     x: &[T],
@@ -172,11 +173,11 @@ fn finish_row<T: Element, const CAP: bool, const STATS: bool>(
     } else {
         0
     };
-    row::finish::<CAP>(call, row, x_y, predicted, others, exact)
+    row::finish::<FORM>(call, row, x_y, predicted, others, exact)
 }
 
 /// Gradient of row `i` from its `vocab` logits.
-pub(super) fn write_gradient<T: Element, const CAP: bool>(
+pub(super) fn write_gradient<T: Element, const FORM: Form>(
     vocab: usize,
     row: Option<(usize, Option<GradFactors<T::Real>>)>,
     i: usize,
@@ -193,7 +194,7 @@ pub(super) fn write_gradient<T: Element, const CAP: bool>(
     // SAFETY: as above; padding is no other task's.
     unsafe { out.stretch(i, vocab..out.width()) }.fill(T::default());
     let write = |columns| {
-        dispatch(Gradients::<T, CAP> {
+        dispatch(Gradients::<T, FORM> {
             logits,
             out,
             row: i,
@@ -237,27 +238,10 @@ pub(super) fn differentiate<T: Element>(
                     GradFactors::new(call, &row, &saved.normalisers[i], scale),
                 )
             });
-            if call.softcap.is_some() {
-                write_gradient::<T, true>(
-                    call.vocab,
-                    row,
-                    i,
-                    logits,
-                    out,
-                    (&transform, &exact),
-                    shared,
-                );
-            } else {
-                write_gradient::<T, false>(
-                    call.vocab,
-                    row,
-                    i,
-                    logits,
-                    out,
-                    (&transform, &exact),
-                    shared,
-                );
-            }
+            let transforms = (&transform, &exact);
+            with_form!(call, FORM => {
+                write_gradient::<T, FORM>(call.vocab, row, i, logits, out, transforms, shared)
+            });
         },
     );
     Ok(())
@@ -270,14 +254,12 @@ pub(super) fn evaluate_and_differentiate<T: Element>(
     logits: Logits<T>,
     out: &GradRows<T>,
 ) -> Vec<RowResult> {
-    if call.softcap.is_some() {
-        evaluate_and_differentiate_with::<T, true>(call, rows, logits, out)
-    } else {
-        evaluate_and_differentiate_with::<T, false>(call, rows, logits, out)
-    }
+    with_form!(call, FORM => {
+        evaluate_and_differentiate_with::<T, FORM>(call, rows, logits, out)
+    })
 }
 
-fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
+fn evaluate_and_differentiate_with<T: Element, const FORM: Form>(
     call: &Call,
     rows: &[Option<Row>],
     logits: Logits<T>,
@@ -285,23 +267,25 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
 ) -> Vec<RowResult> {
     let scale = 1.0 / divisor(call, rows);
     let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let transforms = (&transform, &exact);
+    // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
+    let keep = FORM != CAPPED;
     let mut results = vec![RowResult::default(); call.rows];
     for_each_row(
         call.vocab,
         &mut results,
-        || Scratch::new(call.vocab, !CAP),
+        || Scratch::new(call.vocab, keep),
         |i, result, scratch, shared| {
             let row = rows[i].map(|row| {
                 // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
                 let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
-                // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
-                let others = if CAP {
-                    row_partial::<T, CAP, true, false>(x, row.target, &transform, scratch, shared)
+                let others = if keep {
+                    row_partial::<T, FORM, true, true>(x, row.target, transforms, scratch, shared)
                 } else {
-                    row_partial::<T, CAP, true, true>(x, row.target, &transform, scratch, shared)
+                    row_partial::<T, FORM, true, false>(x, row.target, transforms, scratch, shared)
                 };
                 let (row_result, normaliser) =
-                    finish_row::<T, CAP, true>(call, &row, x, &others, &exact);
+                    finish_row::<T, FORM, true>(call, &row, x, &others, &exact);
                 *result = row_result;
                 (
                     row.target,
@@ -310,26 +294,18 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
                 )
             });
             match row {
-                Some((target, x_y, Some(factors))) if !CAP => {
-                    write_kept_gradient(call, i, scratch, out, &factors, shared);
+                Some((target, x_y, Some(factors))) if keep && factors.in_range => {
+                    write_kept_gradient::<T, FORM>(call, i, scratch, out, &factors, &exact, shared);
                     // SAFETY: as above.
                     let grad = unsafe { out.stretch(i, target..target + 1) };
                     T::narrow(
-                        &[row::target_gradient::<T, CAP>(x_y, &exact, &factors)],
+                        &[row::target_gradient::<T, FORM>(x_y, &exact, &factors)],
                         grad,
                     );
                 }
                 row => {
                     let row = row.map(|(target, _, factors)| (target, factors));
-                    write_gradient::<T, CAP>(
-                        call.vocab,
-                        row,
-                        i,
-                        logits,
-                        out,
-                        (&transform, &exact),
-                        shared,
-                    );
+                    write_gradient::<T, FORM>(call.vocab, row, i, logits, out, transforms, shared);
                 }
             }
         },
@@ -338,24 +314,26 @@ fn evaluate_and_differentiate_with<T: Element, const CAP: bool>(
 }
 
 /// Gradient of row `i`, but for the target's, from the exponentials in the scratch memory.
-fn write_kept_gradient<T: Element>(
+fn write_kept_gradient<T: Element, const FORM: Form>(
     call: &Call,
     i: usize,
     scratch: &mut Scratch<T::Real>,
     out: &GradRows<T>,
     factors: &GradFactors<T::Real>,
+    exact: &Transform<f64>,
     shared: bool,
 ) {
     let Scratch { partials, kept } = scratch;
     // SAFETY: the row is this call's alone, and padding no other task's.
     unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
     let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
-        dispatch(KeptGradients {
+        dispatch(KeptGradients::<T, FORM> {
             kept,
             partials,
             out,
             row: i,
             first_column,
+            exact,
             factors,
         });
     };

@@ -21,13 +21,10 @@ pub(super) trait Real:
     const NEG_INFINITY: Self;
     const ZERO: Self;
     const ONE: Self;
-    /// Below this |y|, tanh is a series; above, 1 − e^(−2|y|) has lost few enough digits.
-    const SERIES: Self;
 
     fn of(x: f64) -> Self;
     fn f64(self) -> f64;
     fn abs(self) -> Self;
-    fn copysign(self, sign: Self) -> Self;
     /// Whether the sign bit is set.
     fn is_negative(self) -> bool;
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
@@ -36,8 +33,8 @@ pub(super) trait Real:
 
     /// e^self for [`Self::LEAST`] ≤ self ≤ 0 (a little above is fine), NaN for NaN.
     fn exp_in_range<const FUSED: bool>(self) -> Self;
-    /// tanh(self)/self for |self| < [`Self::SERIES`], given self².
-    fn tanh_series<const FUSED: bool>(square: Self) -> Self;
+    /// (e^self − 1)/self for −[`SERIES`] ≤ self ≤ 0 (a little above is fine).
+    fn exp_minus_1_series<const FUSED: bool>(self) -> Self;
 
     /// e^self for self ≤ 0 (a little above is fine): 0 where it would be subnormal, NaN for NaN.
     #[inline(always)]
@@ -59,18 +56,21 @@ pub(super) trait Real:
     /// (largest, smallest) of `x`, with NaN or without. Vectorised by hand: compilers keep the running values in memory.
     fn extremes<S: pulp::Simd>(simd: S, x: &[Self]) -> (Self, Self);
 
-    /// (tanh self, 1 − tanh² self); the second without the cancellation that computing it from the first has.
+    /// e^self − 1 for self ≤ 0 (a little above is fine), without the cancellation near 0. NaN for NaN.
     #[inline(always)]
-    fn tanh_and_slope<const FUSED: bool>(self) -> (Self, Self) {
-        let (y, one) = (self.abs(), Self::ONE);
-        let e = (-(y + y)).exp::<FUSED>(); // tanh y = (1 − e)/(1 + e), slope 4e/(1 + e)²
-        let inverse = one / (one + e);
-        let by_exp = (one - e) * inverse;
-        let by_series = y * Self::tanh_series::<FUSED>(y * y);
-        let tanh = if y < Self::SERIES { by_series } else { by_exp };
-        ((tanh).copysign(self), Self::of(4.0) * e * inverse * inverse)
+    fn exp_minus_1<const FUSED: bool>(self) -> Self {
+        let by_series = self * self.exp_minus_1_series::<FUSED>();
+        let by_exp = self.exp::<FUSED>() - Self::ONE;
+        if self > Self::of(-SERIES) {
+            by_series
+        } else {
+            by_exp
+        }
     }
 }
+
+/// Up to this, e^y − 1 is a series; beyond, the difference has lost few enough digits.
+const SERIES: f64 = 0.35;
 
 /// Horner's rule, highest coefficient first.
 #[inline(always)]
@@ -118,30 +118,32 @@ fn exp_f64<const FUSED: bool>(r: f64) -> f64 {
     horner::<f64, FUSED>(r, &SERIES)
 }
 
-/// Taylor's series of tanh(y)/y in y² (coefficients 2^2n (2^2n − 1) B_2n / (2n)!), highest first.
-const TANH: [f64; 10] = [
-    -443861162.0 / 1856156927625.0,
-    6404582.0 / 10854718875.0,
-    -929569.0 / 638512875.0,
-    21844.0 / 6081075.0,
-    -1382.0 / 155925.0,
-    62.0 / 2835.0,
-    -17.0 / 315.0,
-    2.0 / 15.0,
-    -1.0 / 3.0,
+/// Taylor's series of (e^y − 1)/y, 1/(k + 1)! from the highest k down.
+const EXP_MINUS_1: [f64; 13] = [
+    1.0 / 6227020800.0,
+    1.0 / 479001600.0,
+    1.0 / 39916800.0,
+    1.0 / 3628800.0,
+    1.0 / 362880.0,
+    1.0 / 40320.0,
+    1.0 / 5040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
     1.0,
 ];
 
 // e^x = 2^n·e^r with n = round(x·log2 e), r = x − n·ln 2, ln 2 in two parts (Cody and Waite, "Software Manual for the
 // Elementary Functions", 1980, chapter 6). Adding `ROUND` puts n, biased as an exponent is, into the low bits.
 macro_rules! real {
-    ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $series:literal, $tanh:expr,
+    ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $exp_minus_1:expr,
      $as_simd:ident, $splat:ident, $max:ident, $min:ident, $reduce_max:ident, $reduce_min:ident) => {
         impl Real for $float {
             const NEG_INFINITY: Self = $float::NEG_INFINITY;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
-            const SERIES: Self = $series;
             const LEAST: Self = $least;
 
             #[inline(always)]
@@ -155,10 +157,6 @@ macro_rules! real {
             #[inline(always)]
             fn abs(self) -> Self {
                 self.abs()
-            }
-            #[inline(always)]
-            fn copysign(self, sign: Self) -> Self {
-                self.copysign(sign)
             }
             #[inline(always)]
             fn is_negative(self) -> bool {
@@ -186,8 +184,8 @@ macro_rules! real {
                 $exp::<FUSED>(r) * $float::from_bits(biased.to_bits() << $mantissa)
             }
             #[inline(always)]
-            fn tanh_series<const FUSED: bool>(square: Self) -> Self {
-                horner::<Self, FUSED>(square, $tanh)
+            fn exp_minus_1_series<const FUSED: bool>(self) -> Self {
+                horner::<Self, FUSED>(self, $exp_minus_1)
             }
             #[inline(always)]
             fn extremes<S: pulp::Simd>(simd: S, x: &[Self]) -> (Self, Self) {
@@ -231,8 +229,7 @@ real!(
     -2.121_944_4e-4,
     -87.0,
     exp_f32,
-    0.25,
-    TANH.split_at(4).1,
+    EXP_MINUS_1.split_at(6).1,
     as_simd_f32s,
     splat_f32s,
     max_f32s,
@@ -249,8 +246,7 @@ real!(
     1.908_214_929_270_587_7e-10,
     -708.0,
     exp_f64,
-    0.1,
-    &TANH,
+    &EXP_MINUS_1,
     as_simd_f64s,
     splat_f64s,
     max_f64s,
@@ -310,24 +306,21 @@ mod tests {
     }
 
     #[test]
-    fn tanh_and_its_slope_keep_their_digits() {
-        let points: Vec<f64> = (1..100_000)
-            .map(|i| 9.0 * f64::from(i) / 100_000.0)
-            .collect();
-        fn tanh_and_slope<R: Real>(epsilon: f64, points: &[f64]) -> (f64, f64) {
-            let slope = |x: f64| x.cosh().powi(-2);
-            (
-                worst::<R>(epsilon, |x| x.tanh_and_slope::<true>().0, f64::tanh, points),
-                worst::<R>(epsilon, |x| x.tanh_and_slope::<true>().1, slope, points),
-            )
+    fn exp_minus_1_keeps_its_digits_near_0() {
+        let near = (1..100_000).map(|i| -f64::from(i) / 100_000.0);
+        let far = (0..100).map(|i| -f64::from(i));
+        let tiny = (0..30).map(|i| -(0.1f64.powi(i)));
+        let points: Vec<f64> = near.chain(far).chain(tiny).collect();
+        fn error<R: Real, const FUSED: bool>(epsilon: f64, points: &[f64]) -> f64 {
+            let points: Vec<f64> = points.iter().copied().filter(|&x| x != 0.0).collect();
+            worst::<R>(epsilon, |x| x.exp_minus_1::<FUSED>(), f64::exp_m1, &points)
         }
-        let (tanh, slope) = tanh_and_slope::<f32>(f32::EPSILON.into(), &points);
-        assert!(tanh < 4.0 && slope < 8.0);
-        let (tanh, slope) = tanh_and_slope::<f64>(f64::EPSILON, &points);
-        assert!(tanh < 16.0 && slope < 32.0);
-        assert_eq!(
-            (-0.3f32).tanh_and_slope::<true>().0,
-            -(0.3f32.tanh_and_slope::<true>().0)
-        );
+        assert!(error::<f32, true>(f32::EPSILON.into(), &points) < 3.0);
+        assert!(error::<f32, false>(f32::EPSILON.into(), &points) < 3.0);
+        assert!(error::<f64, true>(f64::EPSILON, &points) < 4.0);
+        assert!(error::<f64, false>(f64::EPSILON, &points) < 4.0);
+        assert_eq!(0f32.exp_minus_1::<true>(), 0.0);
+        assert_eq!(f32::NEG_INFINITY.exp_minus_1::<true>(), -1.0);
+        assert!(f32::NAN.exp_minus_1::<true>().is_nan());
     }
 }

@@ -11,50 +11,171 @@ pub(super) const PIECE: usize = 2048;
 /// Independent sums, one a SIMD lane: a fixed number, so that results do not depend on the instruction set's width.
 const LANES: usize = 16;
 
+/// How logits become z, a constant where it is compiled: [`PLAIN`], [`SCALED`] or [`CAPPED`].
+pub(super) type Form = u8;
+/// z = x.
+pub(super) const PLAIN: Form = 0;
+/// z = s·x.
+pub(super) const SCALED: Form = 1;
+/// z = c·tanh(s·x/c).
+pub(super) const CAPPED: Form = 2;
+
+pub(super) fn form(call: &Call) -> Form {
+    match (call.softcap, call.logit_scale) {
+        (Some(_), _) => CAPPED,
+        (None, 1.0) => PLAIN,
+        (None, _) => SCALED,
+    }
+}
+
+/// Evaluates an expression with `$F` as the constant [`Form`] of a call.
+macro_rules! with_form {
+    ($call:expr, $F:ident => $body:expr) => {
+        match $crate::cpu::row::form($call) {
+            $crate::cpu::row::CAPPED => {
+                const $F: $crate::cpu::row::Form = $crate::cpu::row::CAPPED;
+                $body
+            }
+            $crate::cpu::row::SCALED => {
+                const $F: $crate::cpu::row::Form = $crate::cpu::row::SCALED;
+                $body
+            }
+            _ => {
+                const $F: $crate::cpu::row::Form = $crate::cpu::row::PLAIN;
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_form;
+
 /// Scale and softcap of the logits.
+///
+/// Exponents are differences z − z' of two logits, and formed from x − x': the rounding error of a single z may be
+/// larger than any exponent.
 #[derive(Clone, Copy)]
 pub(super) struct Transform<R> {
+    /// What logits are multiplied by before one is subtracted from the other: ½ where a scale could bring back what has
+    /// overflowed.
+    unit: R,
+    /// scale / unit.
     scale: R,
     cap: R,
-    /// scale / cap.
-    inner: R,
+    /// 2·scale / cap, as two factors that are in range whatever the two are.
+    inner: [R; 2],
+}
+
+/// The logit x' that others are relative to.
+#[derive(Clone, Copy)]
+pub(super) struct Reference<R> {
+    /// Times the transform's unit.
+    logit: R,
+    /// With a softcap: c·σ(2s·x'/c).
+    factor: R,
 }
 
 impl<R: Real> Transform<R> {
     pub fn new(call: &Call) -> Self {
         let scale = f64::from(call.logit_scale);
         let cap = call.softcap.map_or(1.0, f64::from);
-        Self {
-            scale: R::of(scale),
-            cap: R::of(cap),
-            inner: R::of(scale / cap),
-        }
-    }
-
-    /// z − shift, and dz/dx up to the scale. NaN for x = ±inf with a softcap.
-    #[inline(always)]
-    fn apply<const CAP: bool, const FUSED: bool>(&self, x: R, shift: R) -> (R, R) {
-        if CAP {
-            let (tanh, slope) = (x * self.inner).tanh_and_slope::<FUSED>();
-            // x·0 makes NaN of an infinity, which tanh would hide.
-            (self.cap.fma::<FUSED>(tanh, (x * R::ZERO) - shift), slope)
+        let unit = if call.softcap.is_some() || scale <= 1.0 && scale != 1.0 {
+            0.5
         } else {
-            (x.fma::<FUSED>(self.scale, -shift), R::ONE)
+            1.0
+        };
+        // Where the product is in range, the second is 1, and rounds nothing.
+        let inner = 2.0 * scale / cap;
+        let first = match (1e-30..1e30).contains(&inner) {
+            true => inner,
+            false => inner.sqrt().clamp(1e-38, 1e38),
+        };
+        let first = R::of(first);
+        Self {
+            unit: R::of(unit),
+            scale: R::of(scale / unit),
+            cap: R::of(cap),
+            inner: [first, R::of((inner / first.f64()).min(1e38))],
         }
     }
 
-    /// z of the largest logit: what a row's exponentials are taken relative to. 0 where all are masked.
+    /// Relative to `logit`; to 0 for a masked one, of which there is no other in its stretch.
     #[inline(always)]
-    fn shift<const CAP: bool, const FUSED: bool>(&self, largest: R) -> R {
-        if largest == R::NEG_INFINITY {
+    fn relative_to<const FORM: Form, const FUSED: bool>(&self, logit: R) -> Reference<R> {
+        let logit = if logit == R::NEG_INFINITY {
             R::ZERO
         } else {
-            self.apply::<CAP, FUSED>(largest, R::ZERO).0
+            logit
+        };
+        let mut factor = R::ZERO;
+        if FORM == CAPPED {
+            let Tanh { down, .. } = self.tanh::<FUSED>(-logit);
+            factor = self.cap * down;
+        }
+        Reference {
+            logit: logit * self.unit,
+            factor,
+        }
+    }
+
+    /// tanh(s·x/c), by what it is made of.
+    #[inline(always)]
+    fn tanh<const FUSED: bool>(&self, x: R) -> Tanh<R> {
+        let y = x * self.inner[0] * self.inner[1];
+        let e = (-y.abs()).exp::<FUSED>();
+        let inverse = R::ONE / (R::ONE + e);
+        let small = e * inverse;
+        Tanh {
+            down: if y > R::ZERO { small } else { inverse },
+            slope: R::of(4.0) * small * inverse,
+        }
+    }
+
+    /// z − z' for the reference's z', and dz/dx up to the scale, of a logit that is not masked. NaN where one of them is
+    /// +inf.
+    #[inline(always)]
+    fn difference<const FORM: Form, const FUSED: bool>(&self, x: R, from: &Reference<R>) -> (R, R) {
+        match FORM {
+            PLAIN => (x - from.logit, R::ONE),
+            SCALED => (x.fma::<FUSED>(self.unit, -from.logit) * self.scale, R::ONE),
+            _ => {
+                // tanh a − tanh b = 2·(e^(2a−2b) − 1)·σ(−2a)·σ(2b): no difference of numbers that are nearly equal.
+                let Tanh { down, slope } = self.tanh::<FUSED>(x);
+                let twice = x.fma::<FUSED>(self.unit, -from.logit)
+                    * (self.inner[0] + self.inner[0])
+                    * self.inner[1];
+                let d = from.factor * (twice.exp_minus_1::<FUSED>() * (down + down));
+                (d, slope)
+            }
         }
     }
 }
 
-/// Sums over the classes of a stretch of a row, without masked ones and without the target, relative to `shift`.
+/// What tanh y is made of.
+struct Tanh<R> {
+    /// σ(−2y) = 1/(1 + e^2y).
+    down: R,
+    /// 1 − tanh² y.
+    slope: R,
+}
+
+impl Transform<f64> {
+    /// z of a logit that is not masked.
+    fn z<const FORM: Form>(&self, x: f64) -> f64 {
+        match FORM {
+            PLAIN => x,
+            SCALED => x * self.unit * self.scale,
+            _ => {
+                // tanh y = y for small y, where the sigmoids' difference would cancel.
+                let [first, second] = self.inner;
+                let y = x * first * (0.5 * second);
+                self.cap * y.tanh()
+            }
+        }
+    }
+}
+
+/// Sums over the classes of a stretch of a row, without masked ones and without the target, of exponents d = z − z' where z'
+/// is that of the largest logit.
 ///
 /// The target is left out so that probabilities near 1 keep their digits: 1 − p_y is then a sum, not a difference.
 #[derive(Clone, Copy, Debug)]
@@ -63,15 +184,13 @@ pub(super) struct Partial {
     pub largest: f64,
     /// The piece that has it first.
     piece: usize,
-    /// z of `largest`.
-    shift: f64,
-    /// Σ exp(z − shift).
+    /// Σ exp d.
     exp: f64,
-    /// Σ (z − shift).
+    /// Σ d.
     linear: f64,
-    /// Σ (z − shift)·exp(z − shift).
+    /// Σ d·exp d.
     weighted: f64,
-    /// Σ exp(z − shift)².
+    /// Σ (exp d)².
     squares: f64,
     classes: usize,
 }
@@ -80,7 +199,6 @@ impl Partial {
     pub const EMPTY: Self = Self {
         largest: f64::NEG_INFINITY,
         piece: 0,
-        shift: 0.0,
         exp: 0.0,
         linear: 0.0,
         weighted: 0.0,
@@ -88,37 +206,42 @@ impl Partial {
         classes: 0,
     };
 
-    /// The same sums relative to another shift.
-    fn shifted(self, shift: f64) -> Self {
-        // Of no classes, every sum is 0 whatever the shift.
-        if self.classes == 0 || self.shift == shift {
-            return Self { shift, ..self };
+    /// The same sums relative to a logit that is no smaller.
+    fn relative_to<const FORM: Form>(self, largest: f64, transform: &Transform<f64>) -> Self {
+        // Of no classes, every sum is 0 whatever they are relative to.
+        if self.classes == 0 || self.largest == largest {
+            return self;
         }
-        let by = self.shift - shift;
+        let reference = transform.relative_to::<FORM, true>(largest);
+        let (by, _) = transform.difference::<FORM, true>(self.largest, &reference);
         let factor = by.exp();
         Self {
-            shift,
             exp: self.exp * factor,
             linear: self.linear + self.classes as f64 * by,
-            weighted: (self.weighted + by * self.exp) * factor,
+            // Infinitely far is 0, not NaN.
+            weighted: if factor == 0.0 {
+                0.0
+            } else {
+                (self.weighted + by * self.exp) * factor
+            },
             squares: self.squares * factor * factor,
             ..self
         }
     }
 
     /// This stretch followed by `other`.
-    pub fn merge(self, other: Self) -> Self {
+    pub fn merge<const FORM: Form>(self, other: Self, transform: &Transform<f64>) -> Self {
         let first = self.largest >= other.largest;
-        let (largest, piece, shift) = if first {
-            (self.largest, self.piece, self.shift)
+        let (largest, piece) = if first {
+            (self.largest, self.piece)
         } else {
-            (other.largest, other.piece, other.shift)
+            (other.largest, other.piece)
         };
-        let (a, b) = (self.shifted(shift), other.shifted(shift));
+        let a = self.relative_to::<FORM>(largest, transform);
+        let b = other.relative_to::<FORM>(largest, transform);
         Self {
             largest,
             piece,
-            shift,
             exp: a.exp + b.exp,
             linear: a.linear + b.linear,
             weighted: a.weighted + b.weighted,
@@ -131,10 +254,14 @@ impl Partial {
 /// What the gradient of a row needs besides its logits.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Normaliser {
-    shift: f64,
-    /// log Σ exp(z − shift), over all classes.
+    /// The largest logit, 0 where all are masked.
+    largest: f64,
+    /// log Σ exp(z − z'), over all classes, z' that of the largest.
     log_sum: f64,
-    /// p_y − 1.
+    /// z' + log_sum.
+    lse: f64,
+    /// p_y, and p_y − 1: each keeps its digits.
+    target_p: f64,
     target_p_minus_1: f64,
     classes: usize,
 }
@@ -193,7 +320,7 @@ pub(super) fn one<T: Element>(x: T) -> T::Real {
 #[inline(always)]
 pub(super) fn partial<
     T: Element,
-    const CAP: bool,
+    const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
     const FUSED: bool,
@@ -203,7 +330,7 @@ pub(super) fn partial<
     x: &[T],
     index: usize,
     target: usize,
-    transform: &Transform<T::Real>,
+    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
     kept: &mut [T::Real],
     buffer: &mut [T::Real; PIECE],
 ) -> Partial {
@@ -212,25 +339,25 @@ pub(super) fn partial<
     if target / PIECE == index {
         largest = largest.largest(one(x[target]));
     }
-    let shift = transform.shift::<CAP, FUSED>(largest);
+    let reference = transform.relative_to::<FORM, FUSED>(largest);
     // Masked classes, and exponentials that would be subnormal, cost more; most pieces have neither. The last piece of
     // a row may be filled up with masked classes.
-    let narrow = transform.apply::<CAP, FUSED>(smallest, shift).0 >= T::Real::LEAST;
+    let least = transform.difference::<FORM, FUSED>(smallest, &reference).0;
+    let narrow = smallest != T::Real::NEG_INFINITY && least >= T::Real::LEAST;
     let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
     let sums = if narrow && reals.len().is_multiple_of(LANES) {
-        sum::<T, CAP, STATS, KEEP, false, FUSED>(reals, transform, shift, kept, next)
+        sum::<T, FORM, STATS, KEEP, false, FUSED>(reals, transform, &reference, kept, next)
     } else {
-        sum::<T, CAP, STATS, KEEP, true, FUSED>(reals, transform, shift, kept, next)
+        sum::<T, FORM, STATS, KEEP, true, FUSED>(reals, transform, &reference, kept, next)
     };
     let partial = Partial {
         largest: largest.f64(),
         piece: index,
-        shift: shift.f64(),
         ..sums
     };
     // Logits near the type's limits, such as its smallest value for a mask: their differences may be beyond it.
     if partial.exp.is_finite() && !(partial.linear.is_finite() && partial.weighted.is_finite()) {
-        return partial.resummed(reals, transform.scale.f64());
+        return partial.resummed::<T::Real, FORM>(reals, exact);
     }
     partial
 }
@@ -242,7 +369,7 @@ pub(super) fn partial<
 #[inline(always)]
 fn sum<
     T: Element,
-    const CAP: bool,
+    const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
     const WIDE: bool,
@@ -250,7 +377,7 @@ fn sum<
 >(
     x: &[T::Real],
     transform: &Transform<T::Real>,
-    shift: T::Real,
+    reference: &Reference<T::Real>,
     kept: &mut [T::Real],
     next: *const T,
 ) -> Partial {
@@ -274,7 +401,7 @@ fn sum<
         let mut powers = [zero; LANES];
         for l in 0..LANES {
             let hidden = WIDE && chunk[l] == T::Real::NEG_INFINITY;
-            let d = transform.apply::<CAP, FUSED>(chunk[l], shift).0;
+            let d = transform.difference::<FORM, FUSED>(chunk[l], reference).0;
             let d = if hidden { zero } else { d };
             let power = if WIDE {
                 d.exp::<FUSED>()
@@ -329,21 +456,20 @@ fn total<R: Real>(lanes: &[R; LANES]) -> f64 {
 }
 
 impl Partial {
-    /// With the sums of d over the classes `x` taken in f64. Without a softcap, which leaves nothing to overflow.
+    /// With the sums of d over the classes `x` taken in f64.
     #[cold]
-    fn resummed<R: Real>(self, x: &[R], scale: f64) -> Self {
+    fn resummed<R: Real, const FORM: Form>(self, x: &[R], transform: &Transform<f64>) -> Self {
+        let reference = transform.relative_to::<FORM, true>(self.largest);
         let mut sums = Self {
             linear: 0.0,
             weighted: 0.0,
             ..self
         };
-        for d in x
-            .iter()
-            .filter(|&&x| x != R::NEG_INFINITY)
-            .map(|x| x.f64() * scale - self.shift)
-        {
+        for x in x.iter().filter(|&&x| x != R::NEG_INFINITY) {
+            let (d, _) = transform.difference::<FORM, true>(x.f64(), &reference);
+            let power = d.exp();
             sums.linear += d;
-            sums.weighted += d * d.exp();
+            sums.weighted += if power == 0.0 { 0.0 } else { d * power };
         }
         sums
     }
@@ -376,7 +502,7 @@ pub(super) fn largest_column<T: Element>(x: &[T], all: &Partial) -> u32 {
 
 /// Loss, statistics and normaliser of a row whose pieces merge to `others`, from the target's logit `x_y` and the
 /// column of the largest. The target's own part, on which the loss rests, is computed in f64.
-pub(super) fn finish<const CAP: bool>(
+pub(super) fn finish<const FORM: Form>(
     call: &Call,
     row: &Row,
     x_y: f64,
@@ -392,18 +518,21 @@ pub(super) fn finish<const CAP: bool>(
     let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
     let target_masked = x_y == f64::NEG_INFINITY;
     let classes = others.classes + usize::from(!target_masked);
+    let reference = transform.relative_to::<FORM, true>(others.largest);
     let d_y = if target_masked {
         f64::NEG_INFINITY
     } else {
-        transform.apply::<CAP, true>(x_y, others.shift).0
+        transform.difference::<FORM, true>(x_y, &reference).0
     };
     let e_y = d_y.exp();
     let sum = others.exp + e_y;
     if sum.is_nan() {
         let nan = f64::NAN;
         let normaliser = Normaliser {
-            shift: nan,
+            largest: nan,
             log_sum: nan,
+            lse: nan,
+            target_p: nan,
             target_p_minus_1: nan,
             classes,
         };
@@ -438,7 +567,7 @@ pub(super) fn finish<const CAP: bool>(
     } else {
         sum.ln()
     };
-    let lse = others.shift + log_sum;
+    let lse = transform.z::<FORM>(others.largest) + log_sum;
     let nll = if target_is_largest {
         (others.exp / e_y).ln_1p()
     } else {
@@ -448,7 +577,7 @@ pub(super) fn finish<const CAP: bool>(
     let target_p_minus_1 = -others.exp / sum;
     let k = classes as f64;
     let linear = others.linear + if target_masked { 0.0 } else { d_y };
-    let weighted_sum = others.weighted + if target_masked { 0.0 } else { d_y * e_y };
+    let weighted_sum = others.weighted + if e_y == 0.0 { 0.0 } else { d_y * e_y };
     let lambda = f64::from(call.z_loss);
     let loss = if target_masked {
         f64::INFINITY
@@ -458,7 +587,13 @@ pub(super) fn finish<const CAP: bool>(
         } else {
             eps * (log_sum - linear / k)
         };
-        (1.0 - eps) * nll + smooth + lambda * lse * lse
+        let z_loss = if lambda == 0.0 {
+            0.0
+        } else {
+            lambda * lse * lse
+        };
+        let nll = if eps == 1.0 { 0.0 } else { (1.0 - eps) * nll };
+        nll + smooth + z_loss
     };
     // Σ (p − ε/K)² over the others, expanded, and the target's own term.
     let share = eps / k;
@@ -481,8 +616,10 @@ pub(super) fn finish<const CAP: bool>(
     (
         result,
         Normaliser {
-            shift: others.shift,
+            largest: others.largest,
             log_sum,
+            lse,
+            target_p: p_y,
             target_p_minus_1,
             classes,
         },
@@ -491,9 +628,13 @@ pub(super) fn finish<const CAP: bool>(
 
 /// Factors of a row's gradient: dx_k = (exponential·e_k − share)·slope_k, and the target's own.
 pub(super) struct GradFactors<R> {
-    shift: R,
+    /// The largest logit.
+    largest: R,
     exponential: R,
     share: R,
+    /// The same two, and whether what they make is in R's range.
+    exact: [f64; 2],
+    pub in_range: bool,
     any_masked: bool,
     /// Gradient of a masked class: 0, but NaN in a row that is NaN.
     masked: R,
@@ -508,17 +649,31 @@ impl<R: Real> GradFactors<R> {
         if row.weight == 0.0 || n.classes == 0 {
             return None;
         }
-        let lse_slope = 2.0 * f64::from(call.z_loss) * (n.shift + n.log_sum);
+        let lambda = f64::from(call.z_loss);
+        let lse_slope = if lambda == 0.0 {
+            0.0
+        } else {
+            2.0 * lambda * n.lse
+        };
         let share = row.smoothing / n.classes as f64;
-        let p_y = 1.0 + n.target_p_minus_1;
         let scale = scale * f64::from(call.logit_scale);
+        let exact = [
+            scale * (1.0 + lse_slope) * (-n.log_sum).exp(),
+            scale * share,
+        ];
+        let [exponential, scaled_share] = exact.map(R::of);
         Some(Self {
-            shift: R::of(n.shift),
-            exponential: R::of(scale * (1.0 + lse_slope) * (-n.log_sum).exp()),
-            share: R::of(scale * share),
+            largest: R::of(n.largest),
+            exponential,
+            share: scaled_share,
+            exact,
+            // With room for their sum.
+            in_range: exact
+                .iter()
+                .all(|&x| !(R::of(2.0 * x).f64().is_infinite() && x.is_finite())),
             any_masked: n.classes != call.vocab,
             masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
-            target: scale * (n.target_p_minus_1 + row.smoothing - share + lse_slope * p_y),
+            target: scale * (n.target_p_minus_1 + row.smoothing - share + lse_slope * n.target_p),
         })
     }
 }
@@ -526,20 +681,25 @@ impl<R: Real> GradFactors<R> {
 /// Gradient of the logits `x` of a piece, in the order of [`Element::widen`]; wrong for the target's. `buffer` is
 /// scratch memory.
 #[inline(always)]
-pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
+pub(super) fn gradient<T: Element, const FORM: Form, const FUSED: bool>(
     x: &[T],
     result: &mut [T::Real; PIECE],
     transform: &Transform<T::Real>,
     factors: &GradFactors<T::Real>,
+    exact: &Transform<f64>,
     buffer: &mut [T::Real; PIECE],
 ) {
     let reals = T::widen(x, buffer);
+    if !factors.in_range {
+        return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors);
+    }
+    let reference = transform.relative_to::<FORM, FUSED>(factors.largest);
     for (g, &x) in result.iter_mut().zip(reals) {
-        let (d, slope) = transform.apply::<CAP, FUSED>(x, factors.shift);
+        let (d, slope) = transform.difference::<FORM, FUSED>(x, &reference);
         let dz = d
             .exp::<FUSED>()
             .fma::<FUSED>(factors.exponential, -factors.share);
-        let dx = if CAP { dz * slope } else { dz };
+        let dx = if FORM == CAPPED { dz * slope } else { dz };
         *g = if x == T::Real::NEG_INFINITY {
             factors.masked
         } else {
@@ -548,17 +708,39 @@ pub(super) fn gradient<T: Element, const CAP: bool, const FUSED: bool>(
     }
 }
 
+/// [`gradient`] where a factor is beyond the type, of a product that need not be.
+#[cold]
+fn gradient_in_f64<R: Real, const FORM: Form>(
+    x: &[R],
+    result: &mut [R; PIECE],
+    transform: &Transform<f64>,
+    factors: &GradFactors<R>,
+) {
+    let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
+    let [exponential, share] = factors.exact;
+    for (g, &x) in result.iter_mut().zip(x) {
+        let (d, slope) = transform.difference::<FORM, true>(x.f64(), &reference);
+        *g = if x == R::NEG_INFINITY {
+            factors.masked
+        } else {
+            R::of((d.exp() * exponential - share) * slope)
+        };
+    }
+}
+
 /// Gradient of a piece from the exponentials that [`partial`] kept, which it may overwrite; wrong for the target's.
 /// Without a softcap.
 #[inline(always)]
-pub(super) fn gradient_of_kept<T: Element, const FUSED: bool>(
+pub(super) fn gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
     kept: &mut [T::Real],
     grad: &mut [T],
     partial: &Partial,
     factors: &GradFactors<T::Real>,
+    transform: &Transform<f64>,
 ) {
-    let exponential =
-        T::Real::of(factors.exponential.f64() * (partial.shift - factors.shift.f64()).exp());
+    let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
+    let (by, _) = transform.difference::<FORM, true>(partial.largest, &reference);
+    let exponential = T::Real::of(factors.exponential.f64() * by.exp());
     if !factors.any_masked && T::NARROWS_ONE {
         for (grad, e) in grad.iter_mut().zip(kept) {
             *grad = T::narrow_one(e.fma::<FUSED>(exponential, -factors.share));
@@ -573,14 +755,14 @@ pub(super) fn gradient_of_kept<T: Element, const FUSED: bool>(
 }
 
 /// Gradient of the target's logit `x`.
-pub(super) fn target_gradient<T: Element, const CAP: bool>(
+pub(super) fn target_gradient<T: Element, const FORM: Form>(
     x: T,
     transform: &Transform<f64>,
     factors: &GradFactors<T::Real>,
 ) -> T::Real {
     let x = one(x);
-    let slope = if CAP {
-        transform.apply::<CAP, true>(x.f64(), 0.0).1
+    let slope = if FORM == CAPPED {
+        transform.tanh::<true>(x.f64()).slope
     } else {
         1.0
     };

@@ -4,7 +4,7 @@ use super::{
     element::Element,
     memory::{GradRows, Logits},
     real::Real,
-    row::{self, GradFactors, PIECE, Partial, Transform},
+    row::{self, Form, GradFactors, PIECE, Partial, Transform},
 };
 
 /// Work for one thread, compiled for each instruction set.
@@ -32,18 +32,18 @@ pub(super) fn dispatch<K: Task>(task: K) {
 }
 
 /// Partial results of consecutive pieces of a row, one a piece. With `KEEP`, `kept` gets the exponentials.
-pub(super) struct Partials<'a, T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> {
+pub(super) struct Partials<'a, T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> {
     pub x: &'a [T],
     pub first_piece: usize,
     pub target: usize,
-    pub transform: &'a Transform<T::Real>,
+    pub transforms: (&'a Transform<T::Real>, &'a Transform<f64>),
     pub partials: &'a mut [Partial],
     pub kept: &'a mut [T::Real],
 }
 
 // In `run` and below, loops and no closures: those would not be compiled for the instruction set.
-impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
-    for Partials<'_, T, CAP, STATS, KEEP>
+impl<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> Task
+    for Partials<'_, T, FORM, STATS, KEEP>
 {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
@@ -51,7 +51,7 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
             x,
             first_piece,
             target,
-            transform,
+            transforms,
             partials,
             kept,
         } = self;
@@ -63,12 +63,12 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
             } else {
                 &mut []
             };
-            *partial = row::partial::<T, CAP, STATS, KEEP, FUSED, S>(
+            *partial = row::partial::<T, FORM, STATS, KEEP, FUSED, S>(
                 simd,
                 x,
                 first_piece + p,
                 target,
-                transform,
+                transforms,
                 kept,
                 &mut buffer,
             );
@@ -77,7 +77,7 @@ impl<T: Element, const CAP: bool, const STATS: bool, const KEEP: bool> Task
 }
 
 /// Gradient of consecutive pieces of a row.
-pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
+pub(super) struct Gradients<'a, T: Element, const FORM: Form> {
     pub logits: Logits<'a, T>,
     pub out: &'a GradRows<'a, T>,
     pub row: usize,
@@ -88,7 +88,7 @@ pub(super) struct Gradients<'a, T: Element, const CAP: bool> {
     pub factors: &'a GradFactors<T::Real>,
 }
 
-impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
+impl<T: Element, const FORM: Form> Task for Gradients<'_, T, FORM> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
         let (mut result, mut buffer) = ([T::Real::ZERO; PIECE], [T::Real::ZERO; PIECE]);
@@ -96,17 +96,18 @@ impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
             let columns = start..(start + PIECE).min(self.columns.end);
             // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
             let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
-            row::gradient::<T, CAP, FUSED>(
+            row::gradient::<T, FORM, FUSED>(
                 x,
                 &mut result,
                 self.transform,
                 self.factors,
+                self.exact,
                 &mut buffer,
             );
             if columns.contains(&self.target) {
                 let at = self.target - start;
                 result[T::position(at, x.len())] =
-                    row::target_gradient::<T, CAP>(x[at], self.exact, self.factors);
+                    row::target_gradient::<T, FORM>(x[at], self.exact, self.factors);
             }
             // SAFETY: as above.
             let grad = unsafe { self.out.stretch(self.row, columns) };
@@ -116,16 +117,17 @@ impl<T: Element, const CAP: bool> Task for Gradients<'_, T, CAP> {
 }
 
 /// Gradient of consecutive pieces of a row from kept exponentials.
-pub(super) struct KeptGradients<'a, T: Element> {
+pub(super) struct KeptGradients<'a, T: Element, const FORM: Form> {
     pub kept: &'a mut [T::Real],
     pub partials: &'a [Partial],
     pub out: &'a GradRows<'a, T>,
     pub row: usize,
     pub first_column: usize,
+    pub exact: &'a Transform<f64>,
     pub factors: &'a GradFactors<T::Real>,
 }
 
-impl<T: Element> Task for KeptGradients<'_, T> {
+impl<T: Element, const FORM: Form> Task for KeptGradients<'_, T, FORM> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
         for (p, partial) in self.partials.iter().enumerate() {
@@ -138,7 +140,8 @@ impl<T: Element> Task for KeptGradients<'_, T> {
                     self.first_column + p * PIECE..self.first_column + end,
                 )
             };
-            row::gradient_of_kept::<T, FUSED>(kept, grad, partial, self.factors);
+            let (factors, exact) = (self.factors, self.exact);
+            row::gradient_of_kept::<T, FORM, FUSED>(kept, grad, partial, factors, exact);
         }
     }
 }

@@ -190,7 +190,7 @@ impl Setup {
         loss
     }
 
-    /// The factor of each row in the gradient: what its absolute tolerance grows with.
+    /// The factor of each row in the gradient, w·s over the divisor: what its absolute tolerance grows with.
     pub fn row_factors(&self, targets: &[f64]) -> Vec<f64> {
         let counted = |i: usize| targets[i] != self.ignore as f64;
         let weight = |i: usize| self.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
@@ -201,7 +201,8 @@ impl Setup {
             Reduction::Mean => total,
             Reduction::SumOver(n) => n,
         };
-        (0..targets.len()).map(|i| weight(i) / divisor).collect()
+        let factor = |i| weight(i) * f64::from(self.scale) / divisor;
+        (0..targets.len()).map(factor).collect()
     }
 }
 
@@ -470,12 +471,10 @@ impl Accuracy {
         for (i, (a, e)) in rows {
             let factor = factors[i / width];
             // f64 has far more to give than the absolute tolerance that f32 arithmetic needs.
-            let absolute = factor
-                * if self.dtype == DType::F64 {
-                    1e-14
-                } else {
-                    1e-7
-                };
+            let absolute = match self.dtype {
+                DType::F64 => 1e-14 * factor,
+                _ => (1e-7 * factor).max(NOTHING),
+            };
             let (unit, tolerance) = match self.dtype {
                 // Rounded once: half a unit, and what the f32 value was off by before.
                 DType::F16 | DType::BF16 => (ulp(e, self.dtype), 0.6),
@@ -483,7 +482,7 @@ impl Accuracy {
                 _ => (e.abs(), 1e-12),
             };
             let error = (a - e).abs();
-            if a == e || (a.is_nan() && e.is_nan()) {
+            if a == e || (a.is_nan() && e.is_nan()) || overflows(a, e, absolute, self.dtype) {
                 continue;
             }
             self.grad_part = self.grad_part.max(error / absolute.max(tolerance * unit));
@@ -561,9 +560,26 @@ impl Accuracy {
     }
 }
 
-/// |a − e| / |e|, where values below the smallest normal f32 are as good as 0.
+/// Whether `a` is infinite because `e`, to within the tolerance, is beyond what the type holds.
+fn overflows(a: f64, e: f64, absolute: f64, dtype: DType) -> bool {
+    let largest = match dtype {
+        DType::F16 => 65504.0,
+        DType::F64 => f64::MAX,
+        _ => f64::from(f32::MAX), // a bf16's is a little less
+    };
+    a.is_infinite() && e * a.signum() + absolute > 0.99 * largest
+}
+
+/// As good as 0: each exponential that would be about the smallest normal f32, 1.2e-38, or less is.
+const NOTHING: f64 = 1e-36;
+
+/// |a − e| / |e| of an f32 result.
 pub fn relative_error(a: f64, e: f64) -> f64 {
-    if a == e || (a.is_nan() && e.is_nan()) || (a - e).abs() <= f64::from(f32::MIN_POSITIVE) {
+    if a == e
+        || (a.is_nan() && e.is_nan())
+        || (a - e).abs() <= NOTHING
+        || overflows(a, e, 0.0, DType::F32)
+    {
         0.0
     } else if !a.is_finite() || !e.is_finite() {
         f64::INFINITY

@@ -9,6 +9,7 @@ mod determinism;
 mod gradient;
 mod graph;
 mod linear;
+mod magnitudes;
 mod properties;
 mod pytorch;
 mod reductions;
