@@ -12,11 +12,12 @@
 #include "row.cuh"
 
 // Merges a slice of the vocabulary into what is known of its row; true when that is all of it.
-template <bool STATS>
-DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Partial& others, float& x_y, bool has_target) {
+template <bool STATS, bool SOFTCAP>
+DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Partial& others, float& x_y, bool has_target,
+                         const Transform<SOFTCAP>& transform) {
   Running& running = p.running[row];
   if (slice.begin > 0) {
-    others = merge<STATS>(running.others, others);
+    others = merge<STATS>(running.others, others, transform);
     if (!has_target) x_y = running.target_logit;
   }
   if (slice.begin + slice.classes == static_cast<int>(p.vocab)) return true;
@@ -47,7 +48,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
     const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
     dev::sync_block();  // in place, nothing may be overwritten before it is read
     write_gradient<T, SOFTCAP, 4, true>(p, row, x, stored, in, state, gradient_scale(p, row), transform);
-  } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target))) {
+  } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target, transform))) {
     finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
 }

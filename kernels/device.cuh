@@ -25,6 +25,7 @@ DEVICE float reciprocal_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %
 DEVICE float log(float x) { return logf(x); }
 DEVICE float log1p(float x) { return log1pf(x); }
 DEVICE float expm1(float x) { return expm1f(x); }
+DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // The larger; NaN only where both are.
 DEVICE float max(float a, float b) { return fmaxf(a, b); }

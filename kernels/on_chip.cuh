@@ -87,7 +87,7 @@ DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int tar
 }
 
 // Gradient of the slice's classes where its 16-byte words lie as the image's do.
-template <class T, bool SOFTCAP, bool MASKED>
+template <class T, bool SOFTCAP, bool SPECIAL>
 DEVICE void write_words(T* grad, const char* image, int count, int target, unsigned phase, const GradientFactors& f,
                         const Transform<SOFTCAP>& transform) {
   const int lead = static_cast<int>(phase / sizeof(T)), words = (count + lead + kGroup<T> - 1) / kGroup<T>;
@@ -95,7 +95,7 @@ DEVICE void write_words(T* grad, const char* image, int count, int target, unsig
   for (int word = static_cast<int>(threadIdx.x); word < words; word += static_cast<int>(blockDim.x)) {
     float x[kGroup<T>], g[kGroup<T>];
     widen<T>(dev::load16(image + word * 16), x);
-    gradient_of_group<SOFTCAP, MASKED>(x, g, f, transform);
+    gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
     if (word == target_word) gradient_of_target(x, g, (target + lead) % kGroup<T>, f, transform);
     const int start = word * kGroup<T> - lead;
     if (start >= 0 && start + kGroup<T> <= count) {
@@ -120,8 +120,9 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
     return;
   }
   const int target = in.target - slice.begin;
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale);
-  if (state.classes != p.vocab) write_words<T, SOFTCAP, true>(grad, image, slice.classes, target, phase, f, transform);
+  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
+  const bool special = is_special<SOFTCAP>(p, state, f);
+  if (special) write_words<T, SOFTCAP, true>(grad, image, slice.classes, target, phase, f, transform);
   else write_words<T, SOFTCAP, false>(grad, image, slice.classes, target, phase, f, transform);
   const int padding = slice.width - slice.classes;
   if (padding > 0) fill_gradient<T>(p, row, 0.f, {slice.begin + slice.classes, 0, padding});
@@ -161,7 +162,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
   Partial a = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
                          : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
-  a = merge_block<STATS>(a, scratch);
+  a = merge_block<STATS>(a, scratch, transform);
   if (!one_block) dev::cluster_wait();  // the other blocks have started, so their memory may be written
   if (threadIdx.x < p.blocks_per_row) {
     if constexpr (STATS) find_column(a, x, slice);
@@ -171,7 +172,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
     dev::sync_cluster();
     const unsigned lane = threadIdx.x % 32;
-    a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial());
+    a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
   }
   const float x_y = widen_one(target_logit);
   const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);

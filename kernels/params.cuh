@@ -11,9 +11,9 @@ struct RowOffsets {
   uint64_t strides[kMaxRowDims];
 };
 
-// lse = (shift + log2_sum)·ln 2, in two parts so that a large offset of the row costs no precision.
+// lse = z of the largest logit + log2_sum·ln 2, in two parts so that a large offset of the row costs no precision.
 struct alignas(16) RowState {
-  float shift;
+  float largest;
   float log2_sum;
   float inverse_sum;
   uint32_t classes;
@@ -55,12 +55,13 @@ struct Params {
   float z_loss;
   float logit_scale;
   float softcap;
+  float inner[2];
   float result_scale;
   uint32_t blocks_per_row;
   uint32_t groups_per_block;
   uint32_t first_row;
   uint32_t first_column;
 };
-static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 56, "src/kernels/abi.rs has the same fields");
+static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 64, "src/kernels/abi.rs has the same fields");
 
 enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

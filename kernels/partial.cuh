@@ -7,61 +7,115 @@
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// Logits to z, in units of log 2: exponentials are powers of 2, so that one instruction computes them.
+// Sums of d are kept in this unit: a power of 2, so that it rounds nothing, and so small that no sum overflows.
+constexpr float kUnit = 0x1p-40f;
+
+// Exponents: differences d = z − z' of a logit's z and the largest one's, in units of log 2, so that exponentials are
+// powers of 2 and one instruction computes them.
+//
+// Without a softcap, d = x·scale − reference with the largest logit's x'·scale for a reference, one operation and one
+// rounding. Where x'·scale is so large that its own rounding is no longer small beside 1, the row is *far*: its
+// reference is +inf, which `near` makes −inf of and `exact` knows how to part.
 template <bool SOFTCAP> struct Transform {
-  float scale;  // log2 e times the logit scale, or the softcap times log2 e
-  float inner;  // scale / softcap
+  float scale;        // log2 e times the logit scale, or the softcap
+  float logit_scale;
+  float inner[2];     // factors of 2·logit scale / softcap
 
   DEVICE explicit Transform(const Params& p) {
-    scale = (SOFTCAP ? p.softcap : p.logit_scale) * kLog2E;
-    inner = SOFTCAP ? p.logit_scale / p.softcap : 0.f;
+    scale = fminf((SOFTCAP ? p.softcap : p.logit_scale) * kLog2E, 3.4e38f);
+    logit_scale = p.logit_scale;
+    inner[0] = p.inner[0], inner[1] = p.inner[1];
   }
 
-  // tanh y, and its slope 1 − tanh² y without the cancellation that computing it from tanh would have.
-  DEVICE static float tanh(float y, float& slope) {
-    const float a = fabsf(y);
-    const float e = dev::exp2_approx(-2.f * kLog2E * a);
-    const float inverse = dev::reciprocal_approx(1.f + e);
-    slope = 4.f * e * inverse * inverse;
-    // Near 0, 1 − e would cancel: Taylor's series.
-    const float s = a * a;
-    float series = -1382.f / 155925.f;
-    series = dev::fma(series, s, 62.f / 2835.f);
-    series = dev::fma(series, s, -17.f / 315.f);
-    series = dev::fma(series, s, 2.f / 15.f);
-    series = dev::fma(series, s, -1.f / 3.f);
-    series = dev::fma(series, s, 1.f);
-    return copysignf(a < 0.25f ? a * series : (1.f - e) * inverse, y);
+  // tanh y of a logit by what it is made of: σ(−2y), and the slope 1 − tanh² y.
+  DEVICE float down(float x, float& slope) const {
+    const float y = x * inner[0] * inner[1];
+    const float e = dev::exp2_approx(-kLog2E * fabsf(y));
+    const float inverse = dev::reciprocal_approx(1.f + e), small = e * inverse;
+    slope = 4.f * small * inverse;
+    return y > 0.f ? small : inverse;
   }
 
-  // z·log2 e − shift; −inf for a masked class. One rounding without a softcap: large offsets cancel exactly.
-  DEVICE float operator()(float x, float shift, float& slope) const {
+  // e^y − 1 for y <= 0 without the cancellation near 0, where it is a polynomial through Chebyshev's points.
+  DEVICE static float exp_minus_1(float y) {
+    float series = 0.00112340425f;
+    series = dev::fma(series, y, 0.00818961393f);
+    series = dev::fma(series, y, 0.0416300744f);
+    series = dev::fma(series, y, 0.166662425f);
+    series = dev::fma(series, y, 0.499999821f);
+    series = dev::fma(series, y, 1.f);
+    return y > -0.5f ? series * y : dev::exp2_approx(kLog2E * y) - 1.f;
+  }
+
+  // What exponents need of the largest logit, of which there is one, beside itself.
+  DEVICE float reference(float largest) const {
+    if (largest == -INFINITY) return 0.f;  // all are masked
     if constexpr (SOFTCAP) {
-      // x − x makes NaN of +inf, which tanh would hide.
-      const float z = dev::fma(scale, tanh(x * inner, slope), (x - x) - shift);
-      return x == -INFINITY ? -INFINITY : z;
+      float slope;
+      return scale * down(-largest, slope);
     } else {
-      slope = 1.f;
-      return dev::fma(x, scale, -shift);
+      const float shift = largest * scale;
+      return fabsf(shift) <= 16777216.f && scale < 3.4e38f ? shift : INFINITY;
     }
   }
-  DEVICE float operator()(float x, float shift) const {
+
+  // d; −inf for a masked class, and in a far row.
+  DEVICE float near(float x, float largest, float reference, float& slope) const {
+    if constexpr (SOFTCAP) {
+      // tanh a − tanh b = 2·(e^(2a−2b) − 1)·σ(−2a)·σ(2b): no difference of numbers that are nearly equal.
+      const float below = down(x, slope);
+      const float twice = dev::fma(x, 0.5f, -0.5f * largest) * (2.f * inner[0]) * inner[1];
+      const float d = reference * (exp_minus_1(twice) * (below + below));
+      return x == -INFINITY ? -INFINITY : d;
+    } else {
+      slope = 1.f;
+      return dev::fma(x, scale, -reference);
+    }
+  }
+  DEVICE float near(float x, float largest, float reference) const {
     float slope;
-    return (*this)(x, shift, slope);
+    return near(x, largest, reference, slope);
   }
 
-  // What exponentials are taken relative to: z·log2 e of the largest logit, 0 where all are masked.
-  DEVICE float shift(float largest) const { return largest == -INFINITY ? 0.f : dev::max((*this)(largest, 0.f), -3.4e38f); }
+  // d; −inf for a masked class.
+  DEVICE float exact(float x, float largest, float reference, float& slope) const {
+    const float d = near(x, largest, reference, slope);
+    if (SOFTCAP || reference < INFINITY) return d;
+    return half_nats(x, largest) * (2.f * kLog2E);
+  }
+  DEVICE float exact(float x, float largest, float reference) const {
+    float slope;
+    return exact(x, largest, reference, slope);
+  }
+
+  // (x − largest)·s/2, which overflows only where d does.
+  DEVICE float half_nats(float x, float largest) const { return dev::fma(x, 0.5f, -0.5f * largest) * logit_scale; }
+
+  // A finite d in `kUnit`s, of a class that is not masked, even where `d` overflowed.
+  DEVICE float in_units(float x, float largest, float d) const {
+    if (SOFTCAP || d > -INFINITY) return d * kUnit;
+    return dev::fma(x, 0.5f, -0.5f * largest) * (2.f * kLog2E * kUnit) * logit_scale;
+  }
+
+  // z' + d for d = `log2_sum`, in nats.
+  DEVICE float lse(float largest, float reference, float log2_sum) const {
+    if constexpr (SOFTCAP) {
+      const float y = largest * inner[0] * (0.5f * inner[1]);
+      return kLn2 * dev::fma(scale, dev::tanh(y), log2_sum);
+    } else {
+      return reference < INFINITY ? kLn2 * (reference + log2_sum) : dev::fma(largest, logit_scale, kLn2 * log2_sum);
+    }
+  }
 };
 
-// Sums over classes that are neither masked nor the target, relative to `shift`, with d = z·log2 e − shift.
+// Sums over classes that are neither masked nor the target, relative to the largest logit.
 //
 // The target is left out so that a probability near 1 keeps its digits: 1 − p_y is then a sum, not a difference.
 struct alignas(16) Partial {
   float largest;     // largest logit, before scale and softcap
-  float shift;       // its z·log2 e
+  float reference;   // what its transform says of it
   float exp;         // Σ 2^d
-  float linear;      // Σ d
+  float linear;      // Σ d, in `kUnit`s
   float weighted;    // Σ d·2^d
   float squares;     // Σ 2^2d
   unsigned classes;  // how many
@@ -78,27 +132,33 @@ struct alignas(16) Running {
 };
 static_assert(sizeof(Running) == 48, "src/kernels/abi.rs has as many bytes");
 
-// The same sums relative to another shift.
-template <bool STATS> DEVICE void reshift(Partial& a, float shift) {
-  const float by = a.shift - shift, factor = dev::exp2_approx(by);
-  a.shift = shift;
-  if (a.classes == 0) return;
-  a.linear = dev::fma(static_cast<float>(a.classes), by, a.linear);
-  if constexpr (STATS) {
-    a.weighted = dev::fma(by, a.exp, a.weighted) * factor;
-    a.squares *= factor * factor;
+// Makes the sums relative to a larger logit.
+template <bool STATS, bool SOFTCAP>
+DEVICE void relate(Partial& a, float largest, float reference, const Transform<SOFTCAP>& transform) {
+  if (a.classes != 0) {  // of no classes, every sum is 0
+    float by;
+    if constexpr (SOFTCAP) by = transform.near(a.largest, largest, reference);
+    else if (a.reference < INFINITY && reference < INFINITY) by = a.reference - reference;
+    else by = transform.exact(a.largest, largest, INFINITY);
+    const float factor = dev::exp2_approx(by);
+    a.linear = dev::fma(static_cast<float>(a.classes), transform.in_units(a.largest, largest, by), a.linear);
+    if constexpr (STATS) {
+      a.weighted = factor == 0.f ? 0.f : dev::fma(by, a.exp, a.weighted) * factor;
+      a.squares *= factor * factor;
+    }
+    a.exp *= factor;
   }
-  a.exp *= factor;
+  a.reference = reference;
 }
 
-template <bool STATS> DEVICE Partial merge(Partial a, Partial b) {
+template <bool STATS, bool SOFTCAP> DEVICE Partial merge(Partial a, Partial b, const Transform<SOFTCAP>& transform) {
   const bool first = a.largest > b.largest || (a.largest == b.largest && a.at <= b.at);
-  const float shift = first ? a.shift : b.shift;
-  reshift<STATS>(a, shift);
-  reshift<STATS>(b, shift);
+  const float largest = first ? a.largest : b.largest, reference = first ? a.reference : b.reference;
+  relate<STATS>(a, largest, reference, transform);
+  relate<STATS>(b, largest, reference, transform);
   Partial c;
-  c.largest = first ? a.largest : b.largest;
-  c.shift = shift;
+  c.largest = largest;
+  c.reference = reference;
   c.exp = a.exp + b.exp;
   c.linear = a.linear + b.linear;
   c.weighted = a.weighted + b.weighted;
@@ -114,27 +174,31 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
   float largest = x[0];
   UNROLL for (int k = 1; k < N; k++) largest = dev::max(largest, x[k]);
   if (largest > a.largest) {  // rare after a thread's first groups
-    reshift<STATS>(a, transform.shift(largest));
+    relate<STATS>(a, largest, transform.reference(largest), transform);
     a.largest = largest;
     a.at = static_cast<unsigned>(group);
   }
   float exp = 0.f, linear = 0.f, weighted = 0.f, squares = 0.f;
   UNROLL for (int k = 0; k < N; k++) {
-    const float d = transform(x[k], a.shift), e = dev::exp2_approx(d);
+    const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
     exp += e;
-    linear += d;
+    linear = dev::fma(d, kUnit, linear);
     if constexpr (STATS) {
       weighted = dev::fma(d, e, weighted);
       squares = dev::fma(e, e, squares);
     }
   }
-  if (linear == -INFINITY) {  // something is masked: leave it out, one comparison a group where nothing is
-    linear = 0.f, weighted = 0.f;
+  if (linear == -INFINITY) {  // something is masked, or all is far: one comparison a group where nothing is
+    exp = linear = weighted = squares = 0.f;
     UNROLL for (int k = 0; k < N; k++) {
       if (x[k] != -INFINITY) {
-        const float d = transform(x[k], a.shift), e = dev::exp2_approx(d);
-        linear += d;
-        if (STATS && e > 0.f) weighted = dev::fma(d, e, weighted);
+        const float d = transform.exact(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
+        exp += e;
+        linear += transform.in_units(x[k], a.largest, d);
+        if constexpr (STATS) {
+          if (e > 0.f) weighted = dev::fma(d, e, weighted);
+          squares = dev::fma(e, e, squares);
+        }
         a.classes++;
       }
     }
@@ -148,11 +212,11 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
 }
 
 // Merges the 32 lanes' results; every lane gets the result.
-template <bool STATS> DEVICE Partial merge_warp(Partial a) {
+template <bool STATS, bool SOFTCAP> DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
   UNROLL for (int lane = 16; lane > 0; lane >>= 1) {
     Partial b = empty_partial();
     b.largest = dev::shuffle_xor(a.largest, lane);
-    b.shift = dev::shuffle_xor(a.shift, lane);
+    b.reference = dev::shuffle_xor(a.reference, lane);
     b.exp = dev::shuffle_xor(a.exp, lane);
     b.linear = dev::shuffle_xor(a.linear, lane);
     b.classes = dev::shuffle_xor(a.classes, lane);
@@ -161,17 +225,18 @@ template <bool STATS> DEVICE Partial merge_warp(Partial a) {
       b.weighted = dev::shuffle_xor(a.weighted, lane);
       b.squares = dev::shuffle_xor(a.squares, lane);
     }
-    a = merge<STATS>(a, b);
+    a = merge<STATS>(a, b, transform);
   }
   return a;
 }
 
 // Merges all threads' results through `scratch`, one element a warp; every thread gets the result.
-template <bool STATS> DEVICE Partial merge_block(Partial a, Partial* scratch) {
+template <bool STATS, bool SOFTCAP>
+DEVICE Partial merge_block(Partial a, Partial* scratch, const Transform<SOFTCAP>& transform) {
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  a = merge_warp<STATS>(a);
+  a = merge_warp<STATS>(a, transform);
   if (warps == 1) return a;
   if (lane == 0) scratch[warp] = a;
   dev::sync_block();
-  return merge_warp<STATS>(lane < warps ? scratch[lane] : empty_partial());
+  return merge_warp<STATS>(lane < warps ? scratch[lane] : empty_partial(), transform);
 }

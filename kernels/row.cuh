@@ -83,8 +83,9 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
                            const Transform<SOFTCAP>& transform, bool writes) {
   const bool target_masked = x_y == -INFINITY;
   const bool target_largest = x_y >= others.largest;
-  if (target_largest && !target_masked) reshift<STATS>(others, transform.shift(x_y));
-  const float d_y = transform(x_y, others.shift), e_y = dev::exp2_approx(d_y);
+  const float largest = target_largest ? x_y : others.largest, reference = transform.reference(largest);
+  if (target_largest && !target_masked) relate<STATS>(others, largest, reference, transform);
+  const float d_y = transform.exact(x_y, largest, reference), e_y = dev::exp2_approx(d_y);
   const float sum = others.exp + e_y, inverse = 1.f / sum;
   const unsigned classes = others.classes + (target_masked ? 0u : 1u);
   const float count = static_cast<float>(classes);
@@ -93,16 +94,21 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
   // Where the target is the largest, the sum is its own term and a little: log1p keeps the little.
   const float odds = others.exp / e_y;
   const float log2_sum = target_largest ? dev::fma(kLog2E, dev::log1p(odds), d_y) : kLog2E * dev::log(sum);
-  const float nll = target_largest ? dev::log1p(odds) : kLn2 * (log2_sum - d_y);
-  const float lse = kLn2 * (others.shift + log2_sum);
-  RowState state = {nan ? NAN : others.shift, log2_sum, inverse, classes};
+  float nll = target_largest ? dev::log1p(odds) : kLn2 * (log2_sum - d_y);
+  if (!SOFTCAP && d_y == -INFINITY) nll = dev::fma(-2.f, transform.half_nats(x_y, largest), kLn2 * log2_sum);
+  const float lse = transform.lse(largest, reference, log2_sum);
+  RowState state = {nan ? NAN : largest, log2_sum, inverse, classes};
   if (classes == 0) state = {0.f, 0.f, 0.f, 0u};
   if (!writes) return state;
 
-  const float linear = others.linear + (target_masked ? 0.f : d_y);
-  float loss = (1.f - in.smoothing) * nll;
-  if (in.smoothing != 0.f) loss = dev::fma(in.smoothing, kLn2 * (log2_sum - linear / count), loss);
-  loss = dev::fma(p.z_loss, lse * lse, loss);
+  // What has no weight counts nothing, even if it is infinite.
+  const float linear = others.linear + (target_masked ? 0.f : transform.in_units(x_y, largest, d_y));
+  float loss = in.smoothing != 1.f ? (1.f - in.smoothing) * nll : 0.f;
+  if (in.smoothing != 0.f) {
+    const float smooth = dev::fma(-linear / count, kLn2 / kUnit, kLn2 * log2_sum);
+    loss = dev::fma(in.smoothing, smooth, loss);
+  }
+  if (p.z_loss != 0.f) loss = dev::fma(p.z_loss * lse, lse, loss);
   if (nan) loss = NAN;
   else if (target_masked) loss = INFINITY;
   p.loss[row] = in.weight == 0.f ? 0.f : in.weight * loss;
@@ -113,7 +119,7 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
     p.lse[row] = nan ? NAN : empty ? -INFINITY : lse;
     const float weighted = others.weighted + (e_y > 0.f ? d_y * e_y : 0.f);
     p.entropy[row] = nan ? NAN : empty ? 0.f : dev::max(kLn2 * (log2_sum - weighted * inverse), 0.f);
-    const float e_largest = target_largest ? e_y : dev::exp2_approx(transform(others.largest, others.shift));
+    const float e_largest = target_largest ? e_y : dev::exp2_approx(transform.exact(largest, largest, reference));
     p.max_prob[row] = nan ? NAN : empty ? 0.f : e_largest * inverse;
     // Σ (p − ε/K)² over the others, expanded, and the target's own term.
     const float share = in.smoothing / count, other_mass = others.exp * inverse;
@@ -157,7 +163,7 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
     if (group == target_group) hide_target(x, target % kGroup<T>);
     add_group<STATS, SOFTCAP>(a, x, group, transform);
   });
-  return merge_block<STATS>(a, scratch);
+  return merge_block<STATS>(a, scratch, transform);
 }
 
 // Elements by which a row of gradients starts past a 16-byte boundary. Gradients are grouped by it: their 16-byte
@@ -194,7 +200,8 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
 
 // What a row's gradient takes beside its logits: dx = (2^d·factor − offset)·slope, and the target's own.
 struct GradientFactors {
-  float shift;
+  float largest;
+  float reference;
   float log2_sum;
   float factor;
   float offset;
@@ -205,33 +212,44 @@ struct GradientFactors {
   float masked_value;  // 0, but NaN in a row that is NaN
 };
 
+// The nearest value whose sum with another such is finite.
+DEVICE float in_range(float x) { return x < -1.7e38f ? -1.7e38f : x > 1.7e38f ? 1.7e38f : x; }
+
 // `scale` is everything that multiplies dz but the row's weight.
 template <bool SOFTCAP>
-DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, const RowState& state, float scale) {
+DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, const RowState& state, float scale,
+                                        const Transform<SOFTCAP>& transform) {
   GradientFactors f;
-  f.shift = state.shift;
+  f.largest = state.largest;
+  f.reference = transform.reference(state.largest);
   f.log2_sum = state.log2_sum;
   f.scale = scale * in.weight * (SOFTCAP ? 1.f : p.logit_scale);
   f.outer = SOFTCAP ? p.logit_scale : 1.f;
-  f.lse_slope = 2.f * p.z_loss * kLn2 * (state.shift + state.log2_sum);
+  f.lse_slope = p.z_loss == 0.f ? 0.f : 2.f * p.z_loss * transform.lse(f.largest, f.reference, state.log2_sum);
   const float share = in.smoothing / static_cast<float>(state.classes);
-  f.factor = f.scale * (1.f + f.lse_slope) * state.inverse_sum;
-  f.offset = f.scale * share;
+  f.factor = in_range(f.scale * (1.f + f.lse_slope) * state.inverse_sum);
+  f.offset = in_range(f.scale * share);
   f.smoothing_but_share = in.smoothing - share;
-  f.masked_value = state.shift == state.shift ? 0.f : NAN;
+  f.masked_value = state.largest == state.largest ? 0.f : NAN;
   return f;
 }
 
-// Gradient of a group, wrong for the target's. MASKED says that classes of the row may be masked.
-template <bool SOFTCAP, bool MASKED, int N>
+// Whether classes of the row may be masked or it is far: for the gradient's slower way.
+template <bool SOFTCAP> DEVICE bool is_special(const Params& p, const RowState& state, const GradientFactors& f) {
+  return state.classes != p.vocab || (!SOFTCAP && !(f.reference < INFINITY));
+}
+
+// Gradient of a group, wrong for the target's. SPECIAL is what `is_special` says of the row.
+template <bool SOFTCAP, bool SPECIAL, int N>
 DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
                               const Transform<SOFTCAP>& transform) {
   UNROLL for (int k = 0; k < N; k++) {
     float slope;
-    const float e = dev::exp2_approx(transform(x[k], f.shift, slope));
-    g[k] = dev::fma(e, f.factor, -f.offset);
+    const float d = SPECIAL ? transform.exact(x[k], f.largest, f.reference, slope)
+                            : transform.near(x[k], f.largest, f.reference, slope);
+    g[k] = dev::fma(dev::exp2_approx(d), f.factor, -f.offset);
     if constexpr (SOFTCAP) g[k] *= slope * f.outer;
-    if (MASKED && x[k] == -INFINITY) g[k] = f.masked_value;
+    if (SPECIAL && x[k] == -INFINITY) g[k] = f.masked_value;
   }
 }
 
@@ -242,13 +260,14 @@ DEVICE void gradient_of_target(const float (&x)[N], float (&g)[N], int target, c
   float x_y = -INFINITY, slope;
   UNROLL for (int k = 0; k < N; k++) x_y = k == target ? x[k] : x_y;
   if (x_y == -INFINITY) return;
-  const float p_minus_1 = dev::expm1(kLn2 * (transform(x_y, f.shift, slope) - f.log2_sum));
-  float g_y = f.scale * (p_minus_1 + f.smoothing_but_share + f.lse_slope * (1.f + p_minus_1));
+  const float log2_p = transform.exact(x_y, f.largest, f.reference, slope) - f.log2_sum;
+  const float p_minus_1 = dev::expm1(kLn2 * log2_p);
+  float g_y = f.scale * (p_minus_1 + f.smoothing_but_share + f.lse_slope * dev::exp2_approx(log2_p));
   if constexpr (SOFTCAP) g_y *= slope * f.outer;
   UNROLL for (int k = 0; k < N; k++) g[k] = k == target ? g_y : g[k];
 }
 
-template <class T, bool SOFTCAP, bool MASKED, int AHEAD, bool STREAMING>
+template <class T, bool SOFTCAP, bool SPECIAL, int AHEAD, bool STREAMING>
 DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target, const GradientFactors& f,
                          const Transform<SOFTCAP>& transform) {
   const int lead = store_lead(grad);
@@ -258,7 +277,7 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
   for_each_group<T, AHEAD, STREAMING, true>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
     const int start = reader.start(group);
     float g[kGroup<T>];
-    gradient_of_group<SOFTCAP, MASKED>(x, g, f, transform);
+    gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
     if (target >= start && target < start + kGroup<T>) gradient_of_target(x, g, target - start, f, transform);
     if (!at_edge) {  // whole and inside the vocabulary
       dev::store16_streaming(grad + start, narrow<T>(g));
@@ -282,8 +301,8 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stre
   }
   T* grad = gradient_at<T>(p, row, stretch);
   const int target = in.target - stretch.begin;
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale);
-  if (state.classes != p.vocab) write_groups<T, SOFTCAP, true, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
+  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
+  if (is_special<SOFTCAP>(p, state, f)) write_groups<T, SOFTCAP, true, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
   else write_groups<T, SOFTCAP, false, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
 }
 

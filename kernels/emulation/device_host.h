@@ -13,6 +13,7 @@ DEVICE float reciprocal_approx(float x) { return flush_subnormal(1.0f / flush_su
 DEVICE float log(float x) { return logf(x); }
 DEVICE float log1p(float x) { return log1pf(x); }
 DEVICE float expm1(float x) { return expm1f(x); }
+DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float max(float a, float b) { return fmaxf(a, b); }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     call::Call,
-    kernels::abi::{BadValue, Params, RowOffsets},
+    kernels::abi::{BadValue, Params, RowOffsets, inner_factors},
     options::Reduction,
     results::RowStats,
     rows::row_offsets,
@@ -35,6 +35,9 @@ pub(super) fn scalars(call: &Call, layout: &Layout) -> Result<Params> {
         z_loss: call.z_loss,
         logit_scale: call.logit_scale,
         softcap: call.softcap.unwrap_or_default(),
+        inner: call
+            .softcap
+            .map_or([0.0; 2], |cap| inner_factors(call.logit_scale, cap)),
         result_scale: match call.reduction {
             Reduction::SumOver(n) => (1.0 / n) as f32,
             _ => 1.0,

@@ -18,15 +18,15 @@ pub struct RowOffsets {
 
 /// The row's normaliser, written by the forward kernel and read by the backward kernel.
 ///
-/// `lse = (shift + log2_sum)·ln 2`, kept in two parts so that a large offset of the row costs no precision.
+/// `lse` = z of the largest logit + `log2_sum`·ln 2, kept in two parts so that a large offset of the row costs no precision.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 pub struct RowState {
-    /// log2 e times the row's largest z (0 where all are masked, NaN in a row that is NaN).
-    pub shift: f32,
-    /// log2 Σ exp2(z·log2 e − shift).
+    /// The row's largest logit (0 where all are masked, NaN in a row that is NaN).
+    pub largest: f32,
+    /// log2 Σ exp2 d, of the exponents d that kernels/partial.cuh forms.
     pub log2_sum: f32,
-    /// 1 / Σ exp2(z·log2 e − shift).
+    /// 1 / Σ exp2 d.
     pub inverse_sum: f32,
     /// K: classes that are not masked.
     pub classes: u32,
@@ -98,6 +98,8 @@ pub struct Params {
     pub logit_scale: f32,
     /// Read by kernels compiled with a softcap only.
     pub softcap: f32,
+    /// [`inner_factors`] of scale and softcap, for the same kernels.
+    pub inner: [f32; 2],
     /// Constant factor of all gradients; of the reduced loss too.
     pub result_scale: f32,
     /// On chip: blocks that share a row, and 16-byte groups of the row that each of them has.
@@ -107,6 +109,17 @@ pub struct Params {
     /// other arrays, and the class of its first column. The general kernels know them; 0 for all logits.
     pub first_row: u32,
     pub first_column: u32,
+}
+
+/// 2·scale / cap, what tanh's argument is twice the logit's multiple by, as two factors that are in range whatever the two
+/// are. Where the product is, the second is 1 and rounds nothing.
+pub fn inner_factors(scale: f32, cap: f32) -> [f32; 2] {
+    let inner = 2.0 * f64::from(scale) / f64::from(cap);
+    let first = match (1e-30..1e30).contains(&inner) {
+        true => inner,
+        false => inner.sqrt().clamp(1e-38, 1e38),
+    } as f32;
+    [first, (inner / f64::from(first)).min(1e38) as f32]
 }
 
 /// What is wrong with a row, as the kernels report it in `first_error`.

@@ -32,6 +32,7 @@ in_every_build! {
     every_rule_at_every_small_size
     sizes_round_a_block_and_a_vocabulary
     softcap
+    every_magnitude
     options_one_by_one
     rows_at_every_address
     strided_rows
@@ -101,6 +102,46 @@ fn softcap(build: Build) {
             let rows = if vocab == 1023 { short_menu() } else { menu() };
             let mut problem = problem("softcap", element, vocab, &rows);
             problem.softcap = Some(30.0);
+            passes(&problem, build);
+        }
+    }
+}
+
+/// Logits up to the types' limits, under scales and softcaps from small to large.
+fn every_magnitude(build: Build) {
+    let rows = |far: [f32; 2]| {
+        vec![
+            row(Kind::Far(far[0]), 0.0, 1.0),
+            row(Kind::Far(far[1]), 0.1, 0.5),
+            row(Kind::Lowest, 0.0, 1.0),
+            row(Kind::Lowest, 0.1, 1.0),
+            row(Kind::LowestTarget, 0.1, 1.0),
+            row(Kind::AllLowest, 0.1, 1.0),
+            row(Kind::Normal, 0.1, 1.0),
+            row(Kind::MaskedTarget, 0.1, 1.0),
+            row(Kind::Masked, 1.0, 1.0),
+        ]
+    };
+    for element in Element::ALL {
+        let far = match element {
+            Element::F16 => [3e4, 1e-4],
+            _ => [1e10, 1e38],
+        };
+        for (vocab, scale, softcap) in [
+            (3, 0.7, None),
+            (33, 1.0, None),
+            (33, 1e30, None),
+            (40, 1e-30, None),
+            (7, 5e37, None),
+            (33, 0.75, Some(30.0)),
+            (33, 1.0, Some(1e4)),
+            (40, 1e-3, Some(1e5)),
+            (9, 1e30, Some(2.0)),
+            (1100, 0.5, None),
+        ] {
+            let mut problem = problem("magnitudes", element, vocab, &rows(far));
+            problem.name += &format!(", scale {scale}, softcap {softcap:?}");
+            (problem.logit_scale, problem.softcap, problem.z_loss) = (scale, softcap, 0.0);
             passes(&problem, build);
         }
     }

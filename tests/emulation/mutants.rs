@@ -63,15 +63,15 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "padding is read", file: "row.cuh", builds: PLAIN, times: 1,
         find: "reader(x, stretch.classes, lead)", replace: "reader(x, stretch.width, lead)" },
     Mutant { name: "no smoothing in the loss", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "if (in.smoothing != 0.f) loss", replace: "if (false) loss" },
+        find: "if (in.smoothing != 0.f) {", replace: "if (false) {" },
     Mutant { name: "no smoothing in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "f.offset = f.scale * share;", replace: "f.offset = 0.f;" },
+        find: "f.offset = in_range(f.scale * share);", replace: "f.offset = 0.f;" },
     Mutant { name: "another row's smoothing", file: "row.cuh", builds: PLAIN, times: 1,
         find: "p.smoothing[row]", replace: "p.smoothing[row ? row - 1 : 0]" },
     Mutant { name: "no z-loss", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "loss = dev::fma(p.z_loss, lse * lse, loss);", replace: ";" },
+        find: "loss = dev::fma(p.z_loss * lse, lse, loss);", replace: ";" },
     Mutant { name: "no z-loss in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "f.lse_slope = 2.f", replace: "f.lse_slope = 0.f" },
+        find: ": 2.f * p.z_loss", replace: ": 0.f * p.z_loss" },
     Mutant { name: "no weight", file: "row.cuh", builds: PLAIN, times: 1,
         find: "in.weight * loss", replace: "loss" },
     Mutant { name: "no weight in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
@@ -83,18 +83,31 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "the maximum starts at 0", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "return {-INFINITY, 0.f,", replace: "return {0.f, 0.f," },
     Mutant { name: "a masked class has a gradient", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "if (MASKED && x[k] == -INFINITY) g[k] = f.masked_value;", replace: "" },
+        find: "if (SPECIAL && x[k] == -INFINITY) g[k] = f.masked_value;", replace: "" },
     Mutant { name: "masked classes are summed", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "if (linear == -INFINITY) {", replace: "if (false) {" },
     Mutant { name: "0 times infinity", file: "partial.cuh", builds: PLAIN, times: 1,
-        find: "  if (a.classes == 0) return;\n", replace: "" },
+        find: "if (a.classes != 0) {", replace: "{" },
     Mutant { name: "the target is read again when it is overwritten", file: "cross_entropy.cu", builds: PLAIN, times: 1,
         find: "in, state, gradient_scale(p, row), transform);",
         replace: "in, state, gradient_scale(p, row), transform);\n    dev::sync_block();\n    \
                   finish_row<STATS, SOFTCAP>(p, row, in, others, widen_one(x[target]), transform, writes);" },
     Mutant { name: "p − 1 by a difference", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "dev::expm1(kLn2 * (transform(x_y, f.shift, slope) - f.log2_sum))",
-        replace: "dev::exp2_approx(transform(x_y, f.shift, slope) - f.log2_sum) - 1.f" },
+        find: "dev::expm1(kLn2 * log2_p)", replace: "dev::exp2_approx(log2_p) - 1.f" },
+    Mutant { name: "a far row as if it were near", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "? shift : INFINITY;", replace: "? shift : shift;" },
+    Mutant { name: "a far row's gradient as if it were near", file: "row.cuh", builds: PLAIN, times: 1,
+        find: " || (!SOFTCAP && !(f.reference < INFINITY))", replace: "" },
+    Mutant { name: "far partial results by their references", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "else by = transform.exact(a.largest, largest, INFINITY);", replace: "else by = a.reference - reference;" },
+    Mutant { name: "a difference that overflows is infinite", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "if (SOFTCAP || d > -INFINITY) return d * kUnit;", replace: "return d * kUnit;" },
+    Mutant { name: "sums of differences overflow", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "constexpr float kUnit = 0x1p-40f;", replace: "constexpr float kUnit = 1.f;" },
+    Mutant { name: "the loss of a target infinitely far", file: "row.cuh", builds: PLAIN, times: 1,
+        find: "if (!SOFTCAP && d_y == -INFINITY) nll =", replace: "if (false) nll =" },
+    Mutant { name: "e^y − 1 by a difference", file: "partial.cuh", builds: PLAIN, times: 1,
+        find: "return y > -0.5f ? series * y :", replace: "return false ? series * y :" },
     Mutant { name: "the last of equal logits is predicted", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "a.at <= b.at", replace: "a.at >= b.at" },
     Mutant { name: "the wrong stride", file: "row.cuh", builds: PLAIN, times: 1,
@@ -182,6 +195,22 @@ fn problems() -> Vec<Problem> {
         softcap: Some(8.0),
         ..problem("softcap", Element::F32, 5, &bad_menu())
     };
+    let far = [
+        row(Kind::Far(1e10), 0.1, 1.0),
+        row(Kind::Far(1e38), 0.0, 1.0),
+        row(Kind::Lowest, 0.1, 1.0),
+        row(Kind::LowestTarget, 0.1, 1.0),
+        row(Kind::AllLowest, 0.1, 1.0),
+    ];
+    let far = Problem {
+        z_loss: 0.0,
+        ..problem("far", Element::F32, 33, &far)
+    };
+    let cap = Problem {
+        softcap: Some(1e4),
+        z_loss: 0.0,
+        ..problem("a large softcap", Element::F32, 9, &menu()[1..5])
+    };
     let rows = [
         row(Kind::Shifted(-300.0), 0.1, 1.0),
         row(Kind::Masked, 0.3, 2.0),
@@ -210,7 +239,7 @@ fn problems() -> Vec<Problem> {
     let mut chunks = problem("chunks", Element::F32, 4200, &rows[..1]);
     (chunks.logits_view.offset, chunks.grad_view.offset) = (4, 4);
     chunks.seeds = vec![0, 1, 2, 3];
-    vec![small, precise, softcap, warps, padded, chunks]
+    vec![small, precise, softcap, far, cap, warps, padded, chunks]
 }
 
 /// The first complaint, if any.

@@ -17,6 +17,12 @@ pub enum Kind {
     Flat,
     /// Most probabilities underflow.
     Spread,
+    /// So far from 0 that a rounding error of one is larger than any exponent; the largest twice.
+    Far(f32),
+    /// About a third of the classes have the lowest finite value, a mask as other libraries have them.
+    Lowest,
+    LowestTarget,
+    AllLowest,
     /// About a third of the classes are −inf, not the target.
     Masked,
     MaskedTarget,
@@ -128,6 +134,12 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
             _ => rng.random_range(0..vocab),
         };
         let mut logits = values(row.kind, vocab, target, i, &mut rng);
+        let lowest = lowest(element);
+        logits.iter_mut().for_each(|x| {
+            if x.is_finite() {
+                *x = x.clamp(lowest, -lowest);
+            }
+        });
         logits.iter_mut().for_each(|x| *x = round(element, *x));
         problem.logits.extend(logits);
         problem.targets.push(match row.kind {
@@ -144,6 +156,7 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
 fn values(kind: Kind, vocab: usize, target: usize, i: usize, rng: &mut StdRng) -> Vec<f32> {
     let (mean, deviation) = match kind {
         Kind::Shifted(by) => (by, 3.0),
+        Kind::Far(deviation) => (0.0, deviation),
         Kind::Spread => (0.0, 1000.0),
         Kind::Flat => (1.5, 0.0),
         Kind::Confident => (0.0, 1.0),
@@ -154,6 +167,16 @@ fn values(kind: Kind, vocab: usize, target: usize, i: usize, rng: &mut StdRng) -
     let somewhere = i * 7919 % vocab;
     match kind {
         Kind::Confident => x[target] = 25.0,
+        Kind::Far(_) => {
+            let largest = x.iter().copied().fold(f32::MIN, f32::max);
+            x[somewhere] = largest;
+        }
+        Kind::Lowest => {
+            let lowest = x.iter_mut().filter(|_| rng.random_range(0..3) == 0);
+            lowest.for_each(|x| *x = f32::MIN);
+        }
+        Kind::LowestTarget => x[target] = f32::MIN,
+        Kind::AllLowest => x.fill(f32::MIN),
         Kind::Masked | Kind::MaskedTarget => {
             x.iter_mut().for_each(|x| {
                 *x = if rng.random_range(0..3) == 0 {
@@ -174,4 +197,13 @@ fn values(kind: Kind, vocab: usize, target: usize, i: usize, rng: &mut StdRng) -
         _ => {}
     }
     x
+}
+
+/// The lowest finite value.
+fn lowest(element: Element) -> f32 {
+    match element {
+        Element::F32 => f32::MIN,
+        Element::F16 => -65504.0,
+        Element::BF16 => -3.389_531_4e38,
+    }
 }

@@ -7,7 +7,7 @@ use super::{
     problem::{Eps, OnChip, Problem, Tiles, View, to_bytes},
 };
 use crate::kernels::{
-    abi::{Kernel, Params, REDUCE_THREADS, RowState, Running},
+    abi::{Kernel, Params, REDUCE_THREADS, RowState, Running, inner_factors},
     select::{self, Forced, Geometry, H200},
 };
 
@@ -312,6 +312,9 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
         z_loss: p.z_loss,
         logit_scale: p.logit_scale,
         softcap: p.softcap.unwrap_or(f32::NAN),
+        inner: p
+            .softcap
+            .map_or([f32::NAN; 2], |cap| inner_factors(p.logit_scale, cap)),
         result_scale: p.result_scale,
         ..Params::zeroed()
     }
