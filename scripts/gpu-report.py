@@ -15,8 +15,6 @@ import os
 import pathlib
 import sys
 
-NOT_MEASURED = "GPU: not measured yet."
-
 # Rows of the large table: bench and implementation in the results, and what the README calls them.
 LARGE = [
     ("copy", "device", "a device copy"),
@@ -112,7 +110,7 @@ def replace(text, name, sections):
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         sys.exit(f"gpu-report: the README needs the lines {begin} and {end}, once each")
     before, rest = text.split(begin)
-    return before + begin + "\n" + "\n".join(sections or [NOT_MEASURED]) + "\n" + end + rest.split(end)[1]
+    return before + begin + "\n" + "\n".join([*sections, end]) + rest.split(end)[1]
 
 
 def timed(records):

@@ -136,10 +136,12 @@ impl Call {
                 tensor.dims()
             );
         }
-        if !matches!(targets.dtype(), DType::U32 | DType::I64) {
-            bail!("targets: {}, must be u32 or i64", targets.dtype().as_str());
-        }
-        same_device("targets", targets, rows)?;
+        let targets = match targets.dtype() {
+            DType::U32 | DType::I64 => targets.detach(),
+            DType::U8 => targets.to_dtype(DType::U32)?, // as the kernels read them
+            other => bail!("targets: {}, must be u8, u32 or i64", other.as_str()),
+        };
+        same_device("targets", &targets, rows)?;
         let vocab = options.vocab_size.unwrap_or(width);
         if vocab == 0 || vocab > width {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
@@ -169,18 +171,32 @@ impl Call {
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
             Smoothing::PerRow(values) => (
-                Some(row_values("smoothing", values, &shape, row_type, rows)?),
+                Some(row_values(
+                    "smoothing",
+                    values,
+                    false,
+                    &shape,
+                    row_type,
+                    rows,
+                )?),
                 0.0,
             ),
             &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
             Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
         };
         let weights = match &options.row_weights {
-            Some(values) => Some(row_values("row_weights", values, &shape, row_type, rows)?),
+            Some(values) => Some(row_values(
+                "row_weights",
+                values,
+                true,
+                &shape,
+                row_type,
+                rows,
+            )?),
             None => None,
         };
         Ok(Self {
-            targets: targets.detach().contiguous()?.reshape(count)?,
+            targets: targets.contiguous()?.reshape(count)?,
             shape,
             rows: count,
             width,
@@ -269,9 +285,15 @@ impl Call {
             BadValue::Target => (
                 "targets",
                 format!(
-                    "must be 0 to {} or the ignore_index {}",
+                    "must be 0 to {} or the ignore_index {}{}",
                     self.vocab - 1,
-                    self.ignore_index
+                    self.ignore_index,
+                    // candle's own operations take no value for this index.
+                    match self.targets.dtype() {
+                        DType::U32 if value.to_string() == u32::MAX.to_string() =>
+                            "; .ignore_index(u32::MAX.into()) ignores such rows",
+                        _ => "",
+                    }
                 ),
             ),
             BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
@@ -301,14 +323,17 @@ fn shares_memory(a: &Tensor, b: &Tensor) -> bool {
 fn row_values(
     argument: &str,
     values: &Tensor,
+    may_be_mask: bool,
     shape: &[usize],
     dtype: DType,
     rows: (&str, &Tensor),
 ) -> Result<Tensor> {
-    if !values.dtype().is_float() {
+    let is_mask = may_be_mask && values.dtype() == DType::U8;
+    if !(values.dtype().is_float() || is_mask) {
         bail!(
-            "{argument}: {}, must be a float type",
-            values.dtype().as_str()
+            "{argument}: {}, must be a float type{}",
+            values.dtype().as_str(),
+            if may_be_mask { " or a u8 mask" } else { "" }
         );
     }
     same_device(argument, values, rows)?;

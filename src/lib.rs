@@ -31,9 +31,13 @@
 //!
 //! * ε is spread over all K classes, the target among them (PyTorch's convention).
 //! * A logit of −inf is a masked class: probability and gradient 0, no smoothing mass; K counts the others. A masked
-//!   target has loss +inf, a row with every class masked has loss +inf and gradient 0.
+//!   target has loss +inf, a row with every class masked has loss +inf and gradient 0. The lowest finite value is a class
+//!   like any other, and with ε > 0 a loss of up to ε·3.4e38/K: make it −inf by
+//!   `logits.lt(-1e30)?.where_cond(&minus_infinities, &logits)?`.
 //! * NaN or +inf in a row makes that row NaN, and no other.
 //! * An ignored row has loss, gradient and statistics 0 and does not count. A row of weight 0 has loss and gradient 0.
+//! * Finite logits of any magnitude, under any scale and softcap, give what the formulas say: exponents are formed from
+//!   differences of logits.
 //! * The same input gives the same bits, and a row's results do not depend on the rows beside it.
 //!
 //! [`CrossEntropy::reference`] computes all of this in f64 with plain loops; the fast paths are tested against it.

@@ -88,9 +88,11 @@ impl CrossEntropy {
     }
 }
 
-/// Mean cross-entropy of logits (…, V) and targets (…): takes the place of `candle_nn::loss::cross_entropy`.
+/// Mean cross-entropy of logits (…, V) and targets (…): takes the place of `candle_nn::loss::cross_entropy`, and of
+/// `nll(log_softmax(logits), targets)`.
 ///
-/// Rows whose target is −100 are ignored, which candle-nn has no notion of.
+/// Rows whose target is −100 are ignored, which candle-nn has no notion of. The loss of f16 and bf16 logits is f32, where
+/// candle-nn's has their type: an auxiliary loss in bf16 is added as `(loss + auxiliary.to_dtype(DType::F32)?)?`.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     CrossEntropy::new().forward(logits, targets)
 }

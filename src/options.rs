@@ -49,7 +49,7 @@ pub enum Reduction {
 /// mean over the rows that are not ignored. Cheap to clone.
 ///
 /// Logits are (…, V) of type f32, f16 or bf16 (f64 on the CPU), rows with stride 1 inside (other views are copied);
-/// targets are (…) of type u32 or i64. Everything must be on one device.
+/// targets are (…) of type u8, u32 or i64. Everything must be on one device.
 ///
 /// Every entry point fails, naming the argument, what it was and what it must be, when shapes, types, devices or
 /// scalars do not fit. Bad values inside tensors (a target outside the vocabulary that is not ignored, ε outside
@@ -107,14 +107,16 @@ impl CrossEntropy {
         self
     }
 
-    /// Weight w_i ≥ 0 of every row's loss: a float tensor broadcastable to the targets' shape. A constant of the loss:
-    /// no gradient flows into it (multiply the losses of [`Reduction::None`] where one should).
+    /// Weight w_i ≥ 0 of every row's loss: a tensor of floats, or a mask of u8, broadcastable to the targets' shape.
+    /// [`Reduction::Mean`] divides by the sum, so with a mask it is the mean over what the mask keeps. A constant of the
+    /// loss: no gradient flows into it (multiply the losses of [`Reduction::None`] where one should).
     pub fn row_weights(mut self, weights: &Tensor) -> Self {
         self.row_weights = Some(weights.clone());
         self
     }
 
-    /// Target value of rows that take no part: loss, gradient and statistics 0, not counted. Default −100.
+    /// Target value of rows that take no part: loss, gradient and statistics 0, not counted. Default −100, which u8 and u32
+    /// targets cannot hold: there `u32::MAX.into()`, say.
     pub fn ignore_index(mut self, index: i64) -> Self {
         self.ignore_index = index;
         self

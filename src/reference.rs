@@ -67,7 +67,7 @@ pub(crate) fn loss_and_grad(
     let loss = match call.reduction {
         Reduction::None => per_row(|r| r.loss)?,
         _ => Tensor::new(
-            results.iter().map(|r| r.loss).sum::<f64>() / divisor,
+            (0.0 + results.iter().map(|r| r.loss).sum::<f64>()) / divisor, // of no rows, `sum` is −0
             &Device::Cpu,
         )?,
     };

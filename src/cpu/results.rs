@@ -64,7 +64,8 @@ fn reduce(call: &Call, rows: &[Option<Row>], results: &[RowResult]) -> Vec<f64> 
     let losses = results.iter().map(|r| r.loss);
     match call.reduction {
         Reduction::None => losses.collect(),
-        _ => vec![losses.sum::<f64>() / divisor(call, rows)],
+        // Of no rows, `sum` is −0.
+        _ => vec![(0.0 + losses.sum::<f64>()) / divisor(call, rows)],
     }
 }
 

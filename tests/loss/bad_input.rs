@@ -96,14 +96,14 @@ fn targets_of_a_wrong_shape() {
 
 #[test]
 fn targets_of_a_wrong_type() {
-    for dtype in [DType::U8, DType::F32, DType::F64, DType::BF16] {
+    for dtype in [DType::I32, DType::F32, DType::F64, DType::BF16] {
         let targets = Tensor::zeros(4, dtype, CPU).unwrap();
         let was = format!("targets: {}", dtype.as_str());
         refused(
             &CrossEntropy::new(),
             &logits(DType::F32),
             &targets,
-            &[&was, "must be u32 or i64"],
+            &[&was, "must be u8, u32 or i64"],
         );
     }
 }
@@ -214,13 +214,34 @@ fn row_values_of_a_wrong_shape_or_type() {
             y,
             &[&parts("smoothing")],
         );
-        refused(
-            &CrossEntropy::new().row_weights(&values),
-            x,
-            y,
-            &[&parts("row_weights")],
-        );
+        // A u8 tensor is a mask.
+        if dtype != DType::U8 {
+            refused(
+                &CrossEntropy::new().row_weights(&values),
+                x,
+                y,
+                &[&parts("row_weights"), "or a u8 mask"],
+            );
+        }
     }
+}
+
+#[test]
+fn a_u32_target_of_all_ones_has_a_hint() {
+    let x = logits(DType::F32);
+    let targets = Tensor::new(&[0u32, u32::MAX, 1, 2], CPU).unwrap();
+    refused(
+        &CrossEntropy::new(),
+        &x,
+        &targets,
+        &["row 1 has 4294967295", ".ignore_index(u32::MAX.into())"],
+    );
+    let loss = CrossEntropy::new().ignore_index(u32::MAX.into());
+    assert!(loss.forward(&x, &targets).is_ok());
+    // Another value out of range is no such attempt.
+    let targets = Tensor::new(&[0u32, 9, 1, 2], CPU).unwrap();
+    let error = CrossEntropy::new().forward(&x, &targets).unwrap_err();
+    assert!(!error.to_string().contains("ignore_index("), "{error}");
 }
 
 /// The first bad row is the one named, with its value.
