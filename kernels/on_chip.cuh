@@ -75,6 +75,7 @@ DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int tar
     const int end = (c + 1) * kChunkGroups < groups ? (c + 1) * kChunkGroups : groups;
     for (int group = c * kChunkGroups + static_cast<int>(threadIdx.x); group < end;
          group += static_cast<int>(blockDim.x)) {
+      PATH("sums");
       float x[kGroup<T>];
       const uint4 low = dev::load16(image + group * 16);
       if constexpr (ALIGNED) widen<T>(low, x);
@@ -99,9 +100,11 @@ DEVICE void write_words(T* grad, const char* image, int count, int target, unsig
     if (word == target_word) gradient_of_target(x, g, (target + lead) % kGroup<T>, f, transform);
     const int start = word * kGroup<T> - lead;
     if (start >= 0 && start + kGroup<T> <= count) {
+      PATH("whole");
       dev::store16_streaming(grad + start, narrow<T>(g));
       continue;
     }
+    PATH("edge");
     UNROLL for (int k = 0; k < kGroup<T>; k++) {
       if (start + k >= 0 && start + k < count) grad[start + k] = narrow_one<T>(g[k]);
     }

@@ -139,7 +139,10 @@ DEVICE void relate(Partial& a, float largest, float reference, const Transform<S
     float by;
     if constexpr (SOFTCAP) by = transform.near(a.largest, largest, reference);
     else if (a.reference < INFINITY && reference < INFINITY) by = a.reference - reference;
-    else by = transform.exact(a.largest, largest, INFINITY);
+    else {
+      PATH("far");
+      by = transform.exact(a.largest, largest, INFINITY);
+    }
     const float factor = dev::exp2_approx(by);
     a.linear = dev::fma(static_cast<float>(a.classes), transform.in_units(a.largest, largest, by), a.linear);
     if constexpr (STATS) {
@@ -189,6 +192,7 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
     }
   }
   if (linear == -INFINITY) {  // something is masked, or all is far: one comparison a group where nothing is
+    PATH("masked or far");
     exp = linear = weighted = squares = 0.f;
     UNROLL for (int k = 0; k < N; k++) {
       if (x[k] != -INFINITY) {

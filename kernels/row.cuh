@@ -189,9 +189,11 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
        start += static_cast<int>(blockDim.x) * kGroup<T>) {
     const bool all_classes = start + kGroup<T> <= classes, all_padding = start >= classes && start + kGroup<T> <= width;
     if (start >= 0 && (all_classes || all_padding)) {
+      PATH("whole");
       dev::store16_streaming(grad + start, all_classes ? whole : uint4{0u, 0u, 0u, 0u});
       continue;
     }
+    PATH("edge");
     for (int i = start < 0 ? 0 : start; i < start + kGroup<T> && i < width; i++) {
       grad[i] = narrow_one<T>(i < classes ? value : 0.f);
     }
@@ -260,6 +262,7 @@ DEVICE void gradient_of_target(const float (&x)[N], float (&g)[N], int target, c
   float x_y = -INFINITY, slope;
   UNROLL for (int k = 0; k < N; k++) x_y = k == target ? x[k] : x_y;
   if (x_y == -INFINITY) return;
+  PATH("target");
   const float log2_p = transform.exact(x_y, f.largest, f.reference, slope) - f.log2_sum;
   const float p_minus_1 = dev::expm1(kLn2 * log2_p);
   float g_y = f.scale * (p_minus_1 + f.smoothing_but_share + f.lse_slope * dev::exp2_approx(log2_p));
@@ -280,6 +283,7 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
     gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
     if (target >= start && target < start + kGroup<T>) gradient_of_target(x, g, target - start, f, transform);
     if (!at_edge) {  // whole and inside the vocabulary
+      PATH("whole");
       dev::store16_streaming(grad + start, narrow<T>(g));
       return;
     }

@@ -133,8 +133,13 @@ DEVICE void for_each_group_aligned(const RowReader<T>& reader, int groups, Use u
       if (at < groups) {
         float x[kGroup<T>];
         const bool inside = reader.template inside<ALIGNED>(group);
-        if (inside) words[u].widen_to(x, reader.phase);
-        else load_edge<T>(reader, group, -INFINITY, x);
+        if (inside) {
+          PATH("inside");
+          words[u].widen_to(x, reader.phase);
+        } else {
+          PATH("edge");
+          load_edge<T>(reader, group, -INFINITY, x);
+        }
         use(group, x, !inside);
       }
     }

@@ -15,6 +15,18 @@
   T(&name)[n] = *static_cast<T(*)[n]>(emu::shared_array(&name##_key, sizeof(T) * (n), alignof(T)))
 #define DYNAMIC_SHARED(name) unsigned char* const name = emu::dynamic_shared()
 
+// Notes that this place was reached, in this instantiation. The entry exists even if none is.
+template <class Place> struct Noted { static emu::Path path; };
+template <class Place> emu::Path Noted<Place>::path{Place::label(), Place::where()};
+#define PATH(name)                                                                                                     \
+  do {                                                                                                                 \
+    struct Place {                                                                                                     \
+      static const char* label() { return name; }                                                                      \
+      static const char* where() { return __PRETTY_FUNCTION__; }                                                       \
+    };                                                                                                                 \
+    Noted<Place>::path.taken = true;                                                                                   \
+  } while (false)
+
 #define threadIdx (emu::thread_index())
 #define blockIdx (emu::block_index())
 #define blockDim (emu::block_dim())

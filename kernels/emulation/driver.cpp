@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include <memory>
 #include <stdio.h>
+#include <stdlib.h>
 
 namespace {
 
@@ -118,6 +119,16 @@ void run(const std::string& case_path, const std::string& result_path) {
   if (!result.flush()) throw std::runtime_error("cannot write " + result_path);
 }
 
+// Whether each path of the kernels was taken, for the test that asks by this variable.
+void write_paths() {
+  const char* name = getenv("EMULATION_PATHS");
+  if (!name) return;
+  std::ofstream file(name);
+  for (const emu::Path* path = emu::Path::first; path; path = path->next) {
+    file << path->taken << '\t' << path->label << '\t' << path->where << '\n';
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -131,6 +142,7 @@ int main(int count, char** arguments) {
   }
   try {
     run(arguments[1], arguments[2]);
+    write_paths();
   } catch (const std::exception& error) {
     fprintf(stderr, "%s\n", error.what());
     return 1;

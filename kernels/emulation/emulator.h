@@ -59,6 +59,15 @@ void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarr
 
 void atomic_min(unsigned long long* address, unsigned long long value);
 
+// A path through the kernels, one for each instantiation of the function that has it.
+struct Path {
+  Path(const char* label_, const char* where_) : label(label_), where(where_), next(first) { first = this; }
+  const char *label, *where;
+  bool taken = false;
+  Path* next;
+  static inline Path* first = nullptr;
+};
+
 // Global memory that the race detector watches, under a name for its reports. Does nothing in the other builds.
 void watch_global(void* begin, size_t bytes, const char* name);
 void unwatch_all();

@@ -107,10 +107,12 @@ impl Case {
     pub fn run(&self, driver: &Path) -> Result<Outputs, String> {
         let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
         let (case, result) = (folder.path().join("case"), folder.path().join("result"));
+        let paths = folder.path().join("paths");
         fs::write(&case, self.encode()).map_err(|error| error.to_string())?;
         let run = Command::new(driver)
             .arg(&case)
             .arg(&result)
+            .env("EMULATION_PATHS", &paths)
             .output()
             .map_err(|error| error.to_string())?;
         if !run.status.success() {
@@ -129,6 +131,7 @@ impl Case {
         });
         Ok(Outputs {
             buffers: buffers.collect(),
+            paths: fs::read_to_string(&paths).map_err(|error| error.to_string())?,
         })
     }
 
@@ -170,6 +173,8 @@ fn block(file: &mut Vec<u8>, bytes: &[u8]) {
 
 pub struct Outputs {
     buffers: Vec<Vec<u8>>,
+    /// A line a path through the kernels: whether it was taken, its label and its function.
+    pub paths: String,
 }
 
 impl Outputs {

@@ -28,6 +28,8 @@ pub struct Results {
     pub on_chip: Vec<RowResults>,
     pub tiles: Vec<RowResults>,
     pub reduced: f32,
+    /// As [`Outputs`] has it.
+    pub paths: String,
 }
 
 /// Runs and compares; an error says what differs.
@@ -181,6 +183,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         on_chip,
         tiles,
         reduced,
+        paths: outputs.paths.clone(),
     })
 }
 

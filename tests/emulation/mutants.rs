@@ -99,7 +99,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "a far row's gradient as if it were near", file: "row.cuh", builds: PLAIN, times: 1,
         find: " || (!SOFTCAP && !(f.reference < INFINITY))", replace: "" },
     Mutant { name: "far partial results by their references", file: "partial.cuh", builds: PLAIN, times: 1,
-        find: "else by = transform.exact(a.largest, largest, INFINITY);", replace: "else by = a.reference - reference;" },
+        find: "by = transform.exact(a.largest, largest, INFINITY);", replace: "by = a.reference - reference;" },
     Mutant { name: "a difference that overflows is infinite", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "if (SOFTCAP || d > -INFINITY) return d * kUnit;", replace: "return d * kUnit;" },
     Mutant { name: "sums of differences overflow", file: "partial.cuh", builds: PLAIN, times: 1,
