@@ -87,7 +87,7 @@ INSTANTIATE(f32)
 INSTANTIATE(f16)
 INSTANTIATE(bf16)
 
-// Σ loss and Σ w over rows in f64, every thread's rows and all merges in a fixed order. One block.
+// The sums of loss and of w over rows in f64, every thread's rows and all merges in a fixed order. One block.
 KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
   SHARED_ARRAY(double, losses, 32);
   SHARED_ARRAY(double, weights, 32);

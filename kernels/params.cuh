@@ -4,14 +4,14 @@
 
 constexpr int kMaxRowDims = 4;
 
-// Element offset of row i of a view (…, V): mixed-radix digits of i times strides, innermost first.
+// Element offset of row i of a view (..., V): mixed-radix digits of i times strides, innermost first.
 struct RowOffsets {
   uint64_t dims;
   uint64_t sizes[kMaxRowDims];
   uint64_t strides[kMaxRowDims];
 };
 
-// lse = z of the largest logit + log2_sum·ln 2, in two parts so that a large offset of the row costs no precision.
+// lse = z of the largest logit + log2_sum * ln 2, in two parts so that a large offset of the row costs no precision.
 struct alignas(16) RowState {
   float largest;
   float log2_sum;

@@ -10,16 +10,16 @@ constexpr float kLn2 = 0.69314718055994531f;
 // Sums of d are kept in this unit: a power of 2, so that it rounds nothing, and so small that no sum overflows.
 constexpr float kUnit = 0x1p-40f;
 
-// Exponents: differences d = z − z' of a logit's z and the largest one's, in units of log 2, so that exponentials are
+// Exponents: differences d = z - z' of a logit's z and the largest one's, in units of log 2, so that exponentials are
 // powers of 2 and one instruction computes them.
 //
-// Without a softcap, d = x·scale − reference with the largest logit's x'·scale for a reference, one operation and one
-// rounding. Where x'·scale is so large that its own rounding is no longer small beside 1, the row is *far*: its
-// reference is +inf, which `near` makes −inf of and `exact` knows how to part.
+// Without a softcap, d = x*scale - reference with the largest logit's x'*scale for a reference, one operation and one
+// rounding. Where x'*scale is so large that its own rounding is no longer small beside 1, the row is *far*: its
+// reference is +inf, which `near` makes -inf of and `exact` knows how to part.
 template <bool SOFTCAP> struct Transform {
   float scale;        // log2 e times the logit scale, or the softcap
   float logit_scale;
-  float inner[2];     // factors of 2·logit scale / softcap
+  float inner[2];     // factors of 2 * logit scale / softcap
 
   DEVICE explicit Transform(const Params& p) {
     scale = fminf((SOFTCAP ? p.softcap : p.logit_scale) * kLog2E, 3.4e38f);
@@ -27,7 +27,7 @@ template <bool SOFTCAP> struct Transform {
     inner[0] = p.inner[0], inner[1] = p.inner[1];
   }
 
-  // tanh y of a logit by what it is made of: σ(−2y), and the slope 1 − tanh² y.
+  // tanh y of a logit by what it is made of: sigma(-2y), sigma the logistic function, and the slope 1 - tanh^2 y.
   DEVICE float down(float x, float& slope) const {
     const float y = x * inner[0] * inner[1];
     const float e = dev::exp2_approx(-kLog2E * fabsf(y));
@@ -36,7 +36,7 @@ template <bool SOFTCAP> struct Transform {
     return y > 0.f ? small : inverse;
   }
 
-  // e^y − 1 for y <= 0 without the cancellation near 0, where it is a polynomial through Chebyshev's points.
+  // e^y - 1 for y <= 0 without the cancellation near 0, where it is a polynomial through Chebyshev's points.
   DEVICE static float exp_minus_1(float y) {
     float series = 0.00112340425f;
     series = dev::fma(series, y, 0.00818961393f);
@@ -59,10 +59,10 @@ template <bool SOFTCAP> struct Transform {
     }
   }
 
-  // d; −inf for a masked class, and in a far row.
+  // d; -inf for a masked class, and in a far row.
   DEVICE float near(float x, float largest, float reference, float& slope) const {
     if constexpr (SOFTCAP) {
-      // tanh a − tanh b = 2·(e^(2a−2b) − 1)·σ(−2a)·σ(2b): no difference of numbers that are nearly equal.
+      // tanh a - tanh b = 2 (e^(2a-2b) - 1) sigma(-2a) sigma(2b): no difference of numbers that are nearly equal.
       const float below = down(x, slope);
       const float twice = dev::fma(x, 0.5f, -0.5f * largest) * (2.f * inner[0]) * inner[1];
       const float d = reference * (exp_minus_1(twice) * (below + below));
@@ -77,7 +77,7 @@ template <bool SOFTCAP> struct Transform {
     return near(x, largest, reference, slope);
   }
 
-  // d; −inf for a masked class.
+  // d; -inf for a masked class.
   DEVICE float exact(float x, float largest, float reference, float& slope) const {
     const float d = near(x, largest, reference, slope);
     if (SOFTCAP || reference < INFINITY) return d;
@@ -88,7 +88,7 @@ template <bool SOFTCAP> struct Transform {
     return exact(x, largest, reference, slope);
   }
 
-  // (x − largest)·s/2, which overflows only where d does.
+  // (x - largest) * logit_scale / 2, which overflows only where d does.
   DEVICE float half_nats(float x, float largest) const { return dev::fma(x, 0.5f, -0.5f * largest) * logit_scale; }
 
   // A finite d in `kUnit`s, of a class that is not masked, even where `d` overflowed.
@@ -110,14 +110,14 @@ template <bool SOFTCAP> struct Transform {
 
 // Sums over classes that are neither masked nor the target, relative to the largest logit.
 //
-// The target is left out so that a probability near 1 keeps its digits: 1 − p_y is then a sum, not a difference.
+// The target is left out so that a probability near 1 keeps its digits: 1 - p_y is then a sum, not a difference.
 struct alignas(16) Partial {
   float largest;     // largest logit, before scale and softcap
   float reference;   // what its transform says of it
-  float exp;         // Σ 2^d
-  float linear;      // Σ d, in `kUnit`s
-  float weighted;    // Σ d·2^d
-  float squares;     // Σ 2^2d
+  float exp;         // sum of 2^d
+  float linear;      // sum of d, in `kUnit`s
+  float weighted;    // sum of d * 2^d
+  float squares;     // sum of 2^2d
   unsigned classes;  // how many
   unsigned at;       // first group that has `largest`; once `find_column` looked, its column
 };
@@ -171,7 +171,7 @@ template <bool STATS, bool SOFTCAP> DEVICE Partial merge(Partial a, Partial b, c
   return c;
 }
 
-// Adds a group of logits. `x` is −inf for masked classes, the target and elements beyond the row.
+// Adds a group of logits. `x` is -inf for masked classes, the target and elements beyond the row.
 template <bool STATS, bool SOFTCAP, int N>
 DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transform<SOFTCAP>& transform) {
   float largest = x[0];

@@ -121,7 +121,7 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
     p.entropy[row] = nan ? NAN : empty ? 0.f : dev::max(kLn2 * (log2_sum - weighted * inverse), 0.f);
     const float e_largest = target_largest ? e_y : dev::exp2_approx(transform.exact(largest, largest, reference));
     p.max_prob[row] = nan ? NAN : empty ? 0.f : e_largest * inverse;
-    // Σ (p − ε/K)² over the others, expanded, and the target's own term.
+    // The sum of (p - eps/K)^2 over the others, expanded, and the target's own term.
     const float share = in.smoothing / count, other_mass = others.exp * inverse;
     const float others_norm = others.squares * inverse * inverse - 2.f * share * other_mass +
                               static_cast<float>(others.classes) * share * share;
@@ -200,7 +200,7 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
   }
 }
 
-// What a row's gradient takes beside its logits: dx = (2^d·factor − offset)·slope, and the target's own.
+// What a row's gradient takes beside its logits: dx = (2^d * factor - offset) * slope, and the target's own.
 struct GradientFactors {
   float largest;
   float reference;

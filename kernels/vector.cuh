@@ -70,7 +70,7 @@ template <class T> DEVICE uint4 straddle(uint4 low, uint4 high, unsigned phase) 
 }
 
 // The first `count` elements of a row, in groups that start at element `lead` before the first: group g holds
-// elements g·kGroup − lead and on. Every group starts `phase` bytes past a 16-byte boundary.
+// elements g*kGroup - lead and on. Every group starts `phase` bytes past a 16-byte boundary.
 template <class T> struct RowReader {
   const T* row;
   int count;

@@ -211,3 +211,16 @@ fn cached(name: &str, command: impl FnOnce(&Path) -> Command) -> Result<PathBuf,
     fs::rename(&temporary, &path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(path)
 }
+
+/// On some code pages MSVC, nvcc's host compiler on Windows, takes a line's end for the second half of a character.
+#[test]
+fn kernels_are_ascii() {
+    for entry in fs::read_dir(kernel_sources()).expect("the kernels' folder") {
+        let path = entry.expect("a readable folder").path();
+        if path.is_file() {
+            let source = fs::read_to_string(&path).expect("a kernel source");
+            let foreign = source.lines().position(|line| !line.is_ascii());
+            assert_eq!(foreign, None, "{}: line, from 0", path.display());
+        }
+    }
+}
