@@ -47,7 +47,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
   if constexpr (GRAD) {
     const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
     dev::sync_block();  // in place, nothing may be overwritten before it is read
-    write_gradient<T, SOFTCAP, 4, true>(p, row, x, stored, in, state, gradient_scale(p, row), transform);
+    write_gradient<T, SOFTCAP, false>(p, row, x, stored, in, state, gradient_scale(p, row), transform);
   } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target, transform))) {
     finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
@@ -62,7 +62,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
     return;
   }
   const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
-  write_gradient<T, SOFTCAP, 4, true>(p, row, x, stored, in, p.state[row], gradient_scale(p, row),
+  write_gradient<T, SOFTCAP, false>(p, row, x, stored, in, p.state[row], gradient_scale(p, row),
                                       Transform<SOFTCAP>(p));
 }
 

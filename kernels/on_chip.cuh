@@ -119,7 +119,7 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
   const T* x = reinterpret_cast<const T*>(image + phase);
   const bool same_words = (reinterpret_cast<uintptr_t>(grad) & 15u) == phase;
   if (!same_words || in.weight == 0.f || state.classes == 0u) {
-    write_gradient<T, SOFTCAP, 1, false>(p, row, x, slice, in, state, scale, transform);
+    write_gradient<T, SOFTCAP, true>(p, row, x, slice, in, state, scale, transform);
     return;
   }
   const int target = in.target - slice.begin;

@@ -270,14 +270,15 @@ DEVICE void gradient_of_target(const float (&x)[N], float (&g)[N], int target, c
   UNROLL for (int k = 0; k < N; k++) g[k] = k == target ? g_y : g[k];
 }
 
-template <class T, bool SOFTCAP, bool SPECIAL, int AHEAD, bool STREAMING>
+template <class T, bool SOFTCAP, bool SPECIAL, bool ON_CHIP>
 DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target, const GradientFactors& f,
                          const Transform<SOFTCAP>& transform) {
   const int lead = store_lead(grad);
   const RowReader<T> reader(x, stretch.classes, lead);
   const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
   // Descending: what the sums read last is still in the cache.
-  for_each_group<T, AHEAD, STREAMING, true>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
+  // On chip, only gradients that do not lie as the logits do come here, so that every group straddles words.
+  for_each_group<T, ON_CHIP ? 1 : 4, !ON_CHIP, true, !ON_CHIP>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
     const int start = reader.start(group);
     float g[kGroup<T>];
     gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
@@ -296,7 +297,7 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
 
 // Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz but the weight.
 // `x` may be the gradient's own memory: a thread reads the elements it writes and no others.
-template <class T, bool SOFTCAP, int AHEAD, bool STREAMING>
+template <class T, bool SOFTCAP, bool ON_CHIP>
 DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, const RowInputs& in,
                            const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
   if (in.weight == 0.f || state.classes == 0u) {
@@ -306,8 +307,8 @@ DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stre
   T* grad = gradient_at<T>(p, row, stretch);
   const int target = in.target - stretch.begin;
   const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
-  if (is_special<SOFTCAP>(p, state, f)) write_groups<T, SOFTCAP, true, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
-  else write_groups<T, SOFTCAP, false, AHEAD, STREAMING>(grad, x, stretch, target, f, transform);
+  if (is_special<SOFTCAP>(p, state, f)) write_groups<T, SOFTCAP, true, ON_CHIP>(grad, x, stretch, target, f, transform);
+  else write_groups<T, SOFTCAP, false, ON_CHIP>(grad, x, stretch, target, f, transform);
 }
 
 // What gradients are multiplied by, but for the row's weight.

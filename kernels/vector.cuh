@@ -146,8 +146,13 @@ DEVICE void for_each_group_aligned(const RowReader<T>& reader, int groups, Use u
   }
 }
 
-template <class T, int AHEAD, bool STREAMING, bool DESCENDING, class Use>
+template <class T, int AHEAD, bool STREAMING, bool DESCENDING, bool MAY_ALIGN = true, class Use>
 DEVICE void for_each_group(const RowReader<T>& reader, int groups, Use use) {
-  if (reader.phase == 0) for_each_group_aligned<T, true, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
-  else for_each_group_aligned<T, false, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
+  if constexpr (MAY_ALIGN) {
+    if (reader.phase == 0) {
+      for_each_group_aligned<T, true, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
+      return;
+    }
+  }
+  for_each_group_aligned<T, false, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
 }
