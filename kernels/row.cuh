@@ -212,6 +212,7 @@ struct GradientFactors {
   float smoothing_but_share;
   float lse_slope;
   float masked_value;  // 0, but NaN in a row that is NaN
+  float affine[3];     // without a softcap, d = (x*[0] + [1])*[2], of near and far rows alike
 };
 
 // The nearest value whose sum with another such is finite.
@@ -233,6 +234,10 @@ DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, co
   f.offset = in_range(f.scale * share);
   f.smoothing_but_share = in.smoothing - share;
   f.masked_value = state.largest == state.largest ? 0.f : NAN;
+  const bool near = f.reference < INFINITY;
+  f.affine[0] = near ? transform.scale : 0.5f;
+  f.affine[1] = near ? -f.reference : -0.5f * f.largest;
+  f.affine[2] = near ? 1.f : fminf(p.logit_scale * (2.f * kLog2E), 3.4e38f);
   return f;
 }
 
@@ -246,9 +251,9 @@ template <bool SOFTCAP, bool SPECIAL, int N>
 DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
                               const Transform<SOFTCAP>& transform) {
   UNROLL for (int k = 0; k < N; k++) {
-    float slope;
-    const float d = SPECIAL ? transform.exact(x[k], f.largest, f.reference, slope)
-                            : transform.near(x[k], f.largest, f.reference, slope);
+    float slope, d;
+    if (SPECIAL && !SOFTCAP) d = dev::fma(x[k], f.affine[0], f.affine[1]) * f.affine[2];
+    else d = transform.near(x[k], f.largest, f.reference, slope);
     g[k] = dev::fma(dev::exp2_approx(d), f.factor, -f.offset);
     if constexpr (SOFTCAP) g[k] *= slope * f.outer;
     if (SPECIAL && x[k] == -INFINITY) g[k] = f.masked_value;
