@@ -49,11 +49,12 @@ fn compile() -> Result<(), String> {
         }
     }
     let nvcc = find_nvcc().ok_or(
-        "feature `cuda` needs nvcc, which was not found: install the CUDA toolkit 12 or newer and put its bin folder on \
+        "feature `cuda` needs nvcc, which was not found: install the CUDA toolkit 12.1 or newer and put its bin folder on \
          PATH (or set CUDA_HOME, or NVCC), or build without the feature",
     )?;
     println!("cargo::rerun-if-changed={}", nvcc.display());
 
+    archs::check_version(&output(Command::new(&nvcc).arg("--version"))?)?;
     let known = output(Command::new(&nvcc).arg("--list-gpu-code"))?;
     let archs = requested(&known)?;
     let fatbin =
@@ -78,7 +79,7 @@ fn requested(known: &str) -> Result<Vec<Arch>, String> {
         if let Ok(list) = env::var(name) {
             let checked = archs::parse_list(&list)
                 .and_then(|archs| archs::check(&archs, known).map(|()| archs));
-            return checked.map_err(|e| format!("{name}={list}: {e}; give a list such as 80;90a"));
+            return checked.map_err(|e| format!("{name}={list}: {e}; give a list such as 80;90"));
         }
     }
     let smi = output(

@@ -1,4 +1,4 @@
-//! Which GPU architectures to compile for. Also a test target of its own, as build scripts have none.
+//! Which GPU architectures to compile for, and by which nvcc. A test target too, as build scripts have none.
 
 /// One architecture, such as sm_80 or sm_90a.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,7 +11,7 @@ pub struct Arch {
 /// Compiled where no list is given and no GPU is seen: code for one chip also runs on later ones of its major version.
 pub const DEFAULT: [u32; 5] = [75, 80, 90, 100, 120];
 
-/// Reads a list such as `80;90a`, in which `8.0` and `sm_80` are accepted for `80`. The result is sorted.
+/// Reads a list such as `80;90`, in which `8.0` and `sm_80` are accepted for `80`. The result is sorted.
 pub fn parse_list(list: &str) -> Result<Vec<Arch>, String> {
     let items = list
         .split([';', ',', ' ', '\n'])
@@ -80,8 +80,9 @@ fn numbers(known: &str) -> Vec<u32> {
     numbers
 }
 
-/// nvcc's arguments: machine code for each, and PTX of the lowest, which newer GPUs compile when they load it.
-/// That PTX has no suffix, since code with one runs on no other chip.
+/// nvcc's arguments: machine code for each, and PTX, which other GPUs compile when they load it. That of the lowest
+/// serves those in between; newer ones take that of the highest, as only PTX from 90 on has the on-chip kernels. It has
+/// no suffix, since code with one runs on no other chip.
 pub fn gencode(archs: &[Arch]) -> Vec<String> {
     let code = |a: &Arch| {
         format!(
@@ -89,21 +90,43 @@ pub fn gencode(archs: &[Arch]) -> Vec<String> {
             a.number, a.suffix
         )
     };
-    let ptx = archs
-        .iter()
-        .map(|a| a.number)
-        .min()
-        .map(|n| format!("-gencode=arch=compute_{n},code=compute_{n}"));
+    let numbers = || archs.iter().map(|a| a.number);
+    let lowest = numbers().min();
+    let highest = numbers().max().filter(|&n| Some(n) != lowest);
+    let ptx = |n: u32| format!("-gencode=arch=compute_{n},code=compute_{n}");
+    let ptx = lowest.into_iter().chain(highest).map(ptx);
     archs.iter().map(code).chain(ptx).collect()
 }
 
-/// `80;90a`, as it would be given.
+/// `80;90`, as it would be given.
 pub fn display(archs: &[Arch]) -> String {
     archs
         .iter()
         .map(|a| format!("{}{}", a.number, a.suffix))
         .collect::<Vec<_>>()
         .join(";")
+}
+
+/// The first CUDA whose ptxas compiles the kernels with line information; 12.0's crashes at sm_90.
+pub const OLDEST_CUDA: (u32, u32) = (12, 1);
+
+/// Says so if nvcc is too old. `version` is what `nvcc --version` prints.
+pub fn check_version(version: &str) -> Result<(), String> {
+    let found = version
+        .split("release ")
+        .nth(1)
+        .and_then(|rest| rest.split(',').next()?.split_once('.'))
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    let (major, minor) = OLDEST_CUDA;
+    match found {
+        Some(found) if found < OLDEST_CUDA => Err(format!(
+            "nvcc is of CUDA {}.{}, which cannot compile the kernels: install CUDA {major}.{minor} or newer and put its \
+             bin folder first on PATH (or set CUDA_HOME, or NVCC)",
+            found.0, found.1
+        )),
+        // What says it otherwise may do.
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -149,20 +172,56 @@ mod tests {
     }
 
     #[test]
-    fn machine_code_for_each_and_ptx_of_the_lowest_for_newer_gpus() {
-        assert_eq!(
-            gencode(&parse_list("90a;80").unwrap()),
-            [
-                "-gencode=arch=compute_80,code=sm_80",
-                "-gencode=arch=compute_90a,code=sm_90a",
-                "-gencode=arch=compute_80,code=compute_80",
-            ]
-        );
+    fn machine_code_for_each_and_ptx_of_the_lowest_and_the_highest() {
         // PTX for 90a would run on Hopper alone.
         assert_eq!(
-            gencode(&parse_list("90a").unwrap())[1],
-            "-gencode=arch=compute_90,code=compute_90"
+            gencode(&parse_list("90a;80;86").unwrap()),
+            [
+                "-gencode=arch=compute_80,code=sm_80",
+                "-gencode=arch=compute_86,code=sm_86",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-gencode=arch=compute_80,code=compute_80",
+                "-gencode=arch=compute_90,code=compute_90",
+            ]
         );
+        assert_eq!(
+            gencode(&parse_list("90").unwrap()),
+            [
+                "-gencode=arch=compute_90,code=sm_90",
+                "-gencode=arch=compute_90,code=compute_90",
+            ]
+        );
+    }
+
+    /// As nvcc before 12.8 knows neither 100 nor 120.
+    #[test]
+    fn the_default_has_ptx_with_clusters_whatever_nvcc_knows() {
+        for known in [KNOWN, "sm_75\nsm_80\nsm_90\nsm_90a\n"] {
+            let highest = gencode(&default_list(known)).pop().unwrap();
+            let (_, ptx) = highest.split_once("code=compute_").unwrap();
+            assert!(ptx.parse::<u32>().unwrap() >= 90, "{highest}");
+        }
+    }
+
+    #[test]
+    fn an_nvcc_whose_assembler_crashes_is_refused() {
+        let printed = |release: &str| {
+            format!(
+                "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release {release}\nBuild cuda\n"
+            )
+        };
+        for release in ["12.1, V12.1.66", "12.10, V12.10.1", "13.0, V13.0.88"] {
+            assert_eq!(check_version(&printed(release)), Ok(()), "{release}");
+        }
+        for (release, name) in [("12.0, V12.0.140", "12.0"), ("11.8, V11.8.89", "11.8")] {
+            let message = check_version(&printed(release)).unwrap_err();
+            assert!(
+                message.contains(name) && message.contains("12.1 or newer"),
+                "{message}"
+            );
+            assert!(!message.contains('\n'), "{message}");
+        }
+        assert_eq!(check_version("clang version 20.1.0"), Ok(()));
     }
 
     #[test]

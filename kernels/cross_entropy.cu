@@ -4,7 +4,7 @@
 //   ce_forward_*   row losses (and statistics) from one read of the logits, or of a slice of the vocabulary after another
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
 //   ce_fused_*     both, with statistics, in one launch: the second read of a row finds it in the cache
-//   ce_onchip_*    forward and fused for sm_90, a cluster of blocks a row: no second read (on_chip.cuh)
+//   ce_onchip_*    forward and fused from sm_90 on, a cluster of blocks a row: no second read (on_chip.cuh)
 //   ce_reduce      row losses to the result, in a fixed order
 //
 // Line by line the mathematics is that of src/reference.rs.

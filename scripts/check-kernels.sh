@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Compiles the kernels for each architecture and fails if any spills registers or touches local memory:
 #
-#   check-kernels.sh [ARCH …]     # default: 75 80 90a 120
+#   check-kernels.sh [ARCH …]     # default: 75 80 90 120
 #
 # Prints registers and shared memory of each kernel. Needs nvcc (see cuda-toolchain.sh), no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if (($# == 0)); then set -- 75 80 90a 120; fi
+if (($# == 0)); then set -- 75 80 90 120; fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for arch in "$@"; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Counts the instructions of the kernels' inner loops, which is most of what decides whether memory is the limit:
 
-    nvcc -cubin -arch=sm_90a -O3 -std=c++17 -o kernels.cubin kernels/cross_entropy.cu
+    nvcc -cubin -arch=sm_90 -O3 -std=c++17 -o kernels.cubin kernels/cross_entropy.cu
     cuobjdump --dump-sass kernels.cubin | scripts/count-operations.py [KERNEL …]
 
 Prints, for each loop that computes exponentials, the instructions of its usual way round: the one that skips what is

@@ -8,14 +8,12 @@ use candle_cross_entropy::CrossEntropy;
 use crate::{cases::values, report::Report};
 
 pub fn check(device: &Device, report: &mut Report) {
-    report.holds("CUDA graph of forward and backward", || {
-        let (rows, width) = (64, 4099);
-        let targets = Tensor::arange(0u32, rows as u32, device)?;
-        let smoothing = Tensor::full(0.1f32, rows, device)?;
-        let loss = CrossEntropy::new().smoothing(&smoothing);
-        replay(device, &[&[rows, width]], &|vars| {
-            loss.forward(&vars[0], &targets)
-        })
+    report.holds("CUDA graph of forward and backward", || of_logits(device));
+    report.holds("CUDA graph on a stream of its own", || {
+        let device = Device::new_cuda_with_stream(0)?;
+        // SAFETY: all that has to do with this device's tensors happens on its one stream, or after it is waited for.
+        unsafe { device.as_cuda_device()?.disable_event_tracking() };
+        of_logits(&device)
     });
     // Slices of the vocabulary and blocks of rows; logits computed again and kept.
     for (rows, vocab) in [(64, 4099), (700, 129)] {
@@ -38,6 +36,16 @@ pub fn check(device: &Device, report: &mut Report) {
             });
         }
     }
+}
+
+fn of_logits(device: &Device) -> Result<String> {
+    let (rows, width) = (64, 4099);
+    let targets = Tensor::arange(0u32, rows as u32, device)?;
+    let smoothing = Tensor::full(0.1f32, rows, device)?;
+    let loss = CrossEntropy::new().smoothing(&smoothing);
+    replay(device, &[&[rows, width]], &|vars| {
+        loss.forward(&vars[0], &targets)
+    })
 }
 
 /// `loss` of bf16 variables of some shapes, and its backward.
