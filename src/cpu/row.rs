@@ -78,7 +78,7 @@ impl<R: Real> Transform<R> {
     pub fn new(call: &Call) -> Self {
         let scale = f64::from(call.logit_scale);
         let cap = call.softcap.map_or(1.0, f64::from);
-        let unit = if call.softcap.is_some() || scale <= 1.0 && scale != 1.0 {
+        let unit = if call.softcap.is_some() || scale < 1.0 {
             0.5
         } else {
             1.0
