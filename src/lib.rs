@@ -42,6 +42,14 @@
 //!
 //! [`CrossEntropy::reference`] computes all of this in f64 with plain loops; the fast paths are tested against it.
 //!
+//! # Features
+//!
+//! * `cuda`: the CUDA kernels; needs nvcc of CUDA 12.1 or newer when building.
+//! * `nvtx`: names every kernel launch in an `nsys` timeline.
+//! * `gemm-avx512` (default): AVX-512 kernels in the gemm crate, and so in all of candle in the program, with the same bits.
+//!
+//! It works with candle 0.11.1.
+//!
 //! # Where to look
 //!
 //! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside, from the top:
