@@ -133,7 +133,7 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
 
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
   DYNAMIC_SHARED(memory);
-  SHARED_ARRAY(Partial, scratch, 32);
+  SHARED_ARRAY(Partial, scratch, kMaxWarps);
   const uint64_t row = blockIdx.x / p.blocks_per_row;
   const int rank = static_cast<int>(blockIdx.x % p.blocks_per_row);
   const bool one_block = p.blocks_per_row == 1;
@@ -174,8 +174,8 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   if (!one_block) {
     // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
     dev::sync_cluster();
-    const unsigned lane = threadIdx.x % 32;
-    a = merge_warp<STATS>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
+    const unsigned lane = threadIdx.x % kMaxBlocksPerRow;
+    a = merge_warp<STATS, kMaxBlocksPerRow>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
   }
   const float x_y = widen_one(target_logit);
   const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);

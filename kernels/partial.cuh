@@ -215,32 +215,43 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
   a.squares += squares;
 }
 
-// Merges the 32 lanes' results; every lane gets the result.
-template <bool STATS, bool SOFTCAP> DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
-  UNROLL for (int lane = 16; lane > 0; lane >>= 1) {
-    Partial b = empty_partial();
-    b.largest = dev::shuffle_xor(a.largest, lane);
-    b.reference = dev::shuffle_xor(a.reference, lane);
-    b.exp = dev::shuffle_xor(a.exp, lane);
-    b.linear = dev::shuffle_xor(a.linear, lane);
-    b.classes = dev::shuffle_xor(a.classes, lane);
-    b.at = dev::shuffle_xor(a.at, lane);
+// Merges the results of each LANES lanes, a power of 2; every lane gets the result. First the largest logit, to which each
+// lane's sums are made relative once, then plain sums.
+template <bool STATS, int LANES = 32, bool SOFTCAP>
+DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
+  float largest = a.largest;
+  unsigned at = a.at;
+  UNROLL for (int lane = LANES / 2; lane > 0; lane >>= 1) {
+    const float other = dev::shuffle_xor(largest, lane);
+    const unsigned other_at = dev::shuffle_xor(at, lane);
+    const bool first = largest > other || (largest == other && at <= other_at);
+    largest = first ? largest : other;
+    at = first ? at : other_at;
+  }
+  relate<STATS>(a, largest, transform.reference(largest), transform);
+  a.largest = largest;
+  a.at = at;
+  UNROLL for (int lane = LANES / 2; lane > 0; lane >>= 1) {
+    a.exp += dev::shuffle_xor(a.exp, lane);
+    a.linear += dev::shuffle_xor(a.linear, lane);
+    a.classes += dev::shuffle_xor(a.classes, lane);
     if constexpr (STATS) {
-      b.weighted = dev::shuffle_xor(a.weighted, lane);
-      b.squares = dev::shuffle_xor(a.squares, lane);
+      a.weighted += dev::shuffle_xor(a.weighted, lane);
+      a.squares += dev::shuffle_xor(a.squares, lane);
     }
-    a = merge<STATS>(a, b, transform);
   }
   return a;
 }
 
+constexpr int kMaxWarps = 8;  // a block's; src/kernels/select.rs launches no more
+
 // Merges all threads' results through `scratch`, one element a warp; every thread gets the result.
 template <bool STATS, bool SOFTCAP>
 DEVICE Partial merge_block(Partial a, Partial* scratch, const Transform<SOFTCAP>& transform) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
   a = merge_warp<STATS>(a, transform);
   if (warps == 1) return a;
-  if (lane == 0) scratch[warp] = a;
+  if (threadIdx.x % 32 == 0) scratch[warp] = a;
   dev::sync_block();
-  return merge_warp<STATS>(lane < warps ? scratch[lane] : empty_partial(), transform);
+  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
 }

@@ -154,7 +154,7 @@ template <int N> DEVICE void hide_target(float (&x)[N], int target) {
 // Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
-  SHARED_ARRAY(Partial, scratch, 32);
+  SHARED_ARRAY(Partial, scratch, kMaxWarps);
   Partial a = empty_partial();
   const RowReader<T> reader(x, vocab, 0);
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
