@@ -18,6 +18,8 @@ const LARGEST: u64 = 16 << 20;
 const CONNECT: Duration = Duration::from_secs(15);
 /// Why an answer ends that says all it was to say.
 const WHOLE: [&str; 6] = ["stop", "stop_sequence", "end_turn", "eos", "eos_token", ""];
+/// How compressed data begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
 
@@ -94,6 +96,7 @@ impl Client {
             .http_status_as_error(false)
             .timeout_global(Some(timeout))
             .timeout_connect(Some(CONNECT.min(timeout)))
+            .accept_encoding("identity")
             .max_idle_connections(concurrency)
             .max_idle_connections_per_host(concurrency)
             .build()
@@ -118,21 +121,31 @@ impl Client {
             request = request.header("authorization", authorization);
         }
         let mut response = request.send_json(&body).map_err(|e| self.no_response(e))?;
-        let text = response
+        let bytes = response
             .body_mut()
             .with_config()
             .limit(LARGEST)
-            .lossy_utf8(true)
-            .read_to_string();
-        match (response.status(), text) {
-            (StatusCode::OK, text) => {
-                let text = text.map_err(|e| self.no_response(e))?;
-                self.reply(&text, response.headers())
+            .read_to_vec();
+        let headers = response.headers();
+        match (response.status(), bytes) {
+            (StatusCode::OK, bytes) => {
+                let bytes = bytes.map_err(|e| self.broken_off(&e))?;
+                self.reply(&decode(headers, &bytes), headers)
             }
             // The status says enough where the text is not to be had.
-            (status, text) => {
-                Err(self.failure(status, response.headers(), &text.unwrap_or_default()))
+            (status, bytes) => {
+                let text = decode(headers, &bytes.unwrap_or_default());
+                Err(self.failure(status, headers, &text.unwrap_or_else(|why| why)))
             }
+        }
+    }
+
+    /// While an answer was read: there is a server.
+    fn broken_off(&self, error: &ureq::Error) -> Failure {
+        Failure::Passing {
+            reason: format!("{}: {error}", self.url),
+            wait: None,
+            kind: Passing::Error,
         }
     }
 
@@ -199,7 +212,17 @@ impl Client {
     }
 
     /// Of an answer with status 200.
-    fn reply(&self, text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
+    fn reply(&self, text: &Result<String, String>, headers: &HeaderMap) -> Result<Reply, Failure> {
+        let text = match text {
+            Ok(text) => text,
+            Err(why) => {
+                return Ok(Reply {
+                    text: Err(why.clone()),
+                    cost: Cost::default(),
+                    wait: exhausted(headers),
+                });
+            }
+        };
         // Some services put the failure of the one behind them into an answer that is good otherwise.
         let value: Result<Value, _> = serde_json::from_str(text);
         let error = value.as_ref().map_or(&Value::Null, |value| &value["error"]);
@@ -228,6 +251,22 @@ impl Client {
             wait: exhausted(headers),
         })
     }
+}
+
+/// The text of a body, or why there is none. A byte that is no UTF-8 spoils one character, not the answer.
+fn decode(headers: &HeaderMap, bytes: &[u8]) -> Result<String, String> {
+    let encoding = headers
+        .get("content-encoding")
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_string())
+        .filter(|name| !name.is_empty() && !name.eq_ignore_ascii_case("identity"))
+        .or_else(|| bytes.starts_with(&GZIP).then(|| "gzip".into()));
+    if let Some(name) = encoding {
+        return Err(format!(
+            "its content encoding is {name:?}, which was not asked for"
+        ));
+    }
+    let text = String::from_utf8_lossy(bytes);
+    Ok(text.trim_start_matches('\u{feff}').to_string())
 }
 
 fn said(choice: Choice) -> Result<String, String> {
