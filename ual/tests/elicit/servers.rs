@@ -1,7 +1,10 @@
 //! Servers that do not behave as OpenAI's.
 
+use candle_ual::commands::elicit::secrets::Secrets;
+use serde_json::json;
+
 use crate::{
-    job::{Job, percent},
+    job::{Job, Run, percent},
     server::{Response, Server},
 };
 
@@ -42,4 +45,68 @@ fn bytes_that_are_no_text_are_that_samples_matter() {
         assert!(run.stderr.contains(message), "{message}: {}", run.stderr);
     }
     assert_eq!(server.asked()[0].header("accept-encoding"), "identity");
+}
+
+#[test]
+fn the_key_and_a_password_are_masked_in_every_text() {
+    const KEY: &str = "sk-very/secret-key";
+    const PASSWORD: &str = "pass%20word1";
+    // What a careless gateway does: it repeats what it was sent, here so that the key lies across the cut of the message.
+    let echo = "x".repeat(290) + KEY;
+    for status in [200, 400, 401, 422, 429, 500] {
+        for body in [
+            json!({"error": {"message": echo}}).to_string(),
+            format!("no JSON, {}", echo.replace('/', "\\/")),
+            json!({"choices": [{"message": {"content": format!("you are {KEY}")}}]}).to_string(),
+            json!({"choices": [{"message": {}, "finish_reason": KEY}]}).to_string(),
+        ] {
+            let server = Server::start(move |_| Response::bytes(status, body.clone()));
+            let url = server
+                .url
+                .replace("http://", &format!("http://user:{PASSWORD}@"));
+            let job = Job::new(1);
+            let once = ["--base-url", &url, "--key", KEY, "--model", "m"];
+            let limits = ["--retries", "0", "--attempts", "1"];
+            let mut command = job.command(&once);
+            let run = Run::of(command.args(limits).output().unwrap());
+            assert_ne!(run.code, Some(0));
+            for part in ["sk-very", "secret-key", PASSWORD] {
+                assert!(
+                    !run.stderr.contains(part),
+                    "{status} {part}: {}",
+                    run.stderr
+                );
+                assert!(!job.out().contains(part));
+            }
+        }
+    }
+    let job = Job::new(1);
+    for url in [
+        "http://user:pass%20word1@127.0.0.1:9/v1",
+        "http://pass%20word1@127.0.0.1:9/v1",
+        "http://user:pass%20word1/x@127.0.0.1:9/v1",
+        "http://127.0.0.1:9/v1?api-key=pass%20word1",
+        "ftp://user:pass%20word1@127.0.0.1/v1",
+    ] {
+        let arguments = ["--base-url", url, "--model", "m", "--retries", "0"];
+        let run = Run::of(job.command(&arguments).output().unwrap()).expect(1);
+        assert!(!run.stderr.contains(PASSWORD), "{}", run.stderr);
+        assert!(run.stderr.contains("***"), "{}", run.stderr);
+        let mut help = job.program();
+        let run = Run::of(
+            help.arg("--help")
+                .env("OPENAI_BASE_URL", url)
+                .output()
+                .unwrap(),
+        );
+        assert!(!run.stdout.contains(PASSWORD), "{}", run.stdout);
+    }
+    // A short one is part of many words.
+    let secrets = Secrets::new(Some("no"), "http://u:pw@host");
+    assert_eq!(
+        secrets.hide("unknown: no, http://u:pw@host"),
+        "unknown: ***, http://u:***@host"
+    );
+    // As the header of the address's own login says it.
+    assert_eq!(secrets.hide("Basic dTpwdw=="), "Basic ***");
 }

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 
-use crate::commands::elicit::prompt::Template;
+use crate::commands::elicit::{prompt::Template, secrets::Secrets};
 
 /// Scores how uncertain the right response to each sample is
 ///
@@ -41,6 +41,7 @@ pub struct Args {
         long,
         value_name = "URL",
         env = "OPENAI_BASE_URL",
+        hide_env_values = true,
         default_value = "https://api.openai.com/v1"
     )]
     pub base_url: String,
@@ -115,7 +116,8 @@ impl Args {
                 || self.print_prompt
                 || url.starts_with("http://")
                 || url.starts_with("https://"),
-            "--base-url is {url:?}; it must start with http:// or https://"
+            "--base-url is {:?}; it must start with http:// or https://",
+            Secrets::new(self.key(), url).hide(url)
         );
         ensure!(
             self.local.is_none() || self.votes == 1,

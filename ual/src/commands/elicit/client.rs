@@ -10,6 +10,7 @@ use ureq::http::{HeaderMap, StatusCode};
 use crate::commands::elicit::{
     limits::{exhausted, retry_after},
     samples::Cost,
+    secrets::Secrets,
 };
 
 /// Bytes of an answer that are read; an answer is a line or a few paragraphs.
@@ -26,6 +27,8 @@ const SHOWN: usize = 300;
 pub struct Client {
     agent: ureq::Agent,
     url: String,
+    /// To be masked in all that is shown.
+    pub secrets: Secrets,
     authorization: Option<String>,
     body: Map<String, Value>,
 }
@@ -104,6 +107,7 @@ impl Client {
         body.insert("model".into(), model.into());
         Self {
             agent,
+            secrets: Secrets::new(key, base_url),
             url: format!("{}/chat/completions", base_url.trim_end_matches('/')),
             authorization: key.map(|key| format!("Bearer {key}")),
             body,
@@ -143,7 +147,7 @@ impl Client {
     /// While an answer was read: there is a server.
     fn broken_off(&self, error: &ureq::Error) -> Failure {
         Failure::Passing {
-            reason: format!("{}: {error}", self.url),
+            reason: self.secrets.hide(&format!("{}: {error}", self.url)),
             wait: None,
             kind: Passing::Error,
         }
@@ -154,7 +158,7 @@ impl Client {
             BadUri, ConnectProxyFailed, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io,
             RedirectFailed, Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
         };
-        let reason = format!("{}: {error}", self.url);
+        let reason = self.secrets.hide(&format!("{}: {error}", self.url));
         let kind = match &error {
             BadUri(_) | Http(_) | InvalidProxyUrl | RedirectFailed | Rustls(_) | Tls(_)
             | TlsRequired | TooManyRedirects => {
@@ -183,12 +187,8 @@ impl Client {
             .and_then(|value| value.get("error").cloned())
             .unwrap_or_default();
         let field = |name| error.get(name).and_then(Value::as_str);
-        let message: String = field("message")
-            .or(error.as_str())
-            .unwrap_or(text)
-            .chars()
-            .take(SHOWN)
-            .collect();
+        let message = field("message").or(error.as_str()).unwrap_or(text);
+        let message = self.start(message);
         let reason = format!("{status}: {}", message.trim());
         // Servers differ in the status of an unknown model, and some say "too many requests" when the money is spent.
         let code = field("code").or(field("type"));
@@ -202,13 +202,23 @@ impl Client {
             kind,
         };
         match status.as_u16() {
-            _ if hopeless => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            _ if hopeless => self.fatal(&reason),
             429 => passing(Passing::Limit),
             503 if wait.is_some() => passing(Passing::Limit),
             408 | 409 | 425 | 500.. => passing(Passing::Error),
             400 | 403 | 406 | 410.. => Failure::Refused(reason),
-            _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            _ => self.fatal(&reason),
         }
+    }
+
+    fn fatal(&self, reason: &str) -> Failure {
+        let url = self.secrets.hide(&self.url);
+        Failure::Fatal(anyhow!("{url}: {reason}"))
+    }
+
+    /// As much of a server's text as is shown.
+    fn start(&self, text: &str) -> String {
+        self.secrets.hide(text).chars().take(SHOWN).collect()
     }
 
     /// Of an answer with status 200.
@@ -217,7 +227,7 @@ impl Client {
             Ok(text) => text,
             Err(why) => {
                 return Ok(Reply {
-                    text: Err(why.clone()),
+                    text: Err(self.secrets.hide(why)),
                     cost: Cost::default(),
                     wait: exhausted(headers),
                 });
@@ -241,9 +251,9 @@ impl Client {
             }
             Err(error) => (Err(error.to_string()), Value::Null),
         };
-        let start = || text.chars().take(SHOWN).collect::<String>();
         Ok(Reply {
-            text: said.map_err(|why| format!("{why}: {:?}", start())),
+            text: said
+                .map_err(|why| format!("{}: {:?}", self.secrets.hide(&why), self.start(text))),
             cost: Cost {
                 prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
                 completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),

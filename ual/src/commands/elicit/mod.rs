@@ -15,3 +15,4 @@ pub mod prompt;
 pub mod remote;
 pub mod run;
 pub mod samples;
+pub mod secrets;

@@ -191,7 +191,8 @@ impl Shared {
                         return Ok((uncertainty, cost));
                     }
                     failed = false;
-                    let mut end: Vec<char> = text.trim().chars().rev().take(SHOWN).collect();
+                    let shown = self.client.secrets.hide(text.trim());
+                    let mut end: Vec<char> = shown.chars().rev().take(SHOWN).collect();
                     end.reverse();
                     format!("ends with {:?}", end.into_iter().collect::<String>())
                 }
