@@ -110,3 +110,24 @@ fn the_key_and_a_password_are_masked_in_every_text() {
     // As the header of the address's own login says it.
     assert_eq!(secrets.hide("Basic dTpwdw=="), "Basic ***");
 }
+
+#[test]
+fn answers_of_at_most_one_are_warned_of() {
+    let answer = |sample: usize| ["0.85", "0", "1", "0.2", "40", "0.5", "1.5", "0.1"][sample % 8];
+    let server = Server::start(move |asked| {
+        Response::says(&format!("Uncertainty: {}", answer(asked.sample)))
+    });
+    let job = Job::new(8);
+    let run = job.run(&server, &[]).expect(0);
+    let warning =
+        "6 of 8 answers are at most 1 of 100 (1 of them 0, 4 between 0 and 1, 1 exactly 1)";
+    assert!(run.stderr.contains(warning), "{}", run.stderr);
+    assert_eq!(job.scored()["s0"]["uncertainty"], 0.0085);
+    // Also of answers that an earlier run left.
+    let run = job.run(&server, &[]).expect(0);
+    assert!(run.stderr.contains(warning), "{}", run.stderr);
+
+    let server = Server::start(|asked| Response::uncertainty(asked.sample));
+    let run = Job::new(4).run(&server, &[]).expect(0);
+    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+}
