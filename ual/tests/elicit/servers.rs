@@ -131,3 +131,34 @@ fn answers_of_at_most_one_are_warned_of() {
     let run = Job::new(4).run(&server, &[]).expect(0);
     assert!(!run.stderr.contains("warning"), "{}", run.stderr);
 }
+
+#[test]
+fn a_model_that_does_not_keep_to_the_form_is_not_paid_for_without_end() {
+    let server = Server::start(|_| Response::says("My answer is\nsomewhere near eighty."));
+    let job = Job::new(200);
+    let run = job
+        .run(&server, &["--attempts", "2", "--concurrency", "4"])
+        .expect(1);
+    assert!(
+        run.stderr.contains("20 answers in a row could not be read"),
+        "{}",
+        run.stderr
+    );
+    assert!(
+        run.stderr
+            .contains(r#"ends with "My answer is\nsomewhere near eighty.""#),
+        "{}",
+        run.stderr
+    );
+    let asked = server.asked().len();
+    assert!((20..=23).contains(&asked), "{asked} requests");
+
+    // Not in a row.
+    let server = Server::start(|asked| match asked.sample % 4 {
+        0 => Response::uncertainty(1),
+        _ => Response::says("eighty"),
+    });
+    let job = Job::new(48);
+    job.run(&server, &["--concurrency", "1"]).expect(3);
+    assert_eq!(job.scored().len(), 12);
+}
