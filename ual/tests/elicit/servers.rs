@@ -162,3 +162,138 @@ fn a_model_that_does_not_keep_to_the_form_is_not_paid_for_without_end() {
     job.run(&server, &["--concurrency", "1"]).expect(3);
     assert_eq!(job.scored().len(), 12);
 }
+
+#[test]
+fn an_answer_is_found_where_servers_put_it() {
+    let whole = |message: serde_json::Value, reason: &str| {
+        Response::new(
+            200,
+            json!({"choices": [{"message": message, "finish_reason": reason}]}),
+        )
+    };
+    let server = Server::start(move |asked| match asked.sample {
+        0 => whole(
+            json!({"content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Uncertainty: 1"}]},
+                {"type": "text", "text": "Uncer"},
+                {"type": "text", "text": "tainty: 10"},
+            ]}),
+            "stop",
+        ),
+        1 => whole(json!({"content": "Uncertainty: 11"}), "STOP"),
+        2 => whole(
+            json!({"content": "Uncertainty: 12", "reasoning_content": "Uncertainty: 99"}),
+            "stop",
+        ),
+        3 => whole(
+            json!({"content": "", "reasoning_content": "Hm.\nUncertainty: 13"}),
+            "stop",
+        ),
+        4 => whole(
+            json!({"content": null, "reasoning": "Uncertainty: 14"}),
+            "stop",
+        ),
+        5 => whole(
+            json!({"content": null, "reasoning_content": "Uncertainty: 5"}),
+            "length",
+        ),
+        _ => whole(json!({"content": "Uncertainty: 16"}), "MAX_TOKENS"),
+    });
+    let job = Job::new(7);
+    let run = job.run(&server, &["--attempts", "1"]).expect(3);
+    let scored = job.scored();
+    assert_eq!(scored.len(), 5, "{}", run.stderr);
+    for (i, u) in [0.1, 0.11, 0.12, 0.13, 0.14].into_iter().enumerate() {
+        assert_eq!(scored[&format!("s{i}")]["uncertainty"], u);
+    }
+    assert!(
+        run.stderr
+            .contains("the answer ended for the reason \"length\" within the model's reasoning"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+fn event_streams_are_read() {
+    const START: &str = r#"data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+
+data: {"choices": [{"index": 0, "delta": {"reasoning_content": "Uncertainty: 9"}}]}
+
+data: {"choices": [{"index": 0, "delta": {"content": "Uncertainty: 2"}}]}
+
+data: {"choices": [{"index": 1, "delta": {"content": "9"}}]}
+"#;
+    const MORE: &str =
+        "\ndata: {\"choices\": [{\"index\": 0, \"delta\": {\"content\": \"5\"}}]}\n\n";
+    const STOP: &str =
+        "data: {\"choices\": [{\"index\": 0, \"delta\": {}, \"finish_reason\": \"stop\"}]}\n\n";
+    const USAGE: &str = "data: {\"choices\": [], \"usage\": {\"prompt_tokens\": 5, \"completion_tokens\": 4}}\n\ndata: [DONE]\n\n";
+    let server = Server::start(|asked| {
+        if asked.sample == 4 && asked.body.get("stream").is_none() {
+            return Response::error(400, "only stream mode is supported");
+        }
+        let body = match asked.sample {
+            0 => format!("{START}{MORE}{STOP}{USAGE}"),
+            1 => format!(": hello\n\nevent: message\n{START}{MORE}{STOP}{USAGE}")
+                .replace('\n', "\r\n"),
+            // Cut off between two digits.
+            2 => START.to_string(),
+            3 => format!("{START}data: {{\"error\": {{\"message\": \"broke\"}}}}\n\n"),
+            _ => format!("{START}{MORE}{STOP}"),
+        };
+        Response::bytes(200, body).header("content-type", "text/event-stream")
+    });
+    let job = Job::new(5);
+    let few = ["--attempts", "1", "--retries", "0"];
+    let run = job.run(&server, &few).expect(3);
+    let scored = job.scored();
+    assert_eq!(scored.len(), 2, "{}", run.stderr);
+    for line in scored.values() {
+        assert_eq!(line["uncertainty"], 0.25);
+        assert_eq!(line["completion_tokens"], 4);
+    }
+    for message in [
+        "s2: 1 answers that cannot be parsed; the last is of no use, its stream ends before",
+        "s3: 502 Bad Gateway: broke",
+        "s4: 400 Bad Request: only stream mode is supported (a server that only streams wants --body '{\"stream\": true}')",
+    ] {
+        assert!(run.stderr.contains(message), "{message}: {}", run.stderr);
+    }
+    let stream = [
+        "--attempts",
+        "1",
+        "--retries",
+        "0",
+        "--body",
+        "{\"stream\": true}",
+    ];
+    job.run(&server, &stream).expect(3);
+    assert_eq!(job.scored()["s4"]["uncertainty"], 0.25);
+}
+
+#[test]
+fn azure_has_a_query_and_a_header_of_its_own() {
+    let server = Server::start(|asked| Response::uncertainty(percent(asked.sample)));
+    let base = server.url.replace("/v1", "/openai/deployments/d");
+    let ask = |url: &str, more: &[&str]| {
+        let job = Job::new(1);
+        let mut command = job.command(&["--base-url", url, "--model", "m", "--key", "k"]);
+        Run::of(command.args(more).output().unwrap()).expect(0);
+        server.asked().pop().unwrap()
+    };
+    for path in ["", "/", "/chat/completions"] {
+        let asked = ask(&format!("{base}{path}?api-version=2024-10-21"), &[]);
+        assert_eq!(
+            asked.target,
+            "/openai/deployments/d/chat/completions?api-version=2024-10-21"
+        );
+        assert_eq!(asked.header("api-key"), "k");
+        assert_eq!(asked.header("authorization"), "");
+    }
+    let asked = ask(&base, &[]);
+    assert_eq!(asked.header("api-key"), "");
+    assert_eq!(asked.header("authorization"), "Bearer k");
+    let asked = ask(&base, &["--key-header", "X-Key"]);
+    assert_eq!(asked.header("x-key"), "k");
+}

@@ -11,8 +11,10 @@ use crate::commands::elicit::{
     limits::{exhausted, retry_after},
     samples::Cost,
     secrets::Secrets,
+    stream,
 };
 
+const COMPLETIONS: &str = "/chat/completions";
 /// Bytes of an answer that are read; an answer is a line or a few paragraphs.
 const LARGEST: u64 = 16 << 20;
 /// Time to reach the server; a model's answer takes longer.
@@ -29,7 +31,8 @@ pub struct Client {
     url: String,
     /// To be masked in all that is shown.
     pub secrets: Secrets,
-    authorization: Option<String>,
+    /// Name and value of the header with the key.
+    key: Option<(String, String)>,
     body: Map<String, Value>,
 }
 
@@ -80,9 +83,47 @@ struct Choice {
     finish_reason: Option<String>,
 }
 
+/// Texts are strings or lists of parts.
 #[derive(Deserialize)]
 struct Message {
-    content: Option<String>,
+    #[serde(default)]
+    content: Value,
+    /// What a model thought before it answered, by either name.
+    #[serde(default)]
+    reasoning_content: Value,
+    #[serde(default)]
+    reasoning: Value,
+}
+
+/// Where a chat is completed; a query, as Azure wants one, stays at the end.
+fn endpoint(base_url: &str) -> String {
+    let (path, query) = match base_url.split_once('?') {
+        Some((path, query)) => (path, format!("?{query}")),
+        None => (base_url, String::new()),
+    };
+    let path = path.trim_end_matches('/');
+    let path = path.strip_suffix(COMPLETIONS).unwrap_or(path);
+    format!("{path}{COMPLETIONS}{query}")
+}
+
+/// The header in which a server looks for the key: Azure has one of its own.
+pub fn key_header(base_url: &str) -> &'static str {
+    let (path, query) = base_url.split_once('?').unwrap_or((base_url, ""));
+    let host = path.split('/').nth(2).unwrap_or_default();
+    if host.contains(".azure.") || query.contains("api-version=") {
+        "api-key"
+    } else {
+        "authorization"
+    }
+}
+
+/// What the header with the key says.
+pub fn header_value(name: &str, key: &str) -> String {
+    if name.eq_ignore_ascii_case("authorization") {
+        format!("Bearer {key}")
+    } else {
+        key.to_string()
+    }
 }
 
 impl Client {
@@ -90,6 +131,7 @@ impl Client {
     pub fn new(
         base_url: &str,
         key: Option<&str>,
+        key_header: &str,
         model: &str,
         mut body: Map<String, Value>,
         timeout: Duration,
@@ -108,8 +150,8 @@ impl Client {
         Self {
             agent,
             secrets: Secrets::new(key, base_url),
-            url: format!("{}/chat/completions", base_url.trim_end_matches('/')),
-            authorization: key.map(|key| format!("Bearer {key}")),
+            url: endpoint(base_url),
+            key: key.map(|key| (key_header.to_string(), header_value(key_header, key))),
             body,
         }
     }
@@ -121,8 +163,8 @@ impl Client {
             json!([{"role": "user", "content": prompt}]),
         );
         let mut request = self.agent.post(&self.url);
-        if let Some(authorization) = &self.authorization {
-            request = request.header("authorization", authorization);
+        if let Some((name, value)) = &self.key {
+            request = request.header(name, value);
         }
         let mut response = request.send_json(&body).map_err(|e| self.no_response(e))?;
         let bytes = response
@@ -189,7 +231,13 @@ impl Client {
         let field = |name| error.get(name).and_then(Value::as_str);
         let message = field("message").or(error.as_str()).unwrap_or(text);
         let message = self.start(message);
-        let reason = format!("{status}: {}", message.trim());
+        let mut reason = format!("{status}: {}", message.trim());
+        if status.is_client_error()
+            && message.contains("stream")
+            && !self.body.contains_key("stream")
+        {
+            reason += " (a server that only streams wants --body '{\"stream\": true}')";
+        }
         // Servers differ in the status of an unknown model, and some say "too many requests" when the money is spent.
         let code = field("code").or(field("type"));
         let hopeless = code
@@ -234,7 +282,11 @@ impl Client {
             }
         };
         // Some services put the failure of the one behind them into an answer that is good otherwise.
-        let value: Result<Value, _> = serde_json::from_str(text);
+        let value = if stream::is_stream(text) {
+            stream::gather(text)
+        } else {
+            serde_json::from_str(text).map_err(|error| error.to_string())
+        };
         let error = value.as_ref().map_or(&Value::Null, |value| &value["error"]);
         if !error.is_null() {
             let code = error["code"].as_u64();
@@ -242,14 +294,16 @@ impl Client {
             let code = code.filter(|code| (400..600).contains(code));
             let status = code.and_then(|code| StatusCode::from_u16(code).ok());
             let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
-            return Err(self.failure(status, headers, text));
+            return Err(self.failure(status, headers, &json!({ "error": error }).to_string()));
         }
-        let (said, usage) = match value.and_then(serde_json::from_value) {
+        let completion =
+            value.and_then(|value| serde_json::from_value(value).map_err(|e| e.to_string()));
+        let (said, usage) = match completion {
             Ok(Completion { choices, usage }) => {
                 let choice = choices.into_iter().next();
                 (choice.ok_or("no choices".into()).and_then(said), usage)
             }
-            Err(error) => (Err(error.to_string()), Value::Null),
+            Err(error) => (Err(error), Value::Null),
         };
         Ok(Reply {
             text: said
@@ -280,10 +334,43 @@ fn decode(headers: &HeaderMap, bytes: &[u8]) -> Result<String, String> {
 }
 
 fn said(choice: Choice) -> Result<String, String> {
-    match choice.finish_reason.as_deref() {
-        None => (),
-        Some(reason) if WHOLE.contains(&reason) => (),
-        Some(reason) => return Err(format!("the answer ended for the reason {reason:?}")),
+    let message = choice.message;
+    let content = text(&message.content);
+    let reasoning = text(&message.reasoning_content) + &text(&message.reasoning);
+    let only_reasoned = content.trim().is_empty() && !reasoning.trim().is_empty();
+    // Some say STOP.
+    let reason = choice.finish_reason.unwrap_or_default().to_lowercase();
+    if !WHOLE.contains(&reason.as_str()) {
+        let within = if only_reasoned {
+            " within the model's reasoning: it needs more tokens (--body), or less to reason"
+        } else {
+            ""
+        };
+        return Err(format!(
+            "the answer ended for the reason {reason:?}{within}"
+        ));
     }
-    choice.message.content.ok_or("no content".into())
+    if only_reasoned {
+        // The server took all that the model said for reasoning; its end is the answer's.
+        return Ok(reasoning);
+    }
+    if message.content.is_null() {
+        return Err("no content".into());
+    }
+    Ok(content)
+}
+
+/// Of a string, or of a list of parts those that are text.
+pub fn text(content: &Value) -> String {
+    let part = |part: &Value| match (part, part["type"].as_str()) {
+        (Value::String(text), _) => text.clone(),
+        (_, None | Some("text" | "output_text")) => {
+            part["text"].as_str().unwrap_or_default().to_string()
+        }
+        _ => String::new(),
+    };
+    match content {
+        Value::Array(parts) => parts.iter().map(part).collect(),
+        other => other.as_str().unwrap_or_default().to_string(),
+    }
 }

@@ -16,3 +16,4 @@ pub mod remote;
 pub mod run;
 pub mod samples;
 pub mod secrets;
+pub mod stream;

@@ -88,6 +88,7 @@ pub fn score(
         client: Client::new(
             &args.base_url,
             args.key(),
+            args.key_header(),
             model,
             args.body()?,
             args.timeout(),
