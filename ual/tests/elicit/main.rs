@@ -7,3 +7,4 @@ mod parsing;
 mod requests;
 mod resume;
 mod server;
+mod servers;

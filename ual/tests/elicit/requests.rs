@@ -49,7 +49,8 @@ fn every_sample_is_scored_and_keeps_its_fields() {
     let asked = server.asked();
     assert_eq!(asked.len(), 30);
     for request in &asked {
-        assert_eq!(request.authorization, "Bearer secret");
+        assert_eq!(request.target, "/v1/chat/completions");
+        assert_eq!(request.header("authorization"), "Bearer secret");
         assert_eq!(request.body["model"], "stronger");
         assert_eq!(request.body["temperature"], 0);
         assert!(request.text.contains(&format!("é {}", request.sample)));

@@ -1,6 +1,7 @@
 //! A chat endpoint that behaves as a test tells it.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     sync::{Arc, Mutex},
@@ -19,22 +20,35 @@ pub struct Asked {
     pub at: Instant,
     pub text: String,
     pub body: Value,
-    pub authorization: String,
+    /// Path and query.
+    pub target: String,
+    /// By names in lower case.
+    pub headers: BTreeMap<String, String>,
+}
+
+impl Asked {
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
 }
 
 pub struct Response {
     status: u16,
     headers: Vec<(&'static str, String)>,
-    body: String,
+    body: Vec<u8>,
     delay: Duration,
 }
 
 impl Response {
     pub fn new(status: u16, body: Value) -> Self {
+        Self::bytes(status, body.to_string())
+    }
+
+    pub fn bytes(status: u16, body: impl Into<Vec<u8>>) -> Self {
         Self {
             status,
             headers: Vec::new(),
-            body: body.to_string(),
+            body: body.into(),
             delay: Duration::ZERO,
         }
     }
@@ -101,29 +115,27 @@ fn serve(
     answer: &dyn Fn(&Asked) -> Response,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
-    let (mut line, mut length, mut authorization) = (String::new(), 0, String::new());
+    let mut line = String::new();
     reader.read_line(&mut line)?;
     if line.is_empty() {
         return Ok(());
     }
-    assert!(
-        line.starts_with("POST /v1/chat/completions HTTP/1.1"),
-        "{line}"
-    );
+    let target = line
+        .strip_prefix("POST ")
+        .and_then(|rest| rest.trim_end().strip_suffix(" HTTP/1.1"))
+        .unwrap_or_else(|| panic!("{line}"))
+        .to_string();
+    assert!(target.contains("/chat/completions"), "{target}");
+    let mut headers = BTreeMap::new();
     loop {
         line.clear();
         reader.read_line(&mut line)?;
         match line.trim_end().split_once(": ") {
             None => break,
-            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
-                length = value.parse().unwrap()
-            }
-            Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
-                authorization = value.to_string()
-            }
-            Some(_) => (),
-        }
+            Some((name, value)) => headers.insert(name.to_lowercase(), value.to_string()),
+        };
     }
+    let length = headers["content-length"].parse().unwrap();
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
     let body: Value = serde_json::from_slice(&body).unwrap();
@@ -141,7 +153,8 @@ fn serve(
         at: Instant::now(),
         text,
         body,
-        authorization,
+        target,
+        headers,
     };
     {
         let mut log = log.lock().unwrap();
@@ -161,6 +174,7 @@ fn serve(
     for (name, value) in &response.headers {
         head += &format!("{name}: {value}\r\n");
     }
+    head += "connection: close\r\n\r\n";
     // In one piece, so that nothing waits for an acknowledgement.
-    (&stream).write_all(format!("{head}connection: close\r\n\r\n{}", response.body).as_bytes())
+    (&stream).write_all(&[head.as_bytes(), &response.body].concat())
 }

@@ -49,6 +49,29 @@ pub struct Answers<'a> {
     costs: Vec<Cost>,
     cost: Cost,
     done: Vec<bool>,
+    scale: Scale,
+}
+
+/// How many answers there are, and how many at most 1 of 100: those may be meant on a scale from 0 to 1.
+#[derive(Clone, Copy, Default)]
+struct Scale {
+    all: usize,
+    zero: usize,
+    between: usize,
+    one: usize,
+}
+
+impl Scale {
+    /// `answer` is in \[0, 1\].
+    fn count(&mut self, answer: f64) {
+        self.all += 1;
+        match answer * 100.0 {
+            0.0 => self.zero += 1,
+            percent if percent < 1.0 => self.between += 1,
+            1.0 => self.one += 1,
+            _ => (),
+        }
+    }
 }
 
 impl<'a> Answers<'a> {
@@ -71,6 +94,7 @@ impl<'a> Answers<'a> {
             costs: vec![Cost::default(); samples.len()],
             cost: Cost::default(),
             done: vec![false; samples.len()],
+            scale: Scale::default(),
         };
         let index: HashMap<&str, usize> = samples
             .iter()
@@ -122,6 +146,10 @@ impl<'a> Answers<'a> {
             .and_then(|votes| Some(votes.as_array()?.len()));
         let model = fields.get("model").and_then(|model| model.as_str());
         self.check(model.context("\"model\" is missing")?, votes)?;
+        let given = fields.get("votes").and_then(|votes| votes.as_array());
+        for vote in given.into_iter().flatten().filter_map(|vote| vote.as_f64()) {
+            self.scale.count(vote);
+        }
         self.cost += serde_json::from_value(fields.into()).context("the tokens")?;
         self.done[i] = true;
         Ok(())
@@ -194,7 +222,26 @@ impl<'a> Answers<'a> {
         self.cost
     }
 
+    /// What is to be said when most answers are at most 1 of 100.
+    pub fn warning(&self) -> Option<String> {
+        let Scale {
+            all,
+            zero,
+            between,
+            one,
+        } = self.scale;
+        let low = zero + between + one;
+        (2 * low > all).then(|| {
+            format!(
+                "warning: {low} of {all} answers are at most 1 of 100 ({zero} of them 0, {between} between 0 and 1, {one} exactly 1). \
+                 If the model answers from 0 to 1, these uncertainties are a hundredth of what it means: \
+                 ask for a number from 0 to 100 (--prompt), into another --out"
+            )
+        })
+    }
+
     fn take(&mut self, sample: usize, vote: f64, cost: Cost) {
+        self.scale.count(vote);
         self.given[sample].push(vote);
         self.costs[sample] += cost;
         self.cost += cost;

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 
-use crate::commands::elicit::prompt::Template;
+use crate::commands::elicit::{client, prompt::Template, secrets::Secrets};
 
 /// Scores how uncertain the right response to each sample is
 ///
@@ -36,17 +36,22 @@ pub struct Args {
         required_unless_present = "print_prompt"
     )]
     pub out: Option<PathBuf>,
-    /// Where the endpoint is: /chat/completions is appended
+    /// Where the endpoint is: /chat/completions is appended to its path; a query stays
     #[arg(
         long,
         value_name = "URL",
         env = "OPENAI_BASE_URL",
+        hide_env_values = true,
         default_value = "https://api.openai.com/v1"
     )]
     pub base_url: String,
     /// Key of the endpoint, if it wants one. The environment is the safer place: arguments are seen by other users
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     key: Option<String>,
+    /// Header for the key: authorization (after "Bearer"), or another, with the key alone. By default Azure's api-key where
+    /// the URL is Azure's or has an api-version, else authorization
+    #[arg(long, value_name = "NAME")]
+    key_header: Option<String>,
     /// Model to ask
     #[arg(long, env = "OPENAI_MODEL", required_unless_present_any = ["local", "print_prompt"])]
     pub model: Option<String>,
@@ -115,7 +120,8 @@ impl Args {
                 || self.print_prompt
                 || url.starts_with("http://")
                 || url.starts_with("https://"),
-            "--base-url is {url:?}; it must start with http:// or https://"
+            "--base-url is {:?}; it must start with http:// or https://",
+            Secrets::new(self.key(), url).hide(url)
         );
         ensure!(
             self.local.is_none() || self.votes == 1,
@@ -130,6 +136,11 @@ impl Args {
             .as_deref()
             .map(str::trim)
             .filter(|key| !key.is_empty())
+    }
+
+    pub fn key_header(&self) -> &str {
+        let default = || client::key_header(&self.base_url);
+        self.key_header.as_deref().unwrap_or_else(default)
     }
 
     pub fn backoff(&self) -> Duration {

@@ -10,21 +10,29 @@ use ureq::http::{HeaderMap, StatusCode};
 use crate::commands::elicit::{
     limits::{exhausted, retry_after},
     samples::Cost,
+    secrets::Secrets,
+    stream,
 };
 
+const COMPLETIONS: &str = "/chat/completions";
 /// Bytes of an answer that are read; an answer is a line or a few paragraphs.
 const LARGEST: u64 = 16 << 20;
 /// Time to reach the server; a model's answer takes longer.
 const CONNECT: Duration = Duration::from_secs(15);
 /// Why an answer ends that says all it was to say.
 const WHOLE: [&str; 6] = ["stop", "stop_sequence", "end_turn", "eos", "eos_token", ""];
+/// How compressed data begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
 
 pub struct Client {
     agent: ureq::Agent,
     url: String,
-    authorization: Option<String>,
+    /// To be masked in all that is shown.
+    pub secrets: Secrets,
+    /// Name and value of the header with the key.
+    key: Option<(String, String)>,
     body: Map<String, Value>,
 }
 
@@ -75,9 +83,47 @@ struct Choice {
     finish_reason: Option<String>,
 }
 
+/// Texts are strings or lists of parts.
 #[derive(Deserialize)]
 struct Message {
-    content: Option<String>,
+    #[serde(default)]
+    content: Value,
+    /// What a model thought before it answered, by either name.
+    #[serde(default)]
+    reasoning_content: Value,
+    #[serde(default)]
+    reasoning: Value,
+}
+
+/// Where a chat is completed; a query, as Azure wants one, stays at the end.
+fn endpoint(base_url: &str) -> String {
+    let (path, query) = match base_url.split_once('?') {
+        Some((path, query)) => (path, format!("?{query}")),
+        None => (base_url, String::new()),
+    };
+    let path = path.trim_end_matches('/');
+    let path = path.strip_suffix(COMPLETIONS).unwrap_or(path);
+    format!("{path}{COMPLETIONS}{query}")
+}
+
+/// The header in which a server looks for the key: Azure has one of its own.
+pub fn key_header(base_url: &str) -> &'static str {
+    let (path, query) = base_url.split_once('?').unwrap_or((base_url, ""));
+    let host = path.split('/').nth(2).unwrap_or_default();
+    if host.contains(".azure.") || query.contains("api-version=") {
+        "api-key"
+    } else {
+        "authorization"
+    }
+}
+
+/// What the header with the key says.
+pub fn header_value(name: &str, key: &str) -> String {
+    if name.eq_ignore_ascii_case("authorization") {
+        format!("Bearer {key}")
+    } else {
+        key.to_string()
+    }
 }
 
 impl Client {
@@ -85,6 +131,7 @@ impl Client {
     pub fn new(
         base_url: &str,
         key: Option<&str>,
+        key_header: &str,
         model: &str,
         mut body: Map<String, Value>,
         timeout: Duration,
@@ -94,6 +141,7 @@ impl Client {
             .http_status_as_error(false)
             .timeout_global(Some(timeout))
             .timeout_connect(Some(CONNECT.min(timeout)))
+            .accept_encoding("identity")
             .max_idle_connections(concurrency)
             .max_idle_connections_per_host(concurrency)
             .build()
@@ -101,8 +149,9 @@ impl Client {
         body.insert("model".into(), model.into());
         Self {
             agent,
-            url: format!("{}/chat/completions", base_url.trim_end_matches('/')),
-            authorization: key.map(|key| format!("Bearer {key}")),
+            secrets: Secrets::new(key, base_url),
+            url: endpoint(base_url),
+            key: key.map(|key| (key_header.to_string(), header_value(key_header, key))),
             body,
         }
     }
@@ -114,25 +163,35 @@ impl Client {
             json!([{"role": "user", "content": prompt}]),
         );
         let mut request = self.agent.post(&self.url);
-        if let Some(authorization) = &self.authorization {
-            request = request.header("authorization", authorization);
+        if let Some((name, value)) = &self.key {
+            request = request.header(name, value);
         }
         let mut response = request.send_json(&body).map_err(|e| self.no_response(e))?;
-        let text = response
+        let bytes = response
             .body_mut()
             .with_config()
             .limit(LARGEST)
-            .lossy_utf8(true)
-            .read_to_string();
-        match (response.status(), text) {
-            (StatusCode::OK, text) => {
-                let text = text.map_err(|e| self.no_response(e))?;
-                self.reply(&text, response.headers())
+            .read_to_vec();
+        let headers = response.headers();
+        match (response.status(), bytes) {
+            (StatusCode::OK, bytes) => {
+                let bytes = bytes.map_err(|e| self.broken_off(&e))?;
+                self.reply(&decode(headers, &bytes), headers)
             }
             // The status says enough where the text is not to be had.
-            (status, text) => {
-                Err(self.failure(status, response.headers(), &text.unwrap_or_default()))
+            (status, bytes) => {
+                let text = decode(headers, &bytes.unwrap_or_default());
+                Err(self.failure(status, headers, &text.unwrap_or_else(|why| why)))
             }
+        }
+    }
+
+    /// While an answer was read: there is a server.
+    fn broken_off(&self, error: &ureq::Error) -> Failure {
+        Failure::Passing {
+            reason: self.secrets.hide(&format!("{}: {error}", self.url)),
+            wait: None,
+            kind: Passing::Error,
         }
     }
 
@@ -141,7 +200,7 @@ impl Client {
             BadUri, ConnectProxyFailed, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io,
             RedirectFailed, Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
         };
-        let reason = format!("{}: {error}", self.url);
+        let reason = self.secrets.hide(&format!("{}: {error}", self.url));
         let kind = match &error {
             BadUri(_) | Http(_) | InvalidProxyUrl | RedirectFailed | Rustls(_) | Tls(_)
             | TlsRequired | TooManyRedirects => {
@@ -170,13 +229,15 @@ impl Client {
             .and_then(|value| value.get("error").cloned())
             .unwrap_or_default();
         let field = |name| error.get(name).and_then(Value::as_str);
-        let message: String = field("message")
-            .or(error.as_str())
-            .unwrap_or(text)
-            .chars()
-            .take(SHOWN)
-            .collect();
-        let reason = format!("{status}: {}", message.trim());
+        let message = field("message").or(error.as_str()).unwrap_or(text);
+        let message = self.start(message);
+        let mut reason = format!("{status}: {}", message.trim());
+        if status.is_client_error()
+            && message.contains("stream")
+            && !self.body.contains_key("stream")
+        {
+            reason += " (a server that only streams wants --body '{\"stream\": true}')";
+        }
         // Servers differ in the status of an unknown model, and some say "too many requests" when the money is spent.
         let code = field("code").or(field("type"));
         let hopeless = code
@@ -189,19 +250,43 @@ impl Client {
             kind,
         };
         match status.as_u16() {
-            _ if hopeless => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            _ if hopeless => self.fatal(&reason),
             429 => passing(Passing::Limit),
             503 if wait.is_some() => passing(Passing::Limit),
             408 | 409 | 425 | 500.. => passing(Passing::Error),
             400 | 403 | 406 | 410.. => Failure::Refused(reason),
-            _ => Failure::Fatal(anyhow!("{}: {reason}", self.url)),
+            _ => self.fatal(&reason),
         }
     }
 
+    fn fatal(&self, reason: &str) -> Failure {
+        let url = self.secrets.hide(&self.url);
+        Failure::Fatal(anyhow!("{url}: {reason}"))
+    }
+
+    /// As much of a server's text as is shown.
+    fn start(&self, text: &str) -> String {
+        self.secrets.hide(text).chars().take(SHOWN).collect()
+    }
+
     /// Of an answer with status 200.
-    fn reply(&self, text: &str, headers: &HeaderMap) -> Result<Reply, Failure> {
+    fn reply(&self, text: &Result<String, String>, headers: &HeaderMap) -> Result<Reply, Failure> {
+        let text = match text {
+            Ok(text) => text,
+            Err(why) => {
+                return Ok(Reply {
+                    text: Err(self.secrets.hide(why)),
+                    cost: Cost::default(),
+                    wait: exhausted(headers),
+                });
+            }
+        };
         // Some services put the failure of the one behind them into an answer that is good otherwise.
-        let value: Result<Value, _> = serde_json::from_str(text);
+        let value = if stream::is_stream(text) {
+            stream::gather(text)
+        } else {
+            serde_json::from_str(text).map_err(|error| error.to_string())
+        };
         let error = value.as_ref().map_or(&Value::Null, |value| &value["error"]);
         if !error.is_null() {
             let code = error["code"].as_u64();
@@ -209,18 +294,20 @@ impl Client {
             let code = code.filter(|code| (400..600).contains(code));
             let status = code.and_then(|code| StatusCode::from_u16(code).ok());
             let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
-            return Err(self.failure(status, headers, text));
+            return Err(self.failure(status, headers, &json!({ "error": error }).to_string()));
         }
-        let (said, usage) = match value.and_then(serde_json::from_value) {
+        let completion =
+            value.and_then(|value| serde_json::from_value(value).map_err(|e| e.to_string()));
+        let (said, usage) = match completion {
             Ok(Completion { choices, usage }) => {
                 let choice = choices.into_iter().next();
                 (choice.ok_or("no choices".into()).and_then(said), usage)
             }
-            Err(error) => (Err(error.to_string()), Value::Null),
+            Err(error) => (Err(error), Value::Null),
         };
-        let start = || text.chars().take(SHOWN).collect::<String>();
         Ok(Reply {
-            text: said.map_err(|why| format!("{why}: {:?}", start())),
+            text: said
+                .map_err(|why| format!("{}: {:?}", self.secrets.hide(&why), self.start(text))),
             cost: Cost {
                 prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
                 completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
@@ -230,11 +317,60 @@ impl Client {
     }
 }
 
-fn said(choice: Choice) -> Result<String, String> {
-    match choice.finish_reason.as_deref() {
-        None => (),
-        Some(reason) if WHOLE.contains(&reason) => (),
-        Some(reason) => return Err(format!("the answer ended for the reason {reason:?}")),
+/// The text of a body, or why there is none. A byte that is no UTF-8 spoils one character, not the answer.
+fn decode(headers: &HeaderMap, bytes: &[u8]) -> Result<String, String> {
+    let encoding = headers
+        .get("content-encoding")
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_string())
+        .filter(|name| !name.is_empty() && !name.eq_ignore_ascii_case("identity"))
+        .or_else(|| bytes.starts_with(&GZIP).then(|| "gzip".into()));
+    if let Some(name) = encoding {
+        return Err(format!(
+            "its content encoding is {name:?}, which was not asked for"
+        ));
     }
-    choice.message.content.ok_or("no content".into())
+    let text = String::from_utf8_lossy(bytes);
+    Ok(text.trim_start_matches('\u{feff}').to_string())
+}
+
+fn said(choice: Choice) -> Result<String, String> {
+    let message = choice.message;
+    let content = text(&message.content);
+    let reasoning = text(&message.reasoning_content) + &text(&message.reasoning);
+    let only_reasoned = content.trim().is_empty() && !reasoning.trim().is_empty();
+    // Some say STOP.
+    let reason = choice.finish_reason.unwrap_or_default().to_lowercase();
+    if !WHOLE.contains(&reason.as_str()) {
+        let within = if only_reasoned {
+            " within the model's reasoning: it needs more tokens (--body), or less to reason"
+        } else {
+            ""
+        };
+        return Err(format!(
+            "the answer ended for the reason {reason:?}{within}"
+        ));
+    }
+    if only_reasoned {
+        // The server took all that the model said for reasoning; its end is the answer's.
+        return Ok(reasoning);
+    }
+    if message.content.is_null() {
+        return Err("no content".into());
+    }
+    Ok(content)
+}
+
+/// Of a string, or of a list of parts those that are text.
+pub fn text(content: &Value) -> String {
+    let part = |part: &Value| match (part, part["type"].as_str()) {
+        (Value::String(text), _) => text.clone(),
+        (_, None | Some("text" | "output_text")) => {
+            part["text"].as_str().unwrap_or_default().to_string()
+        }
+        _ => String::new(),
+    };
+    match content {
+        Value::Array(parts) => parts.iter().map(part).collect(),
+        other => other.as_str().unwrap_or_default().to_string(),
+    }
 }

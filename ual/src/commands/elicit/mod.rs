@@ -15,3 +15,5 @@ pub mod prompt;
 pub mod remote;
 pub mod run;
 pub mod samples;
+pub mod secrets;
+pub mod stream;

@@ -5,6 +5,8 @@ use anyhow::{Result, ensure};
 const DEFAULT: &str = include_str!("prompt.txt");
 const PROMPT: &str = "{prompt}";
 const RESPONSE: &str = "{response}";
+/// What the line of an answer begins with, before a colon.
+const NAME: &str = "Uncertainty";
 
 /// A text with the placeholders `{prompt}` and `{response}`.
 pub struct Template(String);
@@ -53,19 +55,94 @@ impl Template {
     }
 }
 
+/// What some models and servers leave at an answer's end.
+const CLOSING: [&str; 11] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+];
+/// Of bold, italic and code.
+const MARKS: [char; 3] = ['*', '_', '`'];
+
 /// The uncertainty in \[0, 1\] that an answer states, from 0 to 100, in its last line that is not blank: `Uncertainty: N`,
-/// N decimal digits with or without a fraction. None for any other answer: nothing is guessed.
+/// N decimal digits with or without a fraction. What surrounds them without another meaning is allowed: marks of bold,
+/// italic and code, a code fence, a closing token, `%`, `/100`, a full stop, and the name may be in any case. None for
+/// any other answer: nothing is guessed.
 pub fn parse(answer: &str) -> Option<f64> {
-    let last = answer
-        .lines()
-        .map(str::trim)
-        .rfind(|line| !line.is_empty())?;
-    let number = last.strip_prefix("Uncertainty:")?.trim_start();
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if !digits(whole) || !digits(fraction) {
+    let last = narrow(last_line(answer)?);
+    let rest = after_name(marks(&last))?;
+    let rest = marks(marks(rest).strip_prefix(':')?);
+    let (whole, rest) = digits(rest)?;
+    let (fraction, rest) = rest
+        .strip_prefix('.')
+        .and_then(digits)
+        .unwrap_or(("0", rest));
+    if !nothing_more(rest) {
         return None;
     }
-    let number: f64 = number.parse().ok()?;
+    let number: f64 = format!("{whole}.{fraction}").parse().ok()?;
     (number <= 100.0).then_some(number / 100.0)
+}
+
+/// Without closing tokens and the end of a code fence.
+fn last_line(answer: &str) -> Option<&str> {
+    let mut text = answer.trim_end();
+    while let Some(rest) = CLOSING.iter().find_map(|end| text.strip_suffix(end)) {
+        text = rest.trim_end();
+    }
+    let mut lines = text.lines().rev().map(str::trim).filter(|l| !l.is_empty());
+    let last = lines.next()?;
+    let fence = last.len() >= 3 && last.bytes().all(|byte| byte == b'`');
+    if fence { lines.next() } else { Some(last) }
+}
+
+/// With ASCII for full-width digits and signs.
+fn narrow(line: &str) -> String {
+    let ascii = |c: char| match c {
+        '０'..='９' | '：' | '．' | '％' | '／' => {
+            char::from_u32(c as u32 - '！' as u32 + '!' as u32).unwrap_or(c)
+        }
+        '。' => '.',
+        c => c,
+    };
+    line.chars().map(ascii).collect()
+}
+
+fn marks(text: &str) -> &str {
+    text.trim_start_matches(|c: char| MARKS.contains(&c) || c.is_whitespace())
+}
+
+fn after_name(text: &str) -> Option<&str> {
+    let (name, rest) = text.split_at_checked(NAME.len())?;
+    name.eq_ignore_ascii_case(NAME).then_some(rest)
+}
+
+/// The digits that a text begins with, one at least, and what follows.
+fn digits(text: &str) -> Option<(&str, &str)> {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    (end > 0).then(|| text.split_at(end))
+}
+
+/// Whether what follows the number changes nothing: `%` or `/100` at most, then a full stop at most.
+fn nothing_more(text: &str) -> bool {
+    let rest = marks(text);
+    let rest = match rest.strip_prefix('/') {
+        Some(whole) => match digits(whole.trim_start()) {
+            Some(("100", rest)) => rest,
+            _ => return false,
+        },
+        None => rest.strip_prefix('%').unwrap_or(rest),
+    };
+    let rest = marks(rest);
+    marks(rest.strip_prefix('.').unwrap_or(rest)).is_empty()
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc::{self, RecvTimeoutError, SyncSender},
     },
     thread,
@@ -25,6 +25,8 @@ use crate::commands::elicit::{
 
 /// Samples that fail, before any has an answer, that show that every request is wrong.
 const ALL_FAILED: usize = 5;
+/// Answers in a row that cannot be read which show that the model does not keep to the form.
+const ALL_UNREAD: usize = 20;
 /// How long answers on their way are waited for when the program stops.
 const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks at the counts.
@@ -47,6 +49,8 @@ struct Shared {
     stop: AtomicBool,
     replies: AtomicU64,
     repeated: AtomicU64,
+    /// Answers since the last one that could be read.
+    unread: AtomicUsize,
     /// Of earlier runs' answers and of this one's requests.
     cost: Mutex<Cost>,
 }
@@ -84,6 +88,7 @@ pub fn score(
         client: Client::new(
             &args.base_url,
             args.key(),
+            args.key_header(),
             model,
             args.body()?,
             args.timeout(),
@@ -100,6 +105,7 @@ pub fn score(
         stop: AtomicBool::new(false),
         replies: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
+        unread: AtomicUsize::new(0),
         cost: Mutex::new(answers.cost()),
     });
     // A thread waits until its answer is taken: a kill costs an answer a thread at most, and the one that is being written.
@@ -188,15 +194,26 @@ impl Shared {
             last = match reply.text {
                 Ok(text) => {
                     if let Some(uncertainty) = parse(&text) {
+                        self.unread.store(0, Relaxed);
                         return Ok((uncertainty, cost));
                     }
                     failed = false;
-                    let mut end: Vec<char> = text.trim().chars().rev().take(SHOWN).collect();
+                    let shown = self.client.secrets.hide(text.trim());
+                    let mut end: Vec<char> = shown.chars().rev().take(SHOWN).collect();
                     end.reverse();
                     format!("ends with {:?}", end.into_iter().collect::<String>())
                 }
                 Err(why) => format!("is of no use, {why}"),
             };
+            // One sample alone shows nothing of the others.
+            let most = ALL_UNREAD.max(self.attempts + 1);
+            if self.unread.fetch_add(1, Relaxed) + 1 >= most {
+                return Err(Missing::Fatal(anyhow!(
+                    "{most} answers in a row could not be read, and each is paid for; the last, to sample {}, {last}. \
+                     The last line must be \"Uncertainty: N\", N from 0 to 100",
+                    sample.id
+                )));
+            }
         }
         Err(Missing::Unanswered {
             reason: format!(

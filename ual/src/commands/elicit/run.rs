@@ -61,6 +61,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (sample, reason) in missing {
         eprintln!("  {}: {reason}", samples[sample].id);
     }
+    if let Some(warning) = answers.warning() {
+        eprintln!("{warning}");
+    }
     result?;
 
     let done = answers.done();
