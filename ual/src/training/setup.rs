@@ -1,6 +1,6 @@
 //! What the trainings that are compared have in common: data, the initial model and the plan.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -63,15 +63,13 @@ pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
 }
 
 impl Setup {
-    /// Without a `loaded` model makes one, which it pre-trains.
+    /// Without a `loaded` model makes one, which it pre-trains. `--out` is the caller's [`Folder`](crate::files::Folder).
     pub fn new(
         args: &Args,
         data: Dataset,
         loaded: Option<Pretrained>,
         device: &Device,
     ) -> Result<Self> {
-        fs::create_dir_all(&args.out)
-            .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
         let map = fit(&data.train, args)?;
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
         let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
