@@ -27,6 +27,7 @@ use crate::{
         evaluate::evaluate,
         method::Method,
         plan::Plan,
+        smoothing,
         train::train,
     },
 };
@@ -51,9 +52,11 @@ pub struct Setup {
 /// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
 /// counts more than a short one.
 pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
-    let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
-    SmoothingMap::fit(&of_rows, args.mean_smoothing, args.max_smoothing)
-        .context("the uncertainties of the training samples")
+    smoothing::fit(&weighted(samples), args.mean_smoothing, args.max_smoothing)
+}
+
+fn weighted(samples: &[Sample]) -> Vec<smoothing::Weighted> {
+    samples.iter().map(|s| (s.uncertainty, s.rows())).collect()
 }
 
 /// The model of `--model`.
@@ -74,6 +77,9 @@ impl Setup {
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
         let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
         println!("{}", data.description);
+        if let Some(warning) = smoothing::warning(&weighted(&data.train)) {
+            eprintln!("{warning}");
+        }
 
         let of_model = loaded.is_some();
         let fingerprint = format!(
