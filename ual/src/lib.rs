@@ -6,6 +6,7 @@
 //! | | |
 //! |---|---|
 //! | [`digest`] | hashes of files |
+//! | [`files`] | files that are whole whenever the program is killed, a folder for one process at a time |
 //! | [`text`] | from text to tokens: the tokenizer of a GGUF file, chat templates |
 //! | [`data`] | samples of a file or made up, estimated uncertainties, batches |
 //! | [`model`] | the decoder and its layers, GGUF and safetensors in and out, the quantised Llama that scores |
@@ -16,6 +17,7 @@
 pub mod commands;
 pub mod data;
 pub mod digest;
+pub mod files;
 pub mod model;
 pub mod report;
 pub mod text;

@@ -4,7 +4,6 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -15,10 +14,13 @@ use candle_core::{
 };
 use serde_json::Value;
 
-use crate::model::{
-    decoder::{Config, Weights},
-    gguf,
-    names::{GGUF, HUGGING_FACE, Names},
+use crate::{
+    files::{replace, write_safetensors},
+    model::{
+        decoder::{Config, Weights},
+        gguf,
+        names::{GGUF, HUGGING_FACE, Names},
+    },
 };
 
 /// How the names of files end that stand beside the weights: configuration and tokenizer.
@@ -109,19 +111,7 @@ fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> 
         .collect();
     metadata.sort_by_key(|(key, _)| *key);
     let tensors: Vec<_> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
-    replace(path, |partial| {
-        let mut out = BufWriter::new(File::create(partial)?);
-        gguf_file::write(&mut out, &metadata, &tensors)?;
-        Ok(out.flush()?)
-    })
-}
-
-/// Writes beside `path` and takes its place, so that what is there is always whole.
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let partial = path.with_extension("partial");
-    write(&partial)?;
-    File::open(&partial)?.sync_all()?;
-    Ok(fs::rename(&partial, path)?)
+    replace(path, |out| Ok(gguf_file::write(out, &metadata, &tensors)?))
 }
 
 fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) -> Result<()> {
@@ -143,11 +133,7 @@ fn save_folder(source: &Path, config: &Config, weights: &Weights, out: &Path) ->
     fs::write(&path, serde_json::to_string_pretty(&json)? + "\n")?;
     let tensors = named(&HUGGING_FACE, config, weights)?;
     let format = HashMap::from([("format".to_string(), "pt".to_string())]); // older transformers ask for it
-    replace(&out.join("model.safetensors"), |partial| {
-        Ok(safetensors::serialize_to_file(
-            tensors,
-            Some(format),
-            partial,
-        )?)
+    replace(&out.join("model.safetensors"), |out| {
+        write_safetensors(out, &tensors, format)
     })
 }

@@ -9,7 +9,10 @@ use serde::Serialize;
 
 use crate::{
     data::samples::Dataset,
-    training::plan::{Loss, Plan},
+    training::{
+        plan::{Loss, Plan},
+        smoothing,
+    },
 };
 
 // Not a doc comment: clap would show it in place of the command's own.
@@ -58,10 +61,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t)]
     pub loss: Loss,
     /// Mean smoothing over the training samples' response tokens, of the constant and of the uncertainty-aware training
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = smoothing::MEAN)]
     pub mean_smoothing: f32,
     /// Largest smoothing of a sample
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = smoothing::MAX)]
     pub max_smoothing: f32,
     /// Peak learning rate, after a warm-up of a tenth of the steps and before a cosine down to a tenth of it
     /// [default: 3e-3; with --model 2e-5, with --lora 2e-4]

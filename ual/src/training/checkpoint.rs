@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -14,7 +14,7 @@ use candle_core::{Device, Tensor, Var};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::{report::curve::Curve, training::optimizer::AdamW};
+use crate::{files, report::curve::Curve, training::optimizer::AdamW};
 
 /// Where a training's checkpoints are, how often they are written, and whether to begin with what is there.
 #[derive(Clone)]
@@ -72,13 +72,10 @@ impl Checkpoints {
             (PROGRESS.to_string(), serde_json::to_string(progress)?),
             (FINGERPRINT.to_string(), self.fingerprint.clone()),
         ]);
-        let partial = self.path.with_extension("partial");
-        let write = || -> Result<()> {
-            safetensors::serialize_to_file(tensors, Some(metadata), &partial)?;
-            File::open(&partial)?.sync_all()?;
-            Ok(fs::rename(&partial, &self.path)?)
-        };
-        write().with_context(|| format!("cannot write {}", self.path.display()))
+        files::replace(&self.path, |out| {
+            files::write_safetensors(out, &tensors, metadata)
+        })
+        .with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     /// Puts the saved state back; none where there is no file, or it is not to be used.

@@ -8,4 +8,5 @@ pub mod optimizer;
 pub mod plan;
 pub mod progress;
 pub mod setup;
+pub mod smoothing;
 pub mod train;

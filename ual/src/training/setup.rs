@@ -1,6 +1,6 @@
 //! What the trainings that are compared have in common: data, the initial model and the plan.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -27,6 +27,7 @@ use crate::{
         evaluate::evaluate,
         method::Method,
         plan::Plan,
+        smoothing,
         train::train,
     },
 };
@@ -51,9 +52,11 @@ pub struct Setup {
 /// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
 /// counts more than a short one.
 pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
-    let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
-    SmoothingMap::fit(&of_rows, args.mean_smoothing, args.max_smoothing)
-        .context("the uncertainties of the training samples")
+    smoothing::fit(&weighted(samples), args.mean_smoothing, args.max_smoothing)
+}
+
+fn weighted(samples: &[Sample]) -> Vec<smoothing::Weighted> {
+    samples.iter().map(|s| (s.uncertainty, s.rows())).collect()
 }
 
 /// The model of `--model`.
@@ -63,19 +66,20 @@ pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
 }
 
 impl Setup {
-    /// Without a `loaded` model makes one, which it pre-trains.
+    /// Without a `loaded` model makes one, which it pre-trains. `--out` is the caller's [`Folder`](crate::files::Folder).
     pub fn new(
         args: &Args,
         data: Dataset,
         loaded: Option<Pretrained>,
         device: &Device,
     ) -> Result<Self> {
-        fs::create_dir_all(&args.out)
-            .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
         let map = fit(&data.train, args)?;
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
         let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
         println!("{}", data.description);
+        if let Some(warning) = smoothing::warning(&weighted(&data.train)) {
+            eprintln!("{warning}");
+        }
 
         let of_model = loaded.is_some();
         let fingerprint = format!(

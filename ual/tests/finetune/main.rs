@@ -1,6 +1,8 @@
 //! `ual finetune`, and the modules that its numbers rest on.
 
 mod data;
+#[cfg(unix)] // modes, limits, and the models of `pretrained`
+mod folders;
 mod layers;
 mod metrics;
 mod optimizer;

@@ -155,7 +155,7 @@ fn halves(matrix: &Tensor) -> Tensor {
     halves.reshape((rows, columns)).unwrap()
 }
 
-fn write_folder(folder: &Path) -> PathBuf {
+pub fn write_folder(folder: &Path) -> PathBuf {
     let folder = folder.join("model");
     fs::create_dir_all(&folder).unwrap();
     let config = json!({
@@ -225,14 +225,14 @@ fn write_data(folder: &Path, samples: usize) -> PathBuf {
     path
 }
 
-struct Setup {
-    folder: TempDir,
-    model: PathBuf,
-    data: PathBuf,
+pub struct Setup {
+    pub folder: TempDir,
+    pub model: PathBuf,
+    pub data: PathBuf,
 }
 
 impl Setup {
-    fn new(samples: usize) -> Self {
+    pub fn new(samples: usize) -> Self {
         let folder = TempDir::new().unwrap();
         Self {
             model: write_gguf(folder.path()),
@@ -241,7 +241,7 @@ impl Setup {
         }
     }
 
-    fn command(&self, out: &str, more: &[&str]) -> Command {
+    pub fn command(&self, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ual"));
         command
             .arg("finetune")
@@ -264,7 +264,7 @@ impl Setup {
         command
     }
 
-    fn run(&self, out: &str, more: &[&str]) -> Value {
+    pub fn run(&self, out: &str, more: &[&str]) -> Value {
         let output = self.command(out, more).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{stderr}");
@@ -272,7 +272,7 @@ impl Setup {
         serde_json::from_slice(&fs::read(metrics).unwrap()).unwrap()
     }
 
-    fn refusal(&self, out: &str, more: &[&str]) -> String {
+    pub fn refusal(&self, out: &str, more: &[&str]) -> String {
         let output = self.command(out, more).output().unwrap();
         assert!(!output.status.success());
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -340,7 +340,7 @@ fn data_that_cannot_be_used_is_refused() {
     let certain = write_data(&folder, certain.as_bytes());
     let message = refusal(&["--data", certain.to_str().unwrap(), "--vocab", "300"]);
     assert!(
-        message.contains("uncertainties of the training samples") && message.contains("at most 0"),
+        message.contains("every uncertainty is 0") && message.contains("--mean-smoothing 0 "),
         "{message}"
     );
 }
@@ -377,4 +377,90 @@ fn bad_arguments_are_named() {
     if !cfg!(feature = "cuda") {
         assert!(refusal(&["--device", "cuda:0"]).contains("compiled without CUDA"));
     }
+}
+
+/// Most samples certain, which is what a strong model says of factual data: the message has values that work.
+#[test]
+fn uncertainties_that_are_too_rare_are_named_with_what_works() {
+    let folder = TempDir::new().unwrap();
+    let write = |uncertainty: fn(usize) -> f64| {
+        let line = |i: usize| {
+            format!(
+                "{{\"prompt\": \"question {i}\", \"response\": \"the answer is {}\", \"uncertainty\": {}}}\n",
+                i / 3,
+                uncertainty(i)
+            )
+        };
+        let lines: String = (0..60).map(line).collect();
+        write_data(&folder, lines.as_bytes())
+    };
+    let data = write(|i| if i % 10 == 0 { 0.4 } else { 0.0 });
+    let data = data.to_str().unwrap();
+    fn of<'a>(data: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        [&["--data", data, "--vocab", "300"], more].concat()
+    }
+    let value = |text: &str, option: &str| {
+        let (_, rest) = text
+            .rsplit_once(option)
+            .unwrap_or_else(|| panic!("{option}: {text}"));
+        let rest = rest.trim_start();
+        let end = rest.find([' ', ',', '\n']).unwrap_or(rest.len());
+        rest[..end].to_string()
+    };
+    let text = refusal(&of(data, &[]));
+    for wanted in [
+        "--mean-smoothing is 0.1",
+        "of 48 samples, have an uncertainty above 0",
+        "tokens of the training samples' responses",
+        "--max-smoothing 0.5 at most",
+    ] {
+        assert!(text.contains(wanted), "{wanted}: {text}");
+    }
+    let out = TempDir::new().unwrap();
+    small_run(
+        out.path(),
+        &of(
+            data,
+            &["--mean-smoothing", &value(&text, "--mean-smoothing")],
+        ),
+    );
+    let text = refusal(&of(
+        data,
+        &["--mean-smoothing", "0.05", "--max-smoothing", "0.1"],
+    ));
+    small_run(
+        out.path(),
+        &of(
+            data,
+            &[
+                "--mean-smoothing",
+                "0.05",
+                "--max-smoothing",
+                &value(&text, "--max-smoothing"),
+            ],
+        ),
+    );
+    write(|_| 0.0);
+    let text = refusal(&of(data, &[]));
+    assert!(text.contains("every uncertainty is 0"), "{text}");
+    // All equal: said, as it is no error.
+    write(|_| 0.3);
+    let more = [
+        "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "1",
+    ];
+    let more = [
+        &more[..],
+        &[
+            "--pretrain-steps",
+            "1",
+            "--out",
+            out.path().to_str().unwrap(),
+        ],
+    ];
+    let output = finetune(&of(data, &more.concat()));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.contains("UAL is then constant smoothing"),
+        "{text}"
+    );
 }

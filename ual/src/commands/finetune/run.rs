@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::{
     commands::finetune::memory::BatchMemory,
+    files::Folder,
     model::export,
     report::{
         curve::Curve,
@@ -39,12 +40,16 @@ pub fn run(args: &Args) -> Result<()> {
     args.check()?;
     let start = Instant::now();
     let device = device(&args.device)?;
+    let mut folder = Folder::existing(&args.out)?;
     let trained_model = args.out.join("model");
     if let Some(source) = &args.model {
         export::check(source, &trained_model)?;
     }
     let loaded = setup::pretrained(args, &device)?;
     let data = setup::dataset(args, loaded.as_ref())?;
+    if folder.is_none() {
+        folder = Some(Folder::make(&args.out)?); // only now: what is refused leaves nothing
+    }
     let setup = Setup::new(args, data, loaded, &device)?;
 
     let ual = Method::Ual(setup.map.clone());
@@ -93,5 +98,6 @@ pub fn run(args: &Args) -> Result<()> {
         start.elapsed().as_secs_f64(),
         args.out.display()
     );
+    drop(folder);
     Ok(())
 }

@@ -14,6 +14,7 @@ use crate::{
         pictures, summary,
     },
     data::samples::{Dataset, Sample},
+    files::Folder,
     model::{decoder::Config, pretrained::Pretrained},
     report::{
         plots,
@@ -62,6 +63,7 @@ fn of_seed(
     loaded: Option<Pretrained>,
     device: &Device,
 ) -> Result<(Vec<Outcome>, First)> {
+    let _locked = Folder::make(&args.out)?;
     let setup = Setup::new(args, data, loaded, device)?;
     let mut outcomes = Vec::new();
     let mut first = First {
@@ -98,6 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
     );
     let folder = training.out.clone();
     let device = device(&training.device)?;
+    let mut locked = Folder::existing(&folder)?;
     let seeds = (0..args.seeds).map(|seed| training::args::Args {
         seed: training.seed + seed,
         out: folder.join(format!("seed-{}", training.seed + seed)),
@@ -111,6 +114,9 @@ pub fn run(args: &Args) -> Result<()> {
         let of_seed = setup::dataset(training, loaded.as_ref())?;
         arms(&of_seed, training).with_context(|| format!("seed {}", training.seed))?;
         data.push(of_seed);
+    }
+    if locked.is_none() {
+        locked = Some(Folder::make(&folder)?); // only now: what is refused leaves nothing
     }
     let mut outcomes = Vec::new();
     let mut first = None;
@@ -133,5 +139,6 @@ pub fn run(args: &Args) -> Result<()> {
         "report.md, its pictures and outcomes.json are in {}",
         folder.display()
     );
+    drop(locked);
     Ok(())
 }

@@ -1,0 +1,80 @@
+//! The smoothing map of given uncertainties, and what to do where there can be none.
+
+use anyhow::{Context, Result, bail};
+use candle_cross_entropy::ual::SmoothingMap;
+
+/// `--mean-smoothing` and `--max-smoothing` where they are not given.
+pub const MEAN: f32 = 0.1;
+pub const MAX: f32 = 0.5;
+
+/// A sample's uncertainty, and how many rows, tokens of its response, it has.
+pub type Weighted = (f32, usize);
+
+/// With the mean over rows. Fails with an [`obstacle`].
+pub fn fit(samples: &[Weighted], mean: f32, max: f32) -> Result<SmoothingMap> {
+    if let Some(obstacle) = obstacle(samples, mean, max) {
+        bail!(obstacle);
+    }
+    let of_rows = samples.iter().flat_map(|&(u, n)| std::iter::repeat_n(u, n));
+    let of_rows: Vec<f32> = of_rows.collect();
+    SmoothingMap::fit(&of_rows, mean, max).context("the uncertainties of the training samples")
+}
+
+/// Why no map has this mean: too few rows have an uncertainty above 0. Names the options, and values that work.
+pub fn obstacle(samples: &[Weighted], mean: f32, max: f32) -> Option<String> {
+    let rows = |samples: &mut dyn Iterator<Item = &Weighted>| -> usize {
+        samples.map(|&(_, rows)| rows).sum()
+    };
+    let all = rows(&mut samples.iter());
+    let uncertain = || samples.iter().filter(|(uncertainty, _)| *uncertainty > 0.0);
+    let smoothed = rows(&mut uncertain());
+    let (mean, max) = (f64::from(mean), f64::from(max));
+    // The map's own tolerance.
+    if mean * all as f64 <= max * smoothed as f64 * (1.0 + f64::from(f32::EPSILON) / 2.0) {
+        return None;
+    }
+    let beginning = format!(
+        "--mean-smoothing is {}, the mean over the tokens of the training samples' responses, and",
+        mean as f32
+    );
+    if smoothed == 0 {
+        return Some(format!(
+            "{beginning} every uncertainty is 0, so that UAL would smooth nothing. With --mean-smoothing 0 nothing is \
+             smoothed at all; else score the samples in another way (`ual elicit` with --local, another --model or more \
+             --votes)"
+        ));
+    }
+    let share = smoothed as f64 / all as f64;
+    let mut text = format!(
+        "{beginning} of {all} such tokens {smoothed}, those of {} of {} samples, have an uncertainty above 0: others are \
+         not smoothed, and these by --max-smoothing {} at most. --mean-smoothing {} works",
+        uncertain().count(),
+        samples.len(),
+        max as f32,
+        rounded(share * max, f64::floor)
+    );
+    if mean / share <= 0.9 {
+        let larger = rounded(mean / share, f64::ceil);
+        text += &format!(", or --max-smoothing {larger}");
+    }
+    Some(text)
+}
+
+/// What makes the comparison pointless, though it can be made: all samples are equally uncertain.
+pub fn warning(samples: &[Weighted]) -> Option<String> {
+    let (first, _) = samples.first()?;
+    let equal = *first > 0.0 && samples.iter().all(|(uncertainty, _)| uncertainty == first);
+    equal.then(|| {
+        format!(
+            "all uncertainties are {first}: UAL is then constant smoothing, and will do no better and no worse than it"
+        )
+    })
+}
+
+/// Two digits of a number in (0, 1\].
+fn rounded(value: f64, round: fn(f64) -> f64) -> String {
+    let digits = (1.0 - value.log10().floor()).max(1.0);
+    let unit = 10f64.powf(digits);
+    let digits = digits as usize;
+    format!("{:.digits$}", round(value * unit) / unit)
+}
