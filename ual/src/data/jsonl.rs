@@ -1,4 +1,4 @@
-//! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
+//! Real data: a file's samples, see [`input`], and each one's `"uncertainty"`, if it has one.
 //!
 //! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
 //! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
@@ -11,7 +11,6 @@ use std::{
 
 use anyhow::{Result, anyhow, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{
     Tokenizer, TokenizerBuilder,
@@ -22,8 +21,9 @@ use tokenizers::{
 
 use crate::{
     data::{
-        lines,
-        ngram::{self, NGram},
+        form,
+        input::{self, Record as Read},
+        ngram::{NGram, Ranks},
         samples::{Dataset, Sample},
     },
     text::chat::Encoder,
@@ -35,16 +35,13 @@ const ANSWER: u32 = 1;
 const END: u32 = 2;
 const CONTROL: u32 = 3;
 
-#[derive(Debug, Deserialize)]
 struct Record {
     prompt: String,
     response: String,
     uncertainty: Option<f32>,
     /// Of the file, from 1.
-    #[serde(skip)]
     line: usize,
     /// What the field of `--group` says.
-    #[serde(skip)]
     group: Option<String>,
 }
 
@@ -135,30 +132,34 @@ fn vocab(encoder: &Encoder) -> usize {
     encoder.tokenizer.get_vocab_size(true) + encoder.offset as usize
 }
 
-/// The file's records; a bad line is an error that names it.
 fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
-    lines::read(path, |line, number| {
-        let mut record: Record = lines::object(line)?;
-        ensure!(
-            !record.response.trim().is_empty(),
-            "\"response\" is empty; there is nothing to learn"
-        );
-        if let Some(u) = record.uncertainty {
+    input::read(path, |read| record(&read, group))
+}
+
+fn record(read: &Read, group: Option<&str>) -> Result<Record> {
+    let uncertainty = match read.fields.get("uncertainty") {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            let number = value.as_f64().map(|u| u as f32);
             ensure!(
-                (0.0..=1.0).contains(&u),
-                "\"uncertainty\" is {u}; it must be in [0, 1]"
+                number.is_some_and(|u| (0.0..=1.0).contains(&u)),
+                "\"uncertainty\" is {value}; it must be in [0, 1]"
             );
+            number
         }
-        record.line = number;
-        if let Some(field) = group {
-            let fields: Value = serde_json::from_str(line)?;
-            record.group = match &fields[field] {
-                Value::String(group) => Some(group.clone()),
-                Value::Null => bail!("{field:?}, the field of --group, is missing"),
-                other => Some(other.to_string()),
-            };
-        }
-        Ok(record)
+    };
+    let group = group.map(|field| match read.fields.get(field) {
+        Some(Value::String(group)) => Ok(group.clone()),
+        None | Some(Value::Null) => bail!("{field:?}, the field of --group, is missing"),
+        Some(other) => Ok(other.to_string()),
+    });
+    let (prompt, response) = form::prompt_and_response(&read.turns);
+    Ok(Record {
+        prompt,
+        response,
+        uncertainty,
+        line: read.line,
+        group: group.transpose()?,
     })
 }
 
@@ -289,10 +290,11 @@ fn estimate(train: &mut [(Sample, bool)], held_out: &mut [(Sample, bool)], vocab
     // A training sample must not be judged by a model that has seen it.
     let seen = train.iter().map(|(s, _)| model.cross_entropy_without(s));
     let seen: Vec<f64> = seen.collect();
+    let ranks = Ranks::new(seen.clone());
     for ((sample, _), &score) in train.iter_mut().zip(&seen) {
-        sample.uncertainty = ngram::rank(score, &seen);
+        sample.uncertainty = ranks.of(score);
     }
     for (sample, _) in held_out {
-        sample.uncertainty = ngram::rank(model.cross_entropy(sample), &seen);
+        sample.uncertainty = ranks.of(model.cross_entropy(sample));
     }
 }

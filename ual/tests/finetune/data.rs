@@ -3,7 +3,7 @@
 use candle_core::Device;
 use candle_ual::data::{
     batches::{Batch, Batches, IGNORED},
-    ngram::{NGram, rank},
+    ngram::{NGram, Ranks},
     samples::Sample,
     synthetic,
 };
@@ -140,9 +140,10 @@ fn a_sample_is_not_judged_by_itself() {
 #[test]
 fn ranks_are_shares() {
     let scores = [3.0, 1.0, 2.0, 2.0];
+    let ranks = Ranks::new(scores.to_vec());
     assert_eq!(
-        scores.map(|score| rank(score, &scores)),
+        scores.map(|score| ranks.of(score)),
         [0.875, 0.125, 0.5, 0.5]
     );
-    assert_eq!((rank(0.0, &scores), rank(9.0, &scores)), (0.0, 1.0));
+    assert_eq!((ranks.of(0.0), ranks.of(9.0)), (0.0, 1.0));
 }

@@ -1,0 +1,230 @@
+//! Data sets in the forms in which people have them, as every command reads them.
+
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use candle_ual::{
+    commands::elicit::samples::{self, Score},
+    data::{
+        form::Turn,
+        input::{self, Record},
+        jsonl::{self, Options},
+        ngram::Ranks,
+    },
+};
+use flate2::{Compression, write::GzEncoder};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn write(folder: &TempDir, bytes: impl AsRef<[u8]>) -> PathBuf {
+    let path = folder.path().join("data");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn read(bytes: impl AsRef<[u8]>) -> anyhow::Result<Vec<Record>> {
+    input::read(&write(&TempDir::new().unwrap(), bytes), Ok)
+}
+
+fn refusal(bytes: impl AsRef<[u8]>) -> String {
+    let folder = TempDir::new().unwrap();
+    let path = write(&folder, bytes);
+    let [of_finetune, of_elicit] = [
+        jsonl::load(&path, None, &OPTIONS).err(),
+        samples::read(&path).err(),
+    ]
+    .map(|error| format!("{:#}", error.expect("a refusal")));
+    assert_eq!(of_finetune, of_elicit, "the commands read alike");
+    of_finetune.replace(path.to_str().unwrap(), "data")
+}
+
+fn says(turns: &[Turn]) -> Vec<(&str, &str)> {
+    turns
+        .iter()
+        .map(|turn| (turn.role.as_str(), turn.text.as_str()))
+        .collect()
+}
+
+const OPTIONS: Options = Options {
+    seed: 1,
+    held_out: 0.2,
+    vocab: 300,
+    max_tokens: 64,
+    limit: None,
+    group: None,
+};
+
+fn gzipped(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn forms_are_known_by_their_fields() {
+    let one = |fields: Value| read(fields.to_string()).unwrap().remove(0).turns;
+    let question = [("user", "q"), ("assistant", "a")];
+    assert_eq!(
+        says(&one(json!({"prompt": "q", "response": "a", "more": 1}))),
+        question
+    );
+    assert_eq!(
+        says(&one(json!({"prompt": "q", "completion": "a"}))),
+        question
+    );
+    assert_eq!(
+        says(&one(json!({"instruction": "q", "output": "a"}))),
+        question
+    );
+    for nothing in [json!(""), json!(null)] {
+        let sample = json!({"instruction": "q", "input": nothing, "output": "a"});
+        assert_eq!(says(&one(sample)), question);
+    }
+    assert_eq!(
+        says(&one(
+            json!({"instruction": "Add.", "input": "1 and 2", "output": "3"})
+        )),
+        [("user", "Add.\n\n1 and 2"), ("assistant", "3")]
+    );
+}
+
+#[test]
+fn what_fits_no_form_is_told_which_there_are() {
+    let message = refusal(concat!(
+        r#"{"prompt": "p", "response": "r"}"#,
+        "\n",
+        r#"{"question": "p", "answer": "r"}"#
+    ));
+    for part in [
+        "data:2: ",
+        r#"its fields are "answer", "question", which"#,
+        r#"{"prompt", "response"}"#,
+        r#"{"prompt", "completion"}"#,
+        r#"{"instruction", "input", "output"}"#,
+    ] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+}
+
+#[test]
+fn files_are_lines_or_arrays_with_any_breaks_and_marks() {
+    let pretty = "[\n  {\"prompt\": \"1\",\n   \"n\": 1.10, \"response\": \"a \\n b\"},\n\n {\"prompt\": \"2\", \"response\": \"b\"}\n]\n";
+    let lines = "{\"prompt\": \"1\",\"n\": 1.10, \"response\": \"a \\n b\"}\r\n\r\n{\"prompt\": \"2\", \"response\": \"b\"}";
+    for (text, expected) in [(pretty, [2, 5]), (lines, [1, 3])] {
+        for bytes in [
+            text.as_bytes().to_vec(),
+            [b"\xef\xbb\xbf", text.as_bytes()].concat(),
+            text.replace("\r\n", "\n").replace('\n', "\r\n").into(),
+            gzipped(text.as_bytes()),
+            [
+                gzipped(&text.as_bytes()[..9]),
+                gzipped(&text.as_bytes()[9..]),
+            ]
+            .concat(),
+        ] {
+            let records = read(bytes).unwrap();
+            let found: Vec<usize> = records.iter().map(|record| record.line).collect();
+            assert_eq!(found, expected);
+            assert_eq!(
+                records[0].object,
+                r#"{"prompt": "1","n": 1.10, "response": "a \n b"}"#
+            );
+            assert_eq!(says(&records[1].turns), [("user", "2"), ("assistant", "b")]);
+        }
+    }
+    assert!(read("[]").unwrap().is_empty());
+}
+
+#[test]
+fn an_array_is_scored_as_lines() {
+    let folder = TempDir::new().unwrap();
+    let path = write(
+        &folder,
+        "[{\n \"instruction\": \"q\",\n \"output\": \"a\"\n}]",
+    );
+    let sample = samples::read(&path).unwrap().remove(0);
+    let score = Score {
+        uncertainty: 0.5,
+        votes: None,
+        spread: None,
+        model: "m",
+        cost: None,
+    };
+    let line = sample.scored(&score).unwrap();
+    assert!(
+        line.starts_with(r#"{"instruction": "q","output": "a","id":""#)
+            && !line.contains(['\n', '\r']),
+        "{line}"
+    );
+    let again = read(line).unwrap().remove(0);
+    assert_eq!(again.fields["uncertainty"], 0.5);
+}
+
+#[test]
+fn every_command_refuses_the_same() {
+    let good = r#"{"prompt": "p", "response": "r"}"#;
+    for (bad, message) in [
+        (
+            r#"{"prompt": "p", "response": "r", "prompt": "q"}"#,
+            r#"the field "prompt" is there twice"#,
+        ),
+        (
+            r#"{"prompt": "p", "response": "r", "n": 1, "n": 1}"#,
+            r#"the field "n" is there twice"#,
+        ),
+        (r#"["p", "r"]"#, "expected an object"),
+        (r#"{"prompt": "p", "response": "r"} {}"#, "trailing"),
+        (
+            r#"{"prompt": "p", "response": 1}"#,
+            r#""response" is not a string"#,
+        ),
+        (
+            r#"{"instruction": "p", "output": " "}"#,
+            r#""output" is empty"#,
+        ),
+        (r#"{"prompt": null, "response": "r"}"#, "its fields are"),
+    ] {
+        let found = refusal(format!("{good}\n{bad}\n{good}"));
+        assert!(
+            found.starts_with("data:2: ") && found.contains(message),
+            "{found}"
+        );
+        if !bad.ends_with("{}") {
+            let found = refusal(format!("[{good},\n{bad}\n,{good}]"));
+            assert!(
+                found.starts_with("data:2: ") && found.contains(message),
+                "{found}"
+            );
+        }
+    }
+    for (bytes, message) in [
+        (&b"\xff\xfe{\0"[..], "UTF-16"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "git lfs pull",
+        ),
+        (b"\x1f\x8b\x08\x00nonsense", "cannot be decompressed"),
+        (b"[{\"prompt\": \"p\"", "data:1: "),
+    ] {
+        let found = refusal(bytes);
+        assert!(found.contains(message), "{found}");
+    }
+}
+
+#[test]
+fn many_samples_are_read_and_ranked_in_seconds() {
+    let start = Instant::now();
+    let ranks = Ranks::new((0..400_000).map(f64::from).collect());
+    assert!((0..400_000).all(|i| ranks.of(f64::from(i)) < 1.0));
+    let folder = TempDir::new().unwrap();
+    let line = |i: usize| format!("{{\"prompt\": \"{i}?\", \"response\": \"{}\"}}\n", i % 977);
+    let path = write(&folder, (0..200_000).map(line).collect::<String>());
+    let data = jsonl::load(&path, None, &OPTIONS).unwrap();
+    assert_eq!(data.train.len() + data.held_out.len(), 200_000);
+    let taken = start.elapsed(); // where ranks are counted, several minutes
+    assert!(taken < Duration::from_secs(120), "{taken:?}");
+}
