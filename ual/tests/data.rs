@@ -93,6 +93,102 @@ fn forms_are_known_by_their_fields() {
 }
 
 #[test]
+fn conversations_have_turns_up_to_the_last_response() {
+    let expected = [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("user", "r"),
+        ("assistant", "b"),
+    ];
+    let turns = |names: [&str; 2], roles: [&str; 3], more: &[Value]| {
+        let roles = [roles[0], roles[1], roles[2], roles[1], roles[2]];
+        let turns = expected.iter().zip(roles);
+        let turns = turns.map(|((_, text), role)| json!({names[0]: role, names[1]: text}));
+        let mut turns: Vec<Value> = turns.collect();
+        turns.extend_from_slice(more);
+        Value::from(turns)
+    };
+    let roles = ["system", "user", "assistant"];
+    let messages = turns(["role", "content"], roles, &[]);
+    let parts = json!([{"type": "text", "text": "after"}]);
+    let unanswered = json!({"role": "user", "content": parts});
+    for sample in [
+        // As some data sets have it: the prompt beside the messages.
+        json!({"messages": messages, "prompt": "q", "response": "x"}),
+        json!({"messages": turns(["role", "content"], roles, &[unanswered])}),
+        json!({"conversations": turns(["from", "value"], ["system", "human", "gpt"], &[])}),
+        json!({"conversations": turns(["role", "content"], roles, &[]), "id": 3}),
+    ] {
+        let record = read(sample.to_string()).unwrap().remove(0);
+        assert_eq!(says(&record.turns), expected);
+    }
+    let folder = TempDir::new().unwrap();
+    let path = write(&folder, json!({"messages": messages}).to_string());
+    let sample = samples::read(&path).unwrap().remove(0);
+    assert_eq!(
+        sample.prompt,
+        "system: s\n\nuser: q\n\nassistant: a\n\nuser: r"
+    );
+    assert_eq!(sample.response, "b");
+
+    for (sample, message) in [
+        (json!({"messages": "q"}), "\"messages\" is not a list"),
+        (json!({"messages": []}), "no turn of the assistant"),
+        (
+            json!({"messages": [{"role": "user", "content": "q"}]}),
+            "no turn of the assistant",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}),
+            "is empty",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null}]}),
+            "messages[1]: it has no \"content\"",
+        ),
+        (
+            json!({"conversations": [{"from": "narrator", "value": "q"}]}),
+            "conversations[0]: \"narrator\" is nobody",
+        ),
+        (
+            json!({"conversations": [{"value": "q"}]}),
+            "conversations[0]: it has no \"role\" or \"from\"",
+        ),
+    ] {
+        let found = refusal(sample.to_string());
+        assert!(found.contains(message), "{found}");
+    }
+}
+
+#[test]
+fn conversations_are_learned_from_by_a_tokenizer_of_their_own() {
+    let folder = TempDir::new().unwrap();
+    let line = |i: usize| {
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let first = format!("first {}?", i % 10);
+        let turns = [
+            turn("user", &first),
+            turn("assistant", "one"),
+            turn("user", "and then?"),
+            turn("assistant", &format!("then {i}")),
+        ];
+        json!({"messages": turns}).to_string() + "\n"
+    };
+    let path = write(&folder, (0..20).map(line).collect::<String>());
+    let data = jsonl::load(&path, None, &OPTIONS).unwrap();
+    // Those with one beginning are on one side.
+    assert_eq!((data.train.len(), data.held_out.len()), (16, 4));
+    for sample in data.train.iter().chain(&data.held_out) {
+        assert_eq!(sample.between.len(), 1);
+        let between = sample.between[0].clone();
+        assert!(sample.prompt < between.start && between.end < sample.tokens.len());
+        assert_eq!(sample.tokens[between.start - 1], 2, "the end is learned");
+        assert_eq!(sample.tokens[between.end - 1], 1, "and then an answer");
+    }
+}
+
+#[test]
 fn what_fits_no_form_is_told_which_there_are() {
     let message = refusal(concat!(
         r#"{"prompt": "p", "response": "r"}"#,
@@ -102,6 +198,8 @@ fn what_fits_no_form_is_told_which_there_are() {
     for part in [
         "data:2: ",
         r#"its fields are "answer", "question", which"#,
+        r#"{"messages": [{"role", "content"}, …]}"#,
+        r#"{"conversations": [{"from", "value"}, …]}"#,
         r#"{"prompt", "response"}"#,
         r#"{"prompt", "completion"}"#,
         r#"{"instruction", "input", "output"}"#,

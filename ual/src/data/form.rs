@@ -5,9 +5,7 @@ use std::fmt;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 
-/// Who says a turn that is learned.
-pub const ASSISTANT: &str = "assistant";
-const USER: &str = "user";
+use crate::text::chat::{ASSISTANT, USER};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
@@ -32,18 +30,28 @@ impl Turn {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
+    Messages,
+    Conversations,
     Response,
     Completion,
     Alpaca,
 }
 
 /// In the order in which they are looked for.
-const FORMS: [Form; 3] = [Form::Response, Form::Completion, Form::Alpaca];
+const FORMS: [Form; 5] = [
+    Form::Messages,
+    Form::Conversations,
+    Form::Response,
+    Form::Completion,
+    Form::Alpaca,
+];
 
 impl Form {
     /// Fields that a sample of the form must have.
     fn fields(self) -> &'static [&'static str] {
         match self {
+            Self::Messages => &["messages"],
+            Self::Conversations => &["conversations"],
             Self::Response => &["prompt", "response"],
             Self::Completion => &["prompt", "completion"],
             Self::Alpaca => &["instruction", "output"],
@@ -55,8 +63,10 @@ impl Form {
             Value::String(text) => Ok(text.clone()),
             _ => bail!("{name:?} is not a string"),
         };
-        let [prompt, response] = self.fields() else {
-            unreachable!("forms of two texts have two fields");
+        let (prompt, response) = match *self.fields() {
+            [prompt, response] => (prompt, response),
+            [name, ..] => return conversation(name, &fields[name]),
+            [] => unreachable!("every form has a field"),
         };
         let mut prompt = text(prompt)?;
         if self == Self::Alpaca && is_there(fields, "input") {
@@ -74,11 +84,60 @@ impl Form {
 impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
+            Self::Messages => "{\"messages\": [{\"role\", \"content\"}, …]}",
+            Self::Conversations => "{\"conversations\": [{\"from\", \"value\"}, …]} (ShareGPT)",
             Self::Response => "{\"prompt\", \"response\"}",
             Self::Completion => "{\"prompt\", \"completion\"}",
             Self::Alpaca => "{\"instruction\", \"input\", \"output\"} (Alpaca)",
         })
     }
+}
+
+/// A list of turns, up to the last response: what follows it is not learned.
+fn conversation(name: &str, turns: &Value) -> Result<Vec<Turn>> {
+    let turns = turns
+        .as_array()
+        .with_context(|| format!("{name:?} is not a list"))?;
+    let mut turns = turns
+        .iter()
+        .enumerate()
+        .map(|(i, turn)| self::turn(turn).with_context(|| format!("{name}[{i}]")))
+        .collect::<Result<Vec<_>>>()?;
+    let last = turns.iter().rposition(Turn::is_response);
+    turns.truncate(last.map_or(0, |last| last + 1));
+    let response = turns.last().with_context(|| {
+        format!("{name:?} has no turn of the assistant; there is nothing to learn")
+    })?;
+    ensure!(
+        !response.text.trim().is_empty(),
+        "the last response of {name:?} is empty"
+    );
+    Ok(turns)
+}
+
+/// `{"role", "content"}` or `{"from", "value"}`: either is found under either name.
+fn turn(turn: &Value) -> Result<Turn> {
+    let field = |names: [&str; 2]| names.into_iter().find_map(|name| turn.get(name));
+    let role = field(["role", "from"]).and_then(Value::as_str);
+    let role = match role.context("it has no \"role\" or \"from\" that is a string")? {
+        "human" => USER,
+        "gpt" | "chatgpt" | "bot" | "model" => ASSISTANT,
+        role => role,
+    };
+    ensure!(
+        [USER, ASSISTANT, "system", "developer", "tool"].contains(&role),
+        "{role:?} is nobody who takes part in a conversation: system, user, assistant, tool"
+    );
+    let text = match field(["content", "value"]) {
+        Some(Value::String(text)) => text.clone(),
+        // Parts of text, as servers take them.
+        Some(Value::Array(parts)) => parts
+            .iter()
+            .map(|part| part["text"].as_str().context("a part of it is no text"))
+            .collect::<Result<_>>()?,
+        _ => bail!("it has no \"content\" or \"value\" that is a string"),
+    };
+    Ok(Turn::new(role, text))
 }
 
 /// Tables write null where a sample lacks a field.

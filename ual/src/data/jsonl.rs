@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde_json::Value;
 use tokenizers::{
@@ -21,7 +21,8 @@ use tokenizers::{
 
 use crate::{
     data::{
-        form,
+        conversation::Conversations,
+        form::{self, Turn},
         input::{self, Record as Read},
         ngram::{NGram, Ranks},
         samples::{Dataset, Sample},
@@ -36,8 +37,10 @@ const END: u32 = 2;
 const CONTROL: u32 = 3;
 
 struct Record {
-    prompt: String,
-    response: String,
+    turns: Vec<Turn>,
+    /// What makes samples be about the same: what stands before the first response, or, of a text without a prompt, the
+    /// text.
+    question: String,
     uncertainty: Option<f32>,
     /// Of the file, from 1.
     line: usize,
@@ -80,8 +83,12 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
         Some(encoder) => encoder,
         None => train_encoder(&train, options.vocab)?,
     };
+    let conversations = Conversations::new(&encoder);
     let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
-        let sample = |record: &Record| encode(record, &encoder, &groups, options.max_tokens);
+        let sample = |record: &Record| {
+            encode(record, &conversations, &groups, options.max_tokens)
+                .with_context(|| format!("{}:{}", path.display(), record.line))
+        };
         records.iter().map(sample).collect()
     };
     let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
@@ -103,6 +110,7 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
     let plain = |s: &Sample| Sample {
         tokens: s.tokens.clone(),
         prompt: 1,
+        between: Vec::new(),
         uncertainty: 0.0,
         group: s.group,
         truth: Vec::new(),
@@ -133,10 +141,10 @@ fn vocab(encoder: &Encoder) -> usize {
 }
 
 fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
-    input::read(path, |read| record(&read, group))
+    input::read(path, |read| record(read, group))
 }
 
-fn record(read: &Read, group: Option<&str>) -> Result<Record> {
+fn record(read: Read, group: Option<&str>) -> Result<Record> {
     let uncertainty = match read.fields.get("uncertainty") {
         None | Some(Value::Null) => None,
         Some(value) => {
@@ -153,10 +161,15 @@ fn record(read: &Read, group: Option<&str>) -> Result<Record> {
         None | Some(Value::Null) => bail!("{field:?}, the field of --group, is missing"),
         Some(other) => Ok(other.to_string()),
     });
-    let (prompt, response) = form::prompt_and_response(&read.turns);
+    let first = read.turns.iter().position(Turn::is_response);
+    let (prompt, response) = form::prompt_and_response(&read.turns[..=first.unwrap_or(0)]);
+    let question = match prompt.trim() {
+        "" => response,
+        prompt => prompt.to_string(),
+    };
     Ok(Record {
-        prompt,
-        response,
+        turns: read.turns,
+        question,
         uncertainty,
         line: read.line,
         group: group.transpose()?,
@@ -178,20 +191,10 @@ fn is_to_be_estimated(path: &Path, records: &[Record]) -> Result<bool> {
     Ok(with.is_empty())
 }
 
-impl Record {
-    /// What makes samples be about the same: the prompt, or, of a text without one, the text.
-    fn question(&self) -> &str {
-        match self.prompt.trim() {
-            "" => &self.response,
-            prompt => prompt,
-        }
-    }
-}
-
 /// The first place from `wanted` on, or else the last before it, where a question ends and another begins: responses to
 /// one prompt are not trained on while others are held out. None where `wanted` leaves nothing on one side.
 fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
-    let between = |&i: &usize| records[i].question() != records[i - 1].question();
+    let between = |&i: &usize| records[i].question != records[i - 1].question;
     if !(1..records.len()).contains(&wanted) {
         return None;
     }
@@ -204,7 +207,7 @@ fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
 fn shuffle(records: &mut Vec<Record>, seed: u64) {
     let mut questions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
     for record in records.drain(..) {
-        let question = record.question().to_string();
+        let question = record.question.clone();
         questions.entry(question).or_default().push(record);
     }
     let mut questions: Vec<Vec<Record>> = questions.into_values().collect();
@@ -219,6 +222,7 @@ fn train_encoder(records: &[Record], vocab: usize) -> Result<Encoder> {
         before: vec![BEGIN],
         between: vec![ANSWER],
         end: END,
+        template: None,
     })
 }
 
@@ -238,48 +242,38 @@ fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
         .map_err(|e| anyhow!("tokeniser: {e}"))?;
     let texts = records
         .iter()
-        .flat_map(|record| [record.prompt.as_str(), record.response.as_str()]);
+        .flat_map(|record| record.turns.iter().map(|turn| turn.text.as_str()));
     tokenizer
         .train(&mut trainer, texts)
         .map_err(|e| anyhow!("tokeniser: {e}"))?;
     Ok(tokenizer.into())
 }
 
-/// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
-/// of the room if the response needs the rest.
+/// The sample, and whether it had to be cut.
 fn encode(
     record: &Record,
-    encoder: &Encoder,
+    conversations: &Conversations,
     groups: &[String],
     max_tokens: usize,
 ) -> Result<(Sample, bool)> {
-    let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
-    response.push(encoder.end);
-    let around = encoder.before.len() + encoder.between.len();
-    let room = max_tokens.saturating_sub(around);
-    if room < 2 {
-        bail!("{max_tokens} tokens leave no room beside the {around} round a prompt");
-    }
-    let truncated = prompt.len() + response.len() > room;
-    if truncated {
-        let for_prompt = (room - response.len().min(room)).max(room / 2);
-        prompt.drain(..prompt.len().saturating_sub(for_prompt));
-        response.truncate(room - prompt.len());
-    }
-    let (tokens, prompt) = encoder.sample(&prompt, &response);
-    let uncertainty = record.uncertainty.unwrap_or(0.0);
+    let conversation = conversations.encode(&record.turns, max_tokens)?;
+    let responses = &conversation.responses;
     let group = record.group.as_ref();
     Ok((
         Sample {
-            tokens,
-            prompt,
-            uncertainty,
+            prompt: responses[0].start,
+            between: responses
+                .windows(2)
+                .map(|pair| pair[0].end..pair[1].start)
+                .collect(),
+            tokens: conversation.tokens,
+            uncertainty: record.uncertainty.unwrap_or(0.0),
             group: group
                 .and_then(|group| groups.binary_search(group).ok())
                 .unwrap_or(0),
             truth: Vec::new(),
         },
-        truncated,
+        conversation.cut,
     ))
 }
 

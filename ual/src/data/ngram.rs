@@ -58,14 +58,13 @@ impl NGram {
         }
     }
 
-    /// Mean −log p of the response's tokens.
+    /// Mean −log p of the responses' tokens.
     pub fn cross_entropy(&self, sample: &Sample) -> f64 {
-        let response = sample.prompt..sample.tokens.len();
-        let tokens = response.len() as f64;
-        response
+        (sample.prompt..sample.tokens.len())
+            .filter(|&at| sample.is_response(at))
             .map(|at| -self.probability(&sample.tokens[..=at]).ln())
             .sum::<f64>()
-            / tokens
+            / sample.rows() as f64
     }
 
     /// The same, for a sample that was added, by the model of all the others.

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     data::{
-        form,
+        form::{self, Turn},
         input::{self, Record},
     },
     digest::hex,
@@ -30,6 +30,8 @@ pub struct Sample {
     pub id: String,
     pub prompt: String,
     pub response: String,
+    /// All of them, the last being the response.
+    pub turns: Vec<Turn>,
     /// The JSON object as it stands in the file, and whether its id is missing there.
     object: String,
     unnamed: bool,
@@ -148,6 +150,7 @@ fn parse(record: Record) -> Result<Sample> {
         id: id.unwrap_or_else(|| digest(&prompt, &response)),
         prompt,
         response,
+        turns,
         object,
     })
 }
