@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -310,6 +310,30 @@ fn every_command_refuses_the_same() {
     ] {
         let found = refusal(bytes);
         assert!(found.contains(message), "{found}");
+    }
+}
+
+#[test]
+fn the_sample_file_is_data_for_every_command() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples.jsonl");
+    let samples = samples::read(&path).unwrap();
+    assert_eq!(samples.len(), 24);
+    // As the documents' commands take it.
+    let options = Options {
+        group: Some("source"),
+        held_out: 0.25,
+        max_tokens: 192,
+        ..OPTIONS
+    };
+    let data = jsonl::load(&path, None, &options).unwrap();
+    assert_eq!((data.train.len(), data.held_out.len()), (18, 6));
+    assert_eq!(data.groups, ["fact", "open"]);
+    for document in [
+        include_str!("../../README.md"),
+        include_str!("../../docs/guide.md"),
+    ] {
+        assert!(document.contains("--data ual/samples.jsonl --out scored.jsonl"));
+        assert!(!document.contains("--data samples.jsonl"));
     }
 }
 
