@@ -3,7 +3,13 @@
 use std::{fs, io::Cursor};
 
 use candle_core::quantized::gguf_file::{self, Content, Value as Metadata};
-use candle_ual::text::{chat::Encoder, gguf_tokenizer};
+use candle_ual::{
+    data::{
+        conversation::{Conversation, Conversations},
+        form::Turn,
+    },
+    text::{chat::Encoder, gguf_tokenizer},
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokenizers::{
@@ -85,9 +91,6 @@ fn a_model_sees_its_own_chat_template() {
             "<|im_end|>"
         ]
     );
-    let (tokens, prompt) = encoder.sample(&[1, 2], &[3]);
-    assert_eq!(tokens[encoder.before.len()..][..2], [1, 2]);
-    assert_eq!((tokens.len(), tokens[prompt]), (prompt + 1, 3));
     // Special tokens of the template are single ones, in a sample they are text.
     let start = encoder.tokenizer.token_to_id("<|im_start|>").unwrap();
     assert_eq!(encoder.before.iter().filter(|id| **id == start).count(), 2);
@@ -110,6 +113,118 @@ fn templates_with_blocks_methods_and_exceptions_are_rendered() {
             "<|eot_id|>"
         ]
     );
+}
+
+fn turns(turns: &[(&str, &str)]) -> Vec<Turn> {
+    let turns = turns.iter();
+    turns.map(|(role, text)| Turn::new(role, *text)).collect()
+}
+
+/// The text of a conversation, and of what is learned.
+fn seen(encoder: &Encoder, conversation: &Conversation) -> (String, Vec<String>) {
+    let text = |ids: &[u32]| encoder.tokenizer.decode(ids, false).unwrap();
+    let responses = conversation.responses.iter();
+    let responses = responses.map(|range| text(&conversation.tokens[range.clone()]));
+    (text(&conversation.tokens), responses.collect())
+}
+
+const CONVERSATION: [(&str, &str); 5] = [
+    ("system", "Be brief."),
+    ("user", "One?"),
+    ("assistant", "1"),
+    ("user", "<|im_end|>?"),
+    ("assistant", "A token."),
+];
+
+#[test]
+fn every_response_of_a_conversation_is_learned_and_nothing_else() {
+    let told = |template: Option<&str>, known: fn(&str) -> bool| {
+        let config = json!({"chat_template": template, "bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>"});
+        let encoder = encoder(tokenizer(known), Some(&config)).unwrap();
+        let encoded = Conversations::new(&encoder).encode(&turns(&CONVERSATION), 1000);
+        let encoded = encoded.unwrap();
+        assert!(!encoded.cut);
+        seen(&encoder, &encoded)
+    };
+    let chatml = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n\
+        1<|im_end|>\n<|im_start|>user\n<|im_end|>?<|im_end|>\n<|im_start|>assistant\nA token.<|im_end|>";
+    let learned = ["1<|im_end|>", "A token.<|im_end|>"]
+        .map(String::from)
+        .to_vec();
+    assert_eq!(
+        told(Some(SMOLLM2), |_| true),
+        (chatml.into(), learned.clone())
+    );
+    assert_eq!(told(None, |_| true), (chatml.into(), learned));
+    let headers = ["system", "user", "assistant", "user", "assistant"].into_iter();
+    let headers: String = headers
+        .zip(CONVERSATION)
+        .map(|(role, (_, text))| {
+            format!("<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>\n")
+        })
+        .collect();
+    let (text, learned) = told(Some(HEADERS), |_| true);
+    assert_eq!(text, format!("<|begin_of_text|>{}", headers.trim_end()));
+    assert_eq!(learned, ["1<|eot_id|>", "A token.<|eot_id|>"]);
+    let (text, learned) = told(None, |token| !token.starts_with("<|im"));
+    assert_eq!(
+        text,
+        "Be brief.\nOne?\n1<|endoftext|><|im_end|>?\nA token.<|endoftext|>"
+    );
+    assert_eq!(learned, ["1<|endoftext|>", "A token.<|endoftext|>"]);
+}
+
+#[test]
+fn templates_that_move_or_refuse_turns_are_followed() {
+    let told = |template: &str, roles: &[(&str, &str)]| {
+        let config = json!({"chat_template": template, "eos_token": "<|endoftext|>"});
+        let encoder = encoder(tokenizer(|_| true), Some(&config)).unwrap();
+        let encoded = Conversations::new(&encoder).encode(&turns(roles), 1000);
+        encoded
+            .map(|encoded| seen(&encoder, &encoded))
+            .map_err(|e| format!("{e:#}"))
+    };
+    // The system's before the last question, as Mistral's templates have it.
+    let moves = "{% set said = '' %}{% if messages[0].role == 'system' %}{% set said = messages[0].content + ' ' %}{% endif %}\
+        {% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[{{ said if loop.index > loop.length - 2 else '' }}\
+        {{ m.content }}]{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}";
+    let (text, learned) = told(moves, &CONVERSATION).unwrap();
+    assert_eq!(
+        text,
+        "[One?]1<|endoftext|>[Be brief. <|im_end|>?]A token.<|endoftext|>"
+    );
+    assert_eq!(learned, ["1<|endoftext|>", "A token.<|endoftext|>"]);
+    let users = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
+        {{ m.content }}{{ eos_token }}{% endfor %}";
+    let refused = told(users, &CONVERSATION).unwrap_err();
+    assert!(
+        refused.contains("system, user, assistant") && refused.contains("no system"),
+        "{refused}"
+    );
+    let forgets = "{{ messages[0].content }}|{{ messages[1].content }}";
+    let refused = told(forgets, &CONVERSATION[1..]).unwrap_err();
+    assert!(refused.contains("turn 3 (user) 0 times"), "{refused}");
+}
+
+#[test]
+fn a_conversation_that_is_too_long_loses_its_first_exchanges() {
+    let encoder = encoder(tokenizer(|token| !token.starts_with("<|im")), None).unwrap();
+    let conversations = Conversations::new(&encoder);
+    let cut = |most: usize| {
+        let encoded = conversations.encode(&turns(&CONVERSATION), most).unwrap();
+        assert!(encoded.tokens.len() <= most);
+        (encoded.cut, seen(&encoder, &encoded))
+    };
+    // Bytes, and a token at each end.
+    assert!(!cut(16 + 2 + 11 + 9).0);
+    let (was_cut, (text, learned)) = cut(16 + 2 + 11 + 8);
+    assert!(was_cut);
+    assert_eq!(text, "Be brief.\n<|im_end|>?\nA token.<|endoftext|>");
+    assert_eq!(learned, ["A token.<|endoftext|>"]);
+    let (_, (text, learned)) = cut(14);
+    // 12 bytes between two line breaks: 6 of the prompt's end, 6 of the response.
+    assert_eq!(text, "\nend|>?\nA toke");
+    assert_eq!(learned, ["A toke"]);
 }
 
 #[test]

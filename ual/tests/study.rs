@@ -81,6 +81,7 @@ fn a_context_counts_once() {
     let sample = |tokens: &[u32]| Sample {
         tokens: tokens.to_vec(),
         prompt: 2,
+        between: Vec::new(),
         uncertainty: 0.0,
         group: 0,
         truth: Vec::new(),

@@ -28,11 +28,19 @@ impl Batch {
     pub fn new(samples: &[&Sample], device: &Device) -> Result<Self> {
         let tokens: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
         let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.len()).collect();
-        let prompts: Vec<usize> = samples.iter().map(|s| s.prompt).collect();
         let layout = Layout::padded(&lengths)?;
+        // Not the layout's own: it knows one prompt a sample.
+        let width = lengths.iter().max().copied().unwrap_or(0);
+        let targets = samples.iter().flat_map(|sample| {
+            (1..=width).map(|next| match sample.is_response(next) {
+                true => i64::from(sample.tokens[next]),
+                false => IGNORED,
+            })
+        });
+        let targets = Tensor::from_vec(targets.collect(), layout.shape(), device)?;
         Ok(Self {
             inputs: layout.tokens(&tokens, 0, device)?,
-            targets: layout.targets(&tokens, &prompts, IGNORED, device)?,
+            targets,
             layout,
             uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
             rows: samples.iter().map(|s| s.rows()).sum(),

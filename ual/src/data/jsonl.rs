@@ -1,4 +1,4 @@
-//! Real data: lines of `{"prompt", "response", "uncertainty"?}`, other fields ignored.
+//! Real data: a file's samples, see [`input`], and each one's `"uncertainty"`, if it has one.
 //!
 //! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
 //! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
@@ -9,9 +9,8 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{
     Tokenizer, TokenizerBuilder,
@@ -22,8 +21,10 @@ use tokenizers::{
 
 use crate::{
     data::{
-        lines,
-        ngram::{self, NGram},
+        conversation::Conversations,
+        form::{self, Turn},
+        input::{self, Record as Read},
+        ngram::{NGram, Ranks},
         samples::{Dataset, Sample},
     },
     text::chat::Encoder,
@@ -35,16 +36,15 @@ const ANSWER: u32 = 1;
 const END: u32 = 2;
 const CONTROL: u32 = 3;
 
-#[derive(Debug, Deserialize)]
 struct Record {
-    prompt: String,
-    response: String,
+    turns: Vec<Turn>,
+    /// What makes samples be about the same: what stands before the first response, or, of a text without a prompt, the
+    /// text.
+    question: String,
     uncertainty: Option<f32>,
     /// Of the file, from 1.
-    #[serde(skip)]
     line: usize,
     /// What the field of `--group` says.
-    #[serde(skip)]
     group: Option<String>,
 }
 
@@ -83,8 +83,12 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
         Some(encoder) => encoder,
         None => train_encoder(&train, options.vocab)?,
     };
+    let conversations = Conversations::new(&encoder);
     let encode = |records: &[Record]| -> Result<Vec<(Sample, bool)>> {
-        let sample = |record: &Record| encode(record, &encoder, &groups, options.max_tokens);
+        let sample = |record: &Record| {
+            encode(record, &conversations, &groups, options.max_tokens)
+                .with_context(|| format!("{}:{}", path.display(), record.line))
+        };
         records.iter().map(sample).collect()
     };
     let (mut train_samples, mut held_out_samples) = (encode(&train)?, encode(&records)?);
@@ -106,6 +110,7 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
     let plain = |s: &Sample| Sample {
         tokens: s.tokens.clone(),
         prompt: 1,
+        between: Vec::new(),
         uncertainty: 0.0,
         group: s.group,
         truth: Vec::new(),
@@ -135,30 +140,39 @@ fn vocab(encoder: &Encoder) -> usize {
     encoder.tokenizer.get_vocab_size(true) + encoder.offset as usize
 }
 
-/// The file's records; a bad line is an error that names it.
 fn read(path: &Path, group: Option<&str>) -> Result<Vec<Record>> {
-    lines::read(path, |line, number| {
-        let mut record: Record = lines::object(line)?;
-        ensure!(
-            !record.response.trim().is_empty(),
-            "\"response\" is empty; there is nothing to learn"
-        );
-        if let Some(u) = record.uncertainty {
+    input::read(path, |read| record(read, group))
+}
+
+fn record(read: Read, group: Option<&str>) -> Result<Record> {
+    let uncertainty = match read.fields.get("uncertainty") {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            let number = value.as_f64().map(|u| u as f32);
             ensure!(
-                (0.0..=1.0).contains(&u),
-                "\"uncertainty\" is {u}; it must be in [0, 1]"
+                number.is_some_and(|u| (0.0..=1.0).contains(&u)),
+                "\"uncertainty\" is {value}; it must be in [0, 1]"
             );
+            number
         }
-        record.line = number;
-        if let Some(field) = group {
-            let fields: Value = serde_json::from_str(line)?;
-            record.group = match &fields[field] {
-                Value::String(group) => Some(group.clone()),
-                Value::Null => bail!("{field:?}, the field of --group, is missing"),
-                other => Some(other.to_string()),
-            };
-        }
-        Ok(record)
+    };
+    let group = group.map(|field| match read.fields.get(field) {
+        Some(Value::String(group)) => Ok(group.clone()),
+        None | Some(Value::Null) => bail!("{field:?}, the field of --group, is missing"),
+        Some(other) => Ok(other.to_string()),
+    });
+    let first = read.turns.iter().position(Turn::is_response);
+    let (prompt, response) = form::prompt_and_response(&read.turns[..=first.unwrap_or(0)]);
+    let question = match prompt.trim() {
+        "" => response,
+        prompt => prompt.to_string(),
+    };
+    Ok(Record {
+        turns: read.turns,
+        question,
+        uncertainty,
+        line: read.line,
+        group: group.transpose()?,
     })
 }
 
@@ -177,20 +191,10 @@ fn is_to_be_estimated(path: &Path, records: &[Record]) -> Result<bool> {
     Ok(with.is_empty())
 }
 
-impl Record {
-    /// What makes samples be about the same: the prompt, or, of a text without one, the text.
-    fn question(&self) -> &str {
-        match self.prompt.trim() {
-            "" => &self.response,
-            prompt => prompt,
-        }
-    }
-}
-
 /// The first place from `wanted` on, or else the last before it, where a question ends and another begins: responses to
 /// one prompt are not trained on while others are held out. None where `wanted` leaves nothing on one side.
 fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
-    let between = |&i: &usize| records[i].question() != records[i - 1].question();
+    let between = |&i: &usize| records[i].question != records[i - 1].question;
     if !(1..records.len()).contains(&wanted) {
         return None;
     }
@@ -203,7 +207,7 @@ fn between_questions(records: &[Record], wanted: usize) -> Option<usize> {
 fn shuffle(records: &mut Vec<Record>, seed: u64) {
     let mut questions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
     for record in records.drain(..) {
-        let question = record.question().to_string();
+        let question = record.question.clone();
         questions.entry(question).or_default().push(record);
     }
     let mut questions: Vec<Vec<Record>> = questions.into_values().collect();
@@ -218,6 +222,7 @@ fn train_encoder(records: &[Record], vocab: usize) -> Result<Encoder> {
         before: vec![BEGIN],
         between: vec![ANSWER],
         end: END,
+        template: None,
     })
 }
 
@@ -237,48 +242,38 @@ fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {
         .map_err(|e| anyhow!("tokeniser: {e}"))?;
     let texts = records
         .iter()
-        .flat_map(|record| [record.prompt.as_str(), record.response.as_str()]);
+        .flat_map(|record| record.turns.iter().map(|turn| turn.text.as_str()));
     tokenizer
         .train(&mut trainer, texts)
         .map_err(|e| anyhow!("tokeniser: {e}"))?;
     Ok(tokenizer.into())
 }
 
-/// The sample, and whether it had to be cut. The prompt keeps its end, where the question usually is, and at most half
-/// of the room if the response needs the rest.
+/// The sample, and whether it had to be cut.
 fn encode(
     record: &Record,
-    encoder: &Encoder,
+    conversations: &Conversations,
     groups: &[String],
     max_tokens: usize,
 ) -> Result<(Sample, bool)> {
-    let (mut prompt, mut response) = (encoder.ids(&record.prompt)?, encoder.ids(&record.response)?);
-    response.push(encoder.end);
-    let around = encoder.before.len() + encoder.between.len();
-    let room = max_tokens.saturating_sub(around);
-    if room < 2 {
-        bail!("{max_tokens} tokens leave no room beside the {around} round a prompt");
-    }
-    let truncated = prompt.len() + response.len() > room;
-    if truncated {
-        let for_prompt = (room - response.len().min(room)).max(room / 2);
-        prompt.drain(..prompt.len().saturating_sub(for_prompt));
-        response.truncate(room - prompt.len());
-    }
-    let (tokens, prompt) = encoder.sample(&prompt, &response);
-    let uncertainty = record.uncertainty.unwrap_or(0.0);
+    let conversation = conversations.encode(&record.turns, max_tokens)?;
+    let responses = &conversation.responses;
     let group = record.group.as_ref();
     Ok((
         Sample {
-            tokens,
-            prompt,
-            uncertainty,
+            prompt: responses[0].start,
+            between: responses
+                .windows(2)
+                .map(|pair| pair[0].end..pair[1].start)
+                .collect(),
+            tokens: conversation.tokens,
+            uncertainty: record.uncertainty.unwrap_or(0.0),
             group: group
                 .and_then(|group| groups.binary_search(group).ok())
                 .unwrap_or(0),
             truth: Vec::new(),
         },
-        truncated,
+        conversation.cut,
     ))
 }
 
@@ -289,10 +284,11 @@ fn estimate(train: &mut [(Sample, bool)], held_out: &mut [(Sample, bool)], vocab
     // A training sample must not be judged by a model that has seen it.
     let seen = train.iter().map(|(s, _)| model.cross_entropy_without(s));
     let seen: Vec<f64> = seen.collect();
+    let ranks = Ranks::new(seen.clone());
     for ((sample, _), &score) in train.iter_mut().zip(&seen) {
-        sample.uncertainty = ngram::rank(score, &seen);
+        sample.uncertainty = ranks.of(score);
     }
     for (sample, _) in held_out {
-        sample.uncertainty = ngram::rank(model.cross_entropy(sample), &seen);
+        sample.uncertainty = ranks.of(model.cross_entropy(sample));
     }
 }

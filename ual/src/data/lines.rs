@@ -1,32 +1,52 @@
-//! Files with a JSON object a line.
+//! JSON objects.
 
-use std::{fs, path::Path};
+use std::fmt;
 
-use anyhow::{Context, Result, anyhow};
-use serde::de::DeserializeOwned;
+use anyhow::{Result, anyhow};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
 
-/// What `parse` makes of each line that is not blank, given its number, from 1. An error names the line.
-pub fn read<T>(path: &Path, mut parse: impl FnMut(&str, usize) -> Result<T>) -> Result<Vec<T>> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut all = Vec::new();
-    for (line, number) in bytes.split(|&byte| byte == b'\n').zip(1..) {
-        let line = std::str::from_utf8(line)
-            .map_err(|e| anyhow!("not UTF-8 from byte {}", e.valid_up_to() + 1));
-        let parsed = line.and_then(|line| match line.trim() {
-            "" => Ok(None),
-            _ => parse(line, number).map(Some),
-        });
-        all.extend(parsed.map_err(|e| anyhow!("{}:{number}: {e:#}", path.display()))?);
-    }
-    Ok(all)
-}
-
-/// A line's object. An error has the column.
-pub fn object<T: DeserializeOwned>(line: &str) -> Result<T> {
-    serde_json::from_str(line).map_err(|e| {
+/// A line's object. An error has the column. A field that is there twice is one: which was meant is not known.
+pub fn object(line: &str) -> Result<Map<String, Value>> {
+    let object: Object = serde_json::from_str(line).map_err(|e| {
         // serde_json counts lines inside the one it was given.
         let message = e.to_string();
         let message = message.split(" at line ").next().unwrap_or(&message);
         anyhow!("{message} (column {})", e.column())
-    })
+    })?;
+    Ok(object.0)
+}
+
+struct Object(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+struct Fields;
+
+impl<'de> Visitor<'de> for Fields {
+    type Value = Object;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Object, A::Error> {
+        let mut fields = Map::new();
+        while let Some(name) = access.next_key::<String>()? {
+            if fields.contains_key(&name) {
+                return Err(A::Error::custom(format_args!(
+                    "the field {name:?} is there twice"
+                )));
+            }
+            fields.insert(name, access.next_value()?);
+        }
+        Ok(Object(fields))
+    }
 }

@@ -1,6 +1,9 @@
 //! Samples: where they come from, and batches of them.
 
 pub mod batches;
+pub mod conversation;
+pub mod form;
+pub mod input;
 pub mod jsonl;
 pub mod lines;
 pub mod ngram;

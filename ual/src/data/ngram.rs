@@ -58,14 +58,13 @@ impl NGram {
         }
     }
 
-    /// Mean −log p of the response's tokens.
+    /// Mean −log p of the responses' tokens.
     pub fn cross_entropy(&self, sample: &Sample) -> f64 {
-        let response = sample.prompt..sample.tokens.len();
-        let tokens = response.len() as f64;
-        response
+        (sample.prompt..sample.tokens.len())
+            .filter(|&at| sample.is_response(at))
             .map(|at| -self.probability(&sample.tokens[..=at]).ln())
             .sum::<f64>()
-            / tokens
+            / sample.rows() as f64
     }
 
     /// The same, for a sample that was added, by the model of all the others.
@@ -89,9 +88,19 @@ impl NGram {
     }
 }
 
-/// Share of `scores` below `score`, ties counting half: uniform in (0, 1) over the scores themselves.
-pub fn rank(score: f64, scores: &[f64]) -> f32 {
-    let below = scores.iter().filter(|&&other| other < score).count();
-    let equal = scores.iter().filter(|&&other| other == score).count();
-    ((below as f64 + equal as f64 / 2.0) / scores.len() as f64) as f32
+/// Scores, in order.
+pub struct Ranks(Vec<f64>);
+
+impl Ranks {
+    pub fn new(mut scores: Vec<f64>) -> Self {
+        scores.sort_by(f64::total_cmp);
+        Self(scores)
+    }
+
+    /// Share of the scores below `score`, ties counting half: uniform in (0, 1) over the scores themselves.
+    pub fn of(&self, score: f64) -> f32 {
+        let below = self.0.partition_point(|&other| other < score);
+        let equal = self.0[below..].partition_point(|&other| other == score);
+        ((below as f64 + equal as f64 / 2.0) / self.0.len() as f64) as f32
+    }
 }

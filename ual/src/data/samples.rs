@@ -1,5 +1,7 @@
 //! Samples as tokens, and a data set of them.
 
+use std::ops::Range;
+
 use sha2::{Digest, Sha256};
 
 use crate::digest;
@@ -13,6 +15,8 @@ pub struct Sample {
     pub tokens: Vec<u32>,
     /// How many of the tokens are the prompt; at least 1.
     pub prompt: usize,
+    /// Of a conversation the tokens between one response and the next, which are not learned either.
+    pub between: Vec<Range<usize>>,
     /// In [0, 1].
     pub uncertainty: f32,
     /// Which of the data set's groups it is in; 0 where there are none.
@@ -24,7 +28,14 @@ pub struct Sample {
 impl Sample {
     /// How many rows of a loss are its response's.
     pub fn rows(&self) -> usize {
-        self.tokens.len() - self.prompt
+        let between: usize = self.between.iter().map(Range::len).sum();
+        self.tokens.len() - self.prompt - between
+    }
+
+    /// Whether the token of this number is a response's: is learned.
+    pub fn is_response(&self, token: usize) -> bool {
+        (self.prompt..self.tokens.len()).contains(&token)
+            && !self.between.iter().any(|range| range.contains(&token))
     }
 
     /// Its uncertainty for each of those.
@@ -60,6 +71,9 @@ impl Dataset {
                 sample.group as u32,
             ] {
                 hash.update(number.to_le_bytes());
+            }
+            for end in sample.between.iter().flat_map(|r| [r.start, r.end]) {
+                hash.update((end as u32).to_le_bytes());
             }
             for token in &sample.tokens {
                 hash.update(token.to_le_bytes());

@@ -118,6 +118,7 @@ fn draw(relation: usize, subject: usize, truth: &[Distribution], rng: &mut impl 
     Sample {
         tokens,
         prompt,
+        between: Vec::new(),
         uncertainty: (entropy / largest).max(0.0),
         group: 0,
         truth: truth.to_vec(),

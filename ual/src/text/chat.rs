@@ -11,6 +11,34 @@ use tokenizers::Tokenizer;
 /// Stand for prompt and response in a template; nothing in one takes them apart.
 const PROMPT: &str = "PROMPT5d1c";
 const RESPONSE: &str = "RESPONSE5d1c";
+/// The same for any turn: its number follows, and [`TURN_END`].
+const TURN: &str = "TURN5d1c";
+const TURN_END: char = 'e';
+
+/// Who asks.
+pub const USER: &str = "user";
+/// Who says what is learned.
+pub const ASSISTANT: &str = "assistant";
+
+const CHATML: &str = "{{ bos_token }}{% for message in messages %}\
+    {{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}";
+
+/// A part of a conversation as a model sees it.
+#[derive(Debug, PartialEq)]
+pub enum Piece {
+    /// Of the template, its first `learned` tokens being those that end a response.
+    Template { tokens: Vec<u32>, learned: usize },
+    /// What the turn of this number says.
+    Turn(usize),
+}
+
+/// In Jinja, and the tokens it may name.
+#[derive(Clone)]
+pub struct Template {
+    text: String,
+    begin: String,
+    end: String,
+}
 
 /// Text to tokens, and what stands round prompt and response.
 #[derive(Clone)]
@@ -21,6 +49,9 @@ pub struct Encoder {
     pub before: Vec<u32>,
     pub between: Vec<u32>,
     pub end: u32,
+    /// What says how conversations of any turns look. Without one they are `before`, and prompt, `between`, response and
+    /// `end` again and again.
+    pub template: Option<Template>,
 }
 
 /// What a model's files say beside its tokenizer.
@@ -98,18 +129,23 @@ impl Encoder {
                 .into_iter()
                 .find(|end| has(end)),
         };
-        let text = match &conventions.template {
-            Some(template) => rendered(template, begin, end.unwrap_or(""))
+        // A template says itself whether a text begins with `begin`.
+        let added = if conventions.add_begin { begin } else { "" };
+        let chatml = has("<|im_start|>") && has("<|im_end|>");
+        let template = match &conventions.template {
+            Some(text) => Some((text.as_str(), begin)),
+            None => chatml.then_some((CHATML, added)),
+        };
+        let template = template.map(|(text, begin)| Template {
+            text: text.to_string(),
+            begin: begin.to_string(),
+            end: end.unwrap_or("").to_string(),
+        });
+        let text = match &template {
+            Some(template) => template
+                .rendered(&[(USER, PROMPT), (ASSISTANT, RESPONSE)])
                 .context("its chat template cannot be used")?,
-            None => {
-                let begin = if conventions.add_begin { begin } else { "" };
-                match has("<|im_start|>") && has("<|im_end|>") {
-                    true => format!(
-                        "{begin}<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n{RESPONSE}<|im_end|>\n"
-                    ),
-                    false => format!("{begin}{PROMPT}\n{RESPONSE}"),
-                }
-            }
+            None => format!("{added}{PROMPT}\n{RESPONSE}"),
         };
         let parts = text.split_once(PROMPT).and_then(|(before, rest)| {
             let (between, after) = rest.split_once(RESPONSE)?;
@@ -123,6 +159,7 @@ impl Encoder {
             before: Vec::new(),
             between: Vec::new(),
             end: 0,
+            template,
         };
         encoder.before = encoder.ids(before)?;
         encoder.between = encoder.ids(between)?;
@@ -139,11 +176,96 @@ impl Encoder {
         Ok(encoder)
     }
 
-    /// The tokens of a sample, from those of prompt and response, and how many stand before the response.
-    pub fn sample(&self, prompt: &[u32], response: &[u32]) -> (Vec<u32>, usize) {
-        let tokens = [&self.before, prompt, &self.between, response].concat();
-        let before = tokens.len() - response.len();
-        (tokens, before)
+    /// A conversation of turns by these roles, of which the last is the assistant's. What a template makes of the texts
+    /// themselves (many trim them) is not seen.
+    pub fn pieces(&self, roles: &[&str]) -> Result<Vec<Piece>> {
+        match &self.template {
+            Some(template) if *roles != [USER, ASSISTANT] => self.of_template(template, roles),
+            _ => self.of_exchanges(roles),
+        }
+    }
+
+    fn of_exchanges(&self, roles: &[&str]) -> Result<Vec<Piece>> {
+        let template = |tokens: &[u32], learned: usize| Piece::Template {
+            tokens: tokens.to_vec(),
+            learned,
+        };
+        let mut pieces = vec![template(&self.before, 0)];
+        for (i, &role) in roles.iter().enumerate() {
+            if role == ASSISTANT {
+                pieces.push(template(&self.between, 0));
+                pieces.push(Piece::Turn(i));
+                pieces.push(template(&[self.end], 1));
+                continue;
+            }
+            if i > 0 && roles[i - 1] != ASSISTANT {
+                pieces.push(template(&self.ids("\n")?, 0)); // two texts before a response
+            }
+            pieces.push(Piece::Turn(i));
+        }
+        Ok(pieces)
+    }
+
+    fn of_template(&self, template: &Template, roles: &[&str]) -> Result<Vec<Piece>> {
+        let named: Vec<String> = (0..roles.len())
+            .map(|i| format!("{TURN}{i}{TURN_END}"))
+            .collect();
+        let turns: Vec<(&str, &str)> = roles
+            .iter()
+            .copied()
+            .zip(named.iter().map(String::as_str))
+            .collect();
+        let text = template.rendered(&turns).with_context(|| {
+            format!(
+                "the model's chat template takes no conversation of {}",
+                roles.join(", ")
+            )
+        })?;
+        let mut tokenizer = self.tokenizer.clone();
+        tokenizer.set_encode_special_tokens(false); // those of the template are single tokens
+        let control = tokenizer.get_added_tokens_decoder();
+        let special = Self {
+            tokenizer,
+            ..self.clone()
+        };
+        let mut pieces = Vec::new();
+        let mut shown = vec![0; roles.len()];
+        let mut after_response = false;
+        let mut parts = text.split(TURN);
+        let mut fixed = parts.next().unwrap_or_default();
+        for part in parts {
+            let tokens = special.ids(fixed)?;
+            let ends = tokens.iter().position(|id| control.contains_key(id));
+            let ends = ends.filter(|&at| after_response && tokens[at] == self.end);
+            pieces.push(Piece::Template {
+                learned: ends.map_or(0, |at| at + 1),
+                tokens,
+            });
+            let (turn, after) = part
+                .split_once(TURN_END)
+                .and_then(|(number, after)| Some((number.parse::<usize>().ok()?, after)))
+                .context("its chat template takes a turn apart")?;
+            pieces.push(Piece::Turn(turn));
+            shown[turn] += 1;
+            after_response = roles[turn] == ASSISTANT;
+            fixed = after;
+        }
+        for ((turn, &times), &role) in (1..).zip(&shown).zip(roles) {
+            ensure!(
+                times == 1 || times > 1 && role != ASSISTANT,
+                "the model's chat template shows turn {turn} ({role}) {times} times"
+            );
+        }
+        ensure!(
+            after_response && pieces.last() == Some(&Piece::Turn(roles.len() - 1)),
+            "the model's chat template does not end with the last response"
+        );
+        // As of a single response: what may follow the end is for the next turn.
+        pieces.push(Piece::Template {
+            tokens: vec![self.end],
+            learned: 1,
+        });
+        Ok(pieces)
     }
 
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
@@ -157,25 +279,30 @@ impl Encoder {
     }
 }
 
-/// A conversation of prompt and response by a template, as transformers renders it. What a template makes of the texts
-/// themselves (many trim them) is not seen.
-fn rendered(template: &str, begin: &str, end: &str) -> Result<String> {
-    let mut environment = Environment::new();
-    let mut syntax = SyntaxConfig::builder();
-    syntax.trim_blocks(true).lstrip_blocks(true);
-    environment.set_syntax(syntax.build()?);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function("raise_exception", |message: String| {
-        Err::<(), _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
-    let message = |role: &str, content: &str| context! { role, content };
-    Ok(environment.render_str(
-        template,
-        context! {
-            messages => [message("user", PROMPT), message("assistant", RESPONSE)],
-            bos_token => begin,
-            eos_token => end,
-            add_generation_prompt => false,
-        },
-    )?)
+impl Template {
+    /// A conversation of (role, text), as transformers renders it.
+    fn rendered(&self, turns: &[(&str, &str)]) -> Result<String> {
+        let mut environment = Environment::new();
+        let mut syntax = SyntaxConfig::builder();
+        syntax.trim_blocks(true).lstrip_blocks(true);
+        environment.set_syntax(syntax.build()?);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| {
+            Err::<(), _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        let messages: Vec<_> = turns
+            .iter()
+            .map(|&(role, content)| context! { role, content })
+            .collect();
+        Ok(environment.render_str(
+            &self.text,
+            context! {
+                messages,
+                bos_token => self.begin.as_str(),
+                eos_token => self.end.as_str(),
+                add_generation_prompt => false,
+            },
+        )?)
+    }
 }

@@ -456,7 +456,7 @@ fn bad_input_is_named() {
             "{\"prompt\": \"p\", \"response\": \"r\"}\nnonsense",
             "in.jsonl:2",
         ),
-        ("{\"prompt\": \"p\"}", "\"response\" is missing"),
+        ("{\"prompt\": \"p\"}", "its fields are \"prompt\""),
         (
             "{\"prompt\": 1, \"response\": \"r\"}",
             "\"prompt\" is not a string",

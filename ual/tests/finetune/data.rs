@@ -3,7 +3,7 @@
 use candle_core::Device;
 use candle_ual::data::{
     batches::{Batch, Batches, IGNORED},
-    ngram::{NGram, rank},
+    ngram::{NGram, Ranks},
     samples::Sample,
     synthetic,
 };
@@ -12,6 +12,7 @@ fn sample(tokens: &[u32], prompt: usize, uncertainty: f32) -> Sample {
     Sample {
         tokens: tokens.to_vec(),
         prompt,
+        between: Vec::new(),
         uncertainty,
         group: 0,
         truth: Vec::new(),
@@ -37,6 +38,29 @@ fn only_responses_are_targets() {
         (batch.rows, batch.tokens, batch.uncertainties),
         (4, 7, vec![0.25, 0.75])
     );
+}
+
+#[test]
+fn what_stands_between_responses_is_no_target() {
+    let conversation = Sample {
+        between: vec![3..5],
+        ..sample(&[7, 8, 9, 10, 11, 12, 13], 2, 0.25)
+    };
+    let batch = Batch::new(&[&conversation], &Device::Cpu).unwrap();
+    assert_eq!(
+        batch.targets.to_vec2::<i64>().unwrap(),
+        [[IGNORED, 9, IGNORED, IGNORED, 12, 13, IGNORED]]
+    );
+    assert_eq!((batch.rows, conversation.of_rows().count()), (3, 3));
+    // Nor does it count as a prediction.
+    let mut model = NGram::new(20);
+    model.add(&conversation);
+    let apart = |from: usize, to: usize| {
+        let tokens = &conversation.tokens[..to];
+        model.cross_entropy(&sample(tokens, from, 0.0)) * (to - from) as f64
+    };
+    let expected = (apart(2, 3) + apart(5, 7)) / 3.0;
+    assert!((model.cross_entropy(&conversation) - expected).abs() < 1e-12);
 }
 
 #[test]
@@ -140,9 +164,10 @@ fn a_sample_is_not_judged_by_itself() {
 #[test]
 fn ranks_are_shares() {
     let scores = [3.0, 1.0, 2.0, 2.0];
+    let ranks = Ranks::new(scores.to_vec());
     assert_eq!(
-        scores.map(|score| rank(score, &scores)),
+        scores.map(|score| ranks.of(score)),
         [0.875, 0.125, 0.5, 0.5]
     );
-    assert_eq!((rank(0.0, &scores), rank(9.0, &scores)), (0.0, 1.0));
+    assert_eq!((ranks.of(0.0), ranks.of(9.0)), (0.0, 1.0));
 }

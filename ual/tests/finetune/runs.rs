@@ -299,8 +299,11 @@ fn the_linear_loss_trains_alike_in_less_memory() {
 fn a_bad_line_is_named() {
     let good = br#"{"prompt": "a", "response": "b"}"#;
     let cases: [(&[u8], &str); 7] = [
-        (br#"{"prompt": "a"}"#, "missing field `response`"),
-        (br#"{"prompt": "a", "response": 7}"#, "expected a string"),
+        (br#"{"prompt": "a"}"#, "its fields are \"prompt\""),
+        (
+            br#"{"prompt": "a", "response": 7}"#,
+            "\"response\" is not a string",
+        ),
         (
             br#"{"prompt": "a", "response": " "}"#,
             "\"response\" is empty",

@@ -14,6 +14,10 @@ use crate::{
         progress::Progress,
         samples::{Cost, Sample},
     },
+    data::{
+        conversation::{Conversation, Conversations},
+        form::Turn,
+    },
     digest,
     model::llama::Llama,
     text::{chat::Encoder, gguf_tokenizer::tokenizer},
@@ -53,7 +57,7 @@ pub fn score(
             continue;
         }
         let named = || format!("sample {}", sample.id);
-        let text = model.encode(&sample.prompt, &sample.response);
+        let text = model.encode(&sample.turns);
         let text = text.with_context(named)?;
         let (length, context) = (text.tokens.len(), model.llama.context);
         if length > context {
@@ -103,13 +107,18 @@ impl Model {
     }
 
     /// The sample as `ual finetune` trains on it, less the token that ends it.
-    fn encode(&self, prompt: &str, response: &str) -> Result<Text> {
-        let (prompt, ids) = (self.encoder.ids(prompt)?, self.encoder.ids(response)?);
+    fn encode(&self, turns: &[Turn]) -> Result<Text> {
+        let Conversation {
+            mut tokens,
+            responses,
+            ..
+        } = Conversations::new(&self.encoder).encode(turns, usize::MAX)?;
+        tokens.pop();
+        let response = responses.last().map_or(0, |last| last.start);
         ensure!(
-            !ids.is_empty(),
+            response < tokens.len(),
             "the tokenizer makes nothing of the response"
         );
-        let (tokens, response) = self.encoder.sample(&prompt, &ids);
         Ok(Text { tokens, response })
     }
 

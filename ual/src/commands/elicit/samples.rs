@@ -1,4 +1,5 @@
-//! The input: lines of `{"id"?, "prompt", "response"}` with any further fields, which the output keeps as they are.
+//! The input: samples in any form of [`form`], with an id or without, and any further fields, which the output keeps as
+//! they are. Its last response is what is scored, given what stands before it.
 
 use std::{collections::HashMap, ops::AddAssign, path::Path};
 
@@ -7,7 +8,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::{data::lines, digest::hex};
+use crate::{
+    data::{
+        form::{self, Turn},
+        input::{self, Record},
+    },
+    digest::hex,
+};
 
 /// Fields that the output adds to a sample's own.
 const ADDED: [&str; 6] = [
@@ -23,6 +30,8 @@ pub struct Sample {
     pub id: String,
     pub prompt: String,
     pub response: String,
+    /// All of them, the last being the response.
+    pub turns: Vec<Turn>,
     /// The JSON object as it stands in the file, and whether its id is missing there.
     object: String,
     unnamed: bool,
@@ -100,10 +109,11 @@ fn digest(prompt: &str, response: &str) -> String {
 
 /// The file's samples. A bad line is an error that names it, and so is an id that two samples have.
 pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    let mut lines_of_ids: HashMap<String, usize> = HashMap::new();
+    let mut lines_of: HashMap<String, usize> = HashMap::new();
     let mut copies: HashMap<String, usize> = HashMap::new();
-    let samples = lines::read(path, |line, number| {
-        let mut sample = parse(line)?;
+    let samples = input::read(path, |record| {
+        let line = record.line;
+        let mut sample = parse(record)?;
         if sample.unnamed {
             // Equal samples without an id: the second gets -2, and so on.
             let copy = copies.entry(sample.id.clone()).or_default();
@@ -112,7 +122,7 @@ pub fn read(path: &Path) -> Result<Vec<Sample>> {
                 sample.id = format!("{}-{copy}", sample.id);
             }
         }
-        if let Some(other) = lines_of_ids.insert(sample.id.clone(), number) {
+        if let Some(other) = lines_of.insert(sample.id.clone(), line) {
             bail!("\"id\" is {:?}, as in line {other}", sample.id);
         }
         Ok(sample)
@@ -121,37 +131,34 @@ pub fn read(path: &Path) -> Result<Vec<Sample>> {
     Ok(samples)
 }
 
-fn parse(line: &str) -> Result<Sample> {
-    let object = line.trim();
-    let fields: Map<String, Value> = lines::object(object)?;
+fn parse(record: Record) -> Result<Sample> {
+    let Record {
+        object,
+        fields,
+        turns,
+        ..
+    } = record;
     if let Some(name) = ADDED.iter().find(|&&name| fields.contains_key(name)) {
         bail!(
             "the sample has a field {name:?} already; the output adds one of this name, so rename or remove it"
         );
     }
-    let (prompt, response) = texts(&fields)?;
-    ensure!(
-        !response.trim().is_empty(),
-        "\"response\" is empty; there is nothing to score"
-    );
+    let (prompt, response) = form::prompt_and_response(&turns);
     let id = id(&fields)?;
     Ok(Sample {
         unnamed: id.is_none(),
         id: id.unwrap_or_else(|| digest(&prompt, &response)),
         prompt,
         response,
-        object: object.to_string(),
+        turns,
+        object,
     })
 }
 
 /// Prompt and response.
 pub fn texts(fields: &Map<String, Value>) -> Result<(String, String)> {
-    let text = |name: &str| match fields.get(name) {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(_) => bail!("{name:?} is not a string"),
-        None => bail!("{name:?} is missing"),
-    };
-    Ok((text("prompt")?, text("response")?))
+    let (_, turns) = form::turns(fields, None)?;
+    Ok(form::prompt_and_response(&turns))
 }
 
 /// The id, a string or an integer, if there is one.

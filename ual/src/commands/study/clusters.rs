@@ -53,8 +53,8 @@ pub fn points(
         let states = model.hidden(&inputs)?.detach().to_vec3::<f32>()?;
         for (sample, states) in samples.iter().zip(states) {
             let inputs = &sample.tokens[..sample.tokens.len() - 1];
-            for (t, (token, state)) in inputs.iter().zip(states).enumerate().skip(sample.prompt) {
-                if !seen.insert(&inputs[..=t]) {
+            for (t, (token, state)) in inputs.iter().zip(states).enumerate() {
+                if !sample.is_response(t) || !seen.insert(&inputs[..=t]) {
                     continue; // the same context gives the same state
                 }
                 let (contexts, states) = by_token.entry(*token).or_default();
