@@ -1,5 +1,12 @@
 //! Servers that do not behave as OpenAI's.
 
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
+    thread,
+    time::{Duration, Instant},
+};
+
 use candle_ual::commands::elicit::secrets::Secrets;
 use serde_json::json;
 
@@ -296,4 +303,111 @@ fn azure_has_a_query_and_a_header_of_its_own() {
     assert_eq!(asked.header("authorization"), "Bearer k");
     let asked = ask(&base, &["--key-header", "X-Key"]);
     assert_eq!(asked.header("x-key"), "k");
+}
+
+/// A server that answers every connection with `response` and keeps the first line that it reads.
+fn blunt(response: &'static str) -> (u16, std::sync::mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (sender, lines) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut line = Vec::new();
+            _ = BufReader::new(&stream).read_until(b'\n', &mut line);
+            _ = sender.send(String::from_utf8_lossy(&line).into_owned());
+            _ = stream.write_all(response.as_bytes());
+        }
+    });
+    (port, lines)
+}
+
+#[test]
+fn what_cannot_work_stops_at_once_and_says_why() {
+    let job = Job::new(3);
+    let ask = |url: &str, key: &str| {
+        let start = Instant::now();
+        let mut command = job.command(&["--base-url", url, "--model", "m"]);
+        let run = Run::of(command.args(["--key", key]).output().unwrap()).expect(1);
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", run.stderr);
+        assert!(!run.stderr.contains("repeated"), "{}", run.stderr);
+        run.stderr
+    };
+    // Longer than a name can be, so that nobody is asked for it.
+    let host = "x".repeat(300);
+    let stderr = ask(&format!("http://{host}/v1"), "k");
+    let message = format!("there is no host {host}");
+    assert!(stderr.contains(&message), "{stderr}");
+
+    let stderr = ask("http://127.0.0.1:9/v1", "sk-long-key…");
+    let message =
+        "the key (--key or OPENAI_API_KEY) cannot be sent in a header: its character 12 is U+2026";
+    assert!(stderr.contains(message), "{stderr}");
+    assert!(!stderr.contains("sk-long"), "{stderr}");
+
+    let (port, _lines) = blunt("HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n");
+    let stderr = ask(&format!("https://127.0.0.1:{port}/v1"), "k");
+    assert!(
+        stderr.contains("may have to start with http://"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn redirections_name_their_target() {
+    for status in [301, 302, 303, 307, 308] {
+        let server = Server::start(move |_| {
+            Response::bytes(status, "").header(
+                "location",
+                "https://u:hidden@other.example/v2/chat/completions",
+            )
+        });
+        // The test's server takes no GET.
+        let run = Job::new(3).run(&server, &["--concurrency", "1"]).expect(1);
+        let message =
+            "the server redirects to https://u:***@other.example/v2; give that as --base-url";
+        assert!(run.stderr.contains(message), "{}", run.stderr);
+        assert_eq!(server.asked().len(), 1);
+    }
+}
+
+#[test]
+fn an_empty_address_is_none_and_the_proxy_is_named() {
+    let (port, lines) = blunt("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n");
+    let job = Job::new(1);
+    let mut command = job.command(&["--model", "m", "--retries", "0"]);
+    command
+        .env("OPENAI_BASE_URL", "")
+        .env(
+            "HTTPS_PROXY",
+            format!("http://user:hidden@127.0.0.1:{port}"),
+        )
+        .env_remove("NO_PROXY")
+        .env_remove("no_proxy");
+    let run = Run::of(command.output().unwrap());
+    assert_ne!(run.code, Some(0));
+    assert!(
+        lines
+            .recv()
+            .unwrap()
+            .starts_with("CONNECT api.openai.com:443"),
+        "{}",
+        run.stderr
+    );
+    let message = format!("through the proxy http://127.0.0.1:{port} (");
+    assert!(run.stderr.contains(&message), "{}", run.stderr);
+    assert!(!run.stderr.contains("hidden"), "{}", run.stderr);
+}
+
+#[test]
+fn the_total_stays_what_was_asked_for() {
+    let server = Server::start(|asked| match asked.sample {
+        0..3 => Response::error(400, "no"),
+        _ => Response::uncertainty(50),
+    });
+    let run = Job::new(10).run(&server, &[]).expect(3);
+    assert!(
+        run.stderr.contains("7/10 answers, 3 not to be had, "),
+        "{}",
+        run.stderr
+    );
 }

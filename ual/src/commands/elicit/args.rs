@@ -4,8 +4,11 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
+use ureq::http::HeaderName;
 
 use crate::commands::elicit::{client, prompt::Template, secrets::Secrets};
+
+const DEFAULT_URL: &str = "https://api.openai.com/v1";
 
 /// Scores how uncertain the right response to each sample is
 ///
@@ -42,9 +45,9 @@ pub struct Args {
         value_name = "URL",
         env = "OPENAI_BASE_URL",
         hide_env_values = true,
-        default_value = "https://api.openai.com/v1"
+        default_value = DEFAULT_URL
     )]
-    pub base_url: String,
+    base_url: String,
     /// Key of the endpoint, if it wants one. The environment is the safer place: arguments are seen by other users
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     key: Option<String>,
@@ -114,7 +117,7 @@ impl Args {
                 "{name} is {value}; it must be above 0 and at most 1e6"
             );
         }
-        let url = &self.base_url;
+        let url = self.base_url();
         ensure!(
             self.local.is_some()
                 || self.print_prompt
@@ -128,7 +131,35 @@ impl Args {
             "--votes is {}; a local model gives one answer",
             self.votes
         );
+        if self.local.is_none() && !self.print_prompt {
+            self.check_key()?;
+        }
         Ok(())
+    }
+
+    /// Says where the key has a character that cannot be sent, and does not show it.
+    fn check_key(&self) -> Result<()> {
+        let name = self.key_header();
+        ensure!(
+            HeaderName::try_from(name).is_ok(),
+            "--key-header is {name:?}; that is no name of a header"
+        );
+        for (c, place) in self.key().unwrap_or_default().chars().zip(1..) {
+            ensure!(
+                c == ' ' || c.is_ascii_graphic(),
+                "the key (--key or OPENAI_API_KEY) cannot be sent in a header: its character {place} is U+{:04X}",
+                u32::from(c)
+            );
+        }
+        Ok(())
+    }
+
+    /// An empty one, as of a variable that is set but empty, is none.
+    pub fn base_url(&self) -> &str {
+        match self.base_url.trim() {
+            "" => DEFAULT_URL,
+            url => url,
+        }
     }
 
     pub fn key(&self) -> Option<&str> {
@@ -139,7 +170,7 @@ impl Args {
     }
 
     pub fn key_header(&self) -> &str {
-        let default = || client::key_header(&self.base_url);
+        let default = || client::key_header(self.base_url());
         self.key_header.as_deref().unwrap_or_else(default)
     }
 

@@ -1,11 +1,11 @@
 //! One request to an OpenAI-compatible chat endpoint, and what its outcome means.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{io::ErrorKind, net::ToSocketAddrs, time::Duration};
 
 use anyhow::{Result, anyhow};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use ureq::http::{HeaderMap, StatusCode};
+use ureq::http::{HeaderMap, StatusCode, Uri};
 
 use crate::commands::elicit::{
     limits::{exhausted, retry_after},
@@ -31,6 +31,8 @@ pub struct Client {
     url: String,
     /// To be masked in all that is shown.
     pub secrets: Secrets,
+    /// Through which requests go, without its login.
+    proxy: Option<String>,
     /// Name and value of the header with the key.
     key: Option<(String, String)>,
     body: Map<String, Value>,
@@ -106,6 +108,25 @@ fn endpoint(base_url: &str) -> String {
     format!("{path}{COMPLETIONS}{query}")
 }
 
+/// The proxy of requests to `url`, if there is one.
+fn proxy(url: &str) -> Option<String> {
+    let proxy = ureq::Proxy::try_from_env()?;
+    let scheme = proxy.uri().scheme_str().unwrap_or("http");
+    let passed_by = url.parse().is_ok_and(|url| proxy.is_no_proxy(&url));
+    (!passed_by).then(|| format!("{scheme}://{}:{}", proxy.host(), proxy.port()))
+}
+
+/// The host of an address, if no network address belongs to it.
+fn unknown_host(url: &str) -> Option<String> {
+    let url: Uri = url.parse().ok()?;
+    let host = url.host()?;
+    // Any port: names are looked up alike.
+    (host.trim_matches(['[', ']']), 80)
+        .to_socket_addrs()
+        .is_err()
+        .then(|| host.to_string())
+}
+
 /// The header in which a server looks for the key: Azure has one of its own.
 pub fn key_header(base_url: &str) -> &'static str {
     let (path, query) = base_url.split_once('?').unwrap_or((base_url, ""));
@@ -142,6 +163,9 @@ impl Client {
             .timeout_global(Some(timeout))
             .timeout_connect(Some(CONNECT.min(timeout)))
             .accept_encoding("identity")
+            // ureq would repeat the request as a GET.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .max_idle_connections(concurrency)
             .max_idle_connections_per_host(concurrency)
             .build()
@@ -150,6 +174,7 @@ impl Client {
         Self {
             agent,
             secrets: Secrets::new(key, base_url),
+            proxy: proxy(&endpoint(base_url)),
             url: endpoint(base_url),
             key: key.map(|key| (key_header.to_string(), header_value(key_header, key))),
             body,
@@ -200,8 +225,26 @@ impl Client {
             BadUri, ConnectProxyFailed, ConnectionFailed, HostNotFound, Http, InvalidProxyUrl, Io,
             RedirectFailed, Rustls, Timeout, Tls, TlsRequired, TooManyRedirects,
         };
-        let reason = self.secrets.hide(&format!("{}: {error}", self.url));
+        let mut reason = format!("{}: {error}", self.url);
+        let mut lost = false;
+        if let HostNotFound | Io(_) = &error {
+            let host = self.proxy.as_ref().unwrap_or(&self.url);
+            if let Some(name) = unknown_host(host) {
+                lost = true;
+                reason = format!("{}: there is no host {name}: {error}", self.url);
+            }
+        }
+        if let Some(proxy) = &self.proxy {
+            reason +=
+                &format!(", through the proxy {proxy} (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY)");
+        }
+        // How rustls says that what came is no TLS.
+        if self.url.starts_with("https://") && reason.contains("corrupt message") {
+            reason += "; no TLS is spoken there, so the address may have to start with http://";
+        }
+        let reason = self.secrets.hide(&reason);
         let kind = match &error {
+            _ if lost => Passing::Unreachable,
             BadUri(_) | Http(_) | InvalidProxyUrl | RedirectFailed | Rustls(_) | Tls(_)
             | TlsRequired | TooManyRedirects => {
                 return Failure::Fatal(anyhow!(reason));
@@ -232,6 +275,15 @@ impl Client {
         let message = field("message").or(error.as_str()).unwrap_or(text);
         let message = self.start(message);
         let mut reason = format!("{status}: {}", message.trim());
+        if status.is_redirection() {
+            let target = headers
+                .get("location")
+                .map(|to| String::from_utf8_lossy(to.as_bytes()));
+            let target = target.unwrap_or("nowhere".into());
+            let target = target.replacen(COMPLETIONS, "", 1);
+            let target = Secrets::new(None, &target).hide(&self.secrets.hide(&target));
+            reason = format!("{status}: the server redirects to {target}; give that as --base-url");
+        }
         if status.is_client_error()
             && message.contains("stream")
             && !self.body.contains_key("stream")

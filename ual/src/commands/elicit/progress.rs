@@ -7,6 +7,8 @@ use crate::report::meter::Meter;
 pub struct Progress {
     total: usize,
     done: usize,
+    /// Answers that will not come.
+    failed: usize,
     /// Answers that an earlier run left: they say nothing about this one's speed.
     before: usize,
     start: Instant,
@@ -25,6 +27,7 @@ impl Progress {
         Self {
             total,
             done,
+            failed: 0,
             before: done,
             start: Instant::now(),
             meter,
@@ -36,19 +39,16 @@ impl Progress {
         self.done += 1;
     }
 
-    /// One answer less to wait for.
+    /// One answer less to wait for; the total stays what was asked for.
     pub fn gave_up(&mut self) {
-        self.total -= 1;
-        if let Some(bar) = self.meter.bar() {
-            bar.set_length(self.total as u64);
-        }
+        self.failed += 1;
     }
 
     /// Shows where things stand, with `message`; called often.
     pub fn show(&mut self, message: &str) {
         if let Some(bar) = self.meter.bar() {
             bar.set_position(self.done as u64);
-            bar.set_message(message.to_string());
+            bar.set_message(self.failures() + message);
         } else if self.meter.is_due() {
             self.line(message);
         }
@@ -57,17 +57,25 @@ impl Progress {
     pub fn finish(mut self, message: &str) {
         if let Some(bar) = self.meter.bar() {
             bar.set_position(self.done as u64);
-            bar.abandon_with_message(message.to_string());
+            bar.abandon_with_message(self.failures() + message);
         } else {
             self.line(message);
         }
     }
 
+    fn failures(&self) -> String {
+        match self.failed {
+            0 => String::new(),
+            failed => format!("{failed} not to be had, "),
+        }
+    }
+
     fn line(&mut self, message: &str) {
-        let mut left = String::new();
-        if self.done > self.before && self.done < self.total {
+        let mut left = self.failures();
+        if self.done > self.before && self.done + self.failed < self.total {
             let each = self.start.elapsed().as_secs_f64() / (self.done - self.before) as f64;
-            left = format!("{:.0} s left, ", each * (self.total - self.done) as f64);
+            let missing = self.total - self.done - self.failed;
+            left += &format!("{:.0} s left, ", each * missing as f64);
         }
         let (done, total) = (self.done, self.total);
         self.meter

@@ -86,7 +86,7 @@ pub fn score(
     let mut progress = Progress::new(total, total - jobs.len());
     let shared = Arc::new(Shared {
         client: Client::new(
-            &args.base_url,
+            args.base_url(),
             args.key(),
             args.key_header(),
             model,
