@@ -43,7 +43,7 @@ fn only_responses_are_targets() {
 #[test]
 fn what_stands_between_responses_is_no_target() {
     let conversation = Sample {
-        between: vec![3..5],
+        between: std::iter::once(3..5).collect(),
         ..sample(&[7, 8, 9, 10, 11, 12, 13], 2, 0.25)
     };
     let batch = Batch::new(&[&conversation], &Device::Cpu).unwrap();
