@@ -2,7 +2,7 @@
 //!
 //! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
 //! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
-//! [`ngram`].
+//! [`crate::data::ngram`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
