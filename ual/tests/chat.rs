@@ -51,7 +51,7 @@ fn encoder(tokenizer: Tokenizer, config: Option<&Value>) -> anyhow::Result<Encod
         )
         .unwrap();
     }
-    Encoder::from_folder(folder.path(), tokenizer)
+    Encoder::from_folder(folder.path(), tokenizer, None)
 }
 
 /// Before the prompt, between prompt and response, and the end, as text.
@@ -238,7 +238,7 @@ fn a_file_of_its_own_comes_before_the_configuration() {
         config.to_string(),
     )
     .unwrap();
-    let encoder = Encoder::from_folder(folder.path(), tokenizer(|_| true)).unwrap();
+    let encoder = Encoder::from_folder(folder.path(), tokenizer(|_| true), None).unwrap();
     assert_eq!(frame(&encoder), ["", "<|im_start|>", "<|endoftext|>"]);
 }
 
@@ -333,7 +333,7 @@ fn from_gguf(pre: &str, more: &[(&str, Metadata)]) -> Encoder {
     file.set_position(0);
     let content = Content::read(&mut file).unwrap();
     let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
-    Encoder::from_gguf(&content, tokenizer).unwrap()
+    Encoder::from_gguf(&content, tokenizer, None).unwrap()
 }
 
 #[test]

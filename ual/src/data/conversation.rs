@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 
 use crate::{
     data::form::Turn,
-    text::chat::{Encoder, Piece},
+    text::chat::{Encoder, Lead, Piece},
 };
 
 pub struct Conversation {
@@ -39,15 +39,21 @@ impl<'a> Conversations<'a> {
     /// the system says stays; then the text before the only response, which keeps its end, where the question usually
     /// is, and at most half of the room if the response needs the rest.
     pub fn encode(&self, turns: &[Turn], most: usize) -> Result<Conversation> {
-        let mut turns: Vec<(&Turn, Vec<u32>)> = turns
-            .iter()
-            .map(|turn| Ok((turn, self.encoder.ids(&turn.text)?)))
-            .collect::<Result<_>>()?;
+        let ids = |turn: &Turn, lead: Lead| self.encoder.ids_after(&turn.text, lead);
+        let encoded = |turn| Ok((turn, Lead::Start, ids(turn, Lead::Start)?));
+        let mut turns = turns.iter().map(encoded).collect::<Result<Vec<_>>>()?;
         let mut cut = false;
         loop {
             let pieces = self.pieces(&turns)?;
+            for piece in &*pieces {
+                if let &Piece::Turn(i, lead) = piece
+                    && turns[i].1 != lead
+                {
+                    turns[i] = (turns[i].0, lead, ids(turns[i].0, lead)?);
+                }
+            }
             let fixed: usize = pieces.iter().map(of_template).sum();
-            let texts: usize = turns.iter().map(|(_, ids)| ids.len()).sum();
+            let texts: usize = turns.iter().map(|(.., ids)| ids.len()).sum();
             if fixed + texts <= most {
                 return joined(pieces.iter(), &turns, cut);
             }
@@ -57,7 +63,7 @@ impl<'a> Conversations<'a> {
                 .position(|pair| pair[0].0.is_response() && !pair[1].0.is_response());
             if let Some(first) = first {
                 let mut number = 0..;
-                turns.retain(|(turn, _)| number.next() > Some(first) || turn.role == "system");
+                turns.retain(|(turn, ..)| number.next() > Some(first) || turn.role == "system");
                 continue;
             }
             // The token that ends the response takes part in what is cut.
@@ -67,13 +73,13 @@ impl<'a> Conversations<'a> {
                 bail!("{most} tokens leave no room beside the {around} round a prompt");
             }
             let (response, before) = turns.split_last_mut().expect("a response");
-            let response = &mut response.1;
+            let response = &mut response.2;
             response.push(self.encoder.end);
             let for_prompt = (room - response.len().min(room)).max(room / 2);
-            let prompt: usize = before.iter().map(|(_, ids)| ids.len()).sum();
+            let prompt: usize = before.iter().map(|(.., ids)| ids.len()).sum();
             let mut surplus = prompt.saturating_sub(for_prompt);
             response.truncate(room - (prompt - surplus));
-            for (_, ids) in before {
+            for (.., ids) in before {
                 surplus -= ids.drain(..surplus.min(ids.len())).len();
             }
             // The end stays only where the response does.
@@ -81,8 +87,8 @@ impl<'a> Conversations<'a> {
         }
     }
 
-    fn pieces(&self, turns: &[(&Turn, Vec<u32>)]) -> Result<Arc<Vec<Piece>>> {
-        let roles: Vec<String> = turns.iter().map(|(turn, _)| turn.role.clone()).collect();
+    fn pieces(&self, turns: &[Encoded]) -> Result<Arc<Vec<Piece>>> {
+        let roles: Vec<String> = turns.iter().map(|(turn, ..)| turn.role.clone()).collect();
         let mut known = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pieces) = known.get(&roles) {
             return Ok(pieces.clone());
@@ -94,16 +100,19 @@ impl<'a> Conversations<'a> {
     }
 }
 
+/// A turn, what precedes it, and its tokens.
+type Encoded<'a> = (&'a Turn, Lead, Vec<u32>);
+
 fn of_template(piece: &Piece) -> usize {
     match piece {
         Piece::Template { tokens, .. } => tokens.len(),
-        Piece::Turn(_) => 0,
+        Piece::Turn(..) => 0,
     }
 }
 
 fn joined<'a>(
     pieces: impl IntoIterator<Item = &'a Piece>,
-    turns: &[(&Turn, Vec<u32>)],
+    turns: &[Encoded],
     cut: bool,
 ) -> Result<Conversation> {
     let mut all = Conversation {
@@ -120,8 +129,8 @@ fn joined<'a>(
                     response.end = start + learned;
                 }
             }
-            Piece::Turn(i) => {
-                let (turn, ids) = &turns[*i];
+            Piece::Turn(i, _) => {
+                let (turn, _, ids) = &turns[*i];
                 all.tokens.extend(ids);
                 if turn.is_response() {
                     all.responses.push(start..all.tokens.len());

@@ -216,14 +216,8 @@ fn shuffle(records: &mut Vec<Record>, seed: u64) {
 }
 
 fn train_encoder(records: &[Record], vocab: usize) -> Result<Encoder> {
-    Ok(Encoder {
-        tokenizer: train_tokenizer(records, vocab)?,
-        offset: CONTROL,
-        before: vec![BEGIN],
-        between: vec![ANSWER],
-        end: END,
-        template: None,
-    })
+    let tokenizer = train_tokenizer(records, vocab)?;
+    Ok(Encoder::plain(tokenizer, CONTROL, [BEGIN, ANSWER, END]))
 }
 
 fn train_tokenizer(records: &[Record], vocab: usize) -> Result<Tokenizer> {

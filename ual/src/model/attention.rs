@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
 /// Rotary positions: Su et al., arXiv 2104.09864.
 pub struct Rotation {
@@ -75,4 +75,28 @@ pub struct Attention {
     /// Rows of a sequence.
     pub length: usize,
     pub rotation: Arc<Rotation>,
+}
+
+impl Attention {
+    /// Every head's queries and keys normed by weights (size) each, in (N, (heads + 2·kv_heads)·size): Qwen 3, arXiv
+    /// 2505.09388.
+    pub fn with_norms(
+        &self,
+        qkv: &Tensor,
+        norms: &[Tensor; 2],
+        norm: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let part = |start: usize, heads: usize| {
+            qkv.narrow(D::Minus1, start * self.size, heads * self.size)
+        };
+        let normed = |start: usize, heads: usize, weight: &Tensor| {
+            let part = part(start, heads)?;
+            let rows = part.reshape(((), self.size))?;
+            norm(&rows, weight)?.reshape(part.shape())
+        };
+        let q = normed(0, self.heads, &norms[0])?;
+        let k = normed(self.heads, self.kv_heads, &norms[1])?;
+        let v = part(self.heads + self.kv_heads, self.kv_heads)?;
+        Tensor::cat(&[q, k, v], D::Minus1)
+    }
 }

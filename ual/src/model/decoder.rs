@@ -1,15 +1,17 @@
-//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU.
+//! A decoder-only transformer of the Llama family: pre-norm, RMSNorm, rotary positions, grouped queries, SwiGLU; with
+//! biases as Qwen 2 has them, and norms of queries and keys as Qwen 3 has them. For training, and for reading from
+//! quantised weights.
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
 use crate::model::{
     attention::{Attention, Rotation},
     fused::{rms_norm, swiglu},
-    linear::Linear,
+    linear::{Affine, Linear},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +22,8 @@ pub struct Config {
     pub heads: usize,
     /// Keys and values are shared by heads / kv_heads queries.
     pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_size: usize,
     /// Width inside the SwiGLU.
     pub hidden: usize,
     pub max_tokens: usize,
@@ -42,6 +46,7 @@ impl Config {
             layers,
             heads,
             kv_heads: heads,
+            head_size: dim / heads,
             // Two thirds of the usual 4·dim, because SwiGLU has three matrices where an MLP has two; a multiple of 8.
             hidden: (dim * 8 / 3).next_multiple_of(8),
             max_tokens,
@@ -51,35 +56,41 @@ impl Config {
         }
     }
 
-    pub fn head_size(&self) -> usize {
-        self.dim / self.heads
+    /// Width of all queries.
+    pub fn q_dim(&self) -> usize {
+        self.head_size * self.heads
     }
 
+    /// Width of all keys, and of all values.
     pub fn kv_dim(&self) -> usize {
-        self.head_size() * self.kv_heads
+        self.head_size * self.kv_heads
     }
 }
 
 struct Layer {
     attention_norm: Tensor,
     qkv: Linear,
+    /// (head_size) each.
+    qk_norm: Option<[Tensor; 2]>,
     output: Linear,
     mlp_norm: Tensor,
     gate_up: Linear,
     down: Linear,
 }
 
-/// A layer's weights as they come from a file, matrices (in, out).
+/// A layer's weights as they come from a file.
 #[derive(Clone)]
 pub struct LayerWeights {
     pub attention_norm: Tensor,
-    /// (dim, dim + 2·kv_dim)
-    pub qkv: Tensor,
-    pub output: Tensor,
+    /// From dim to q_dim + 2·kv_dim.
+    pub qkv: Affine,
+    /// Of queries and of keys, (head_size) each.
+    pub qk_norm: Option<[Tensor; 2]>,
+    pub output: Affine,
     pub mlp_norm: Tensor,
-    /// (dim, 2·hidden)
-    pub gate_up: Tensor,
-    pub down: Tensor,
+    /// From dim to 2·hidden.
+    pub gate_up: Affine,
+    pub down: Affine,
 }
 
 /// A model's weights as they come from a file.
@@ -99,6 +110,7 @@ pub struct Weights {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Trained {
     All,
+    Nothing,
     /// Low-rank adapters of every matrix of the layers: queries, keys and values are one, gate and up are one.
     Lora {
         rank: usize,
@@ -150,29 +162,32 @@ impl<'a> Init<'a> {
     }
 
     fn ones(&mut self, dim: usize) -> Result<Tensor> {
-        let ones = Tensor::ones(dim, candle_core::DType::F32, self.device)?;
+        let ones = Tensor::ones(dim, DType::F32, self.device)?;
         Ok(self.var(&ones)?.as_tensor().clone())
     }
 
-    /// A given matrix (in, out), trained or adapted.
-    fn linear(&mut self, weight: Tensor, trained: Trained) -> Result<Linear> {
-        match trained {
-            Trained::All => Ok(Linear::trained(&self.var(&weight)?)),
+    /// A given map, trained or adapted.
+    fn linear(&mut self, map: Affine, trained: Trained) -> Result<Linear> {
+        let linear = match trained {
+            Trained::All => Linear::trained(&self.var(&map.matrix.full()?)?),
+            Trained::Nothing => Linear::frozen(map.matrix),
             Trained::Lora { rank, scale } => {
-                let (input, output) = weight.dims2()?;
+                let (input, output) = map.matrix.dims()?;
                 let down = self.normal(input, rank, (input as f64).powf(-0.5))?;
-                let up = Tensor::zeros((rank, output), weight.dtype(), self.device)?;
+                let up = Tensor::zeros((rank, output), DType::F32, self.device)?;
                 let up = self.var(&up)?;
-                Ok(Linear::adapted(weight, &down, &up, scale))
+                Linear::adapted(map.matrix, &down, &up, scale)
             }
-        }
+        };
+        let bias = map.bias.map(|bias| self.other(bias, trained));
+        Ok(linear.with_bias(bias.transpose()?))
     }
 
     /// A given tensor that is no matrix of a layer.
     fn other(&mut self, weight: Tensor, trained: Trained) -> Result<Tensor> {
         match trained {
             Trained::All => Ok(self.var(&weight)?.as_tensor().clone()),
-            Trained::Lora { .. } => Ok(weight),
+            Trained::Lora { .. } | Trained::Nothing => Ok(weight),
         }
     }
 }
@@ -192,6 +207,7 @@ impl Decoder {
                 Ok(Layer {
                     attention_norm: init.ones(dim)?,
                     qkv: Linear::trained(&init.normal(dim, dim + 2 * config.kv_dim(), std)?),
+                    qk_norm: None,
                     output: Linear::trained(&init.normal(dim, dim, residual)?),
                     mlp_norm: init.ones(dim)?,
                     gate_up: Linear::trained(&init.normal(dim, 2 * hidden, std)?),
@@ -220,6 +236,10 @@ impl Decoder {
             Ok(Layer {
                 attention_norm: init.other(layer.attention_norm, trained)?,
                 qkv: init.linear(layer.qkv, trained)?,
+                qk_norm: match layer.qk_norm {
+                    Some([q, k]) => Some([init.other(q, trained)?, init.other(k, trained)?]),
+                    None => None,
+                },
                 output: init.linear(layer.output, trained)?,
                 mlp_norm: init.other(layer.mlp_norm, trained)?,
                 gate_up: init.linear(layer.gate_up, trained)?,
@@ -241,7 +261,7 @@ impl Decoder {
         layers: Vec<Layer>,
         init: Init,
     ) -> Result<Self> {
-        let positions = (config.max_tokens, config.head_size());
+        let positions = (config.max_tokens, config.head_size);
         let (base, interleaved) = (config.rope_base, config.rope_interleaved);
         let rotation = Rotation::new(positions, base, factors, interleaved, init.device)?;
         Ok(Self {
@@ -286,11 +306,15 @@ impl Decoder {
         let layers = self.layers.iter().map(|layer| {
             Ok(LayerWeights {
                 attention_norm: layer.attention_norm.detach(),
-                qkv: layer.qkv.merged()?.detach(),
-                output: layer.output.merged()?.detach(),
+                qkv: layer.qkv.merged()?,
+                qk_norm: layer
+                    .qk_norm
+                    .as_ref()
+                    .map(|norms| norms.each_ref().map(Tensor::detach)),
+                output: layer.output.merged()?,
                 mlp_norm: layer.mlp_norm.detach(),
-                gate_up: layer.gate_up.merged()?.detach(),
-                down: layer.down.merged()?.detach(),
+                gate_up: layer.gate_up.merged()?,
+                down: layer.down.merged()?,
             })
         });
         Ok(Weights {
@@ -329,14 +353,17 @@ impl Decoder {
         let attention = Attention {
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
-            size: self.config.head_size(),
+            size: self.config.head_size,
             length,
             rotation: self.rotation.clone(),
         };
         let norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, self.config.norm_epsilon);
         let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
         for layer in &self.layers {
-            let qkv = layer.qkv.forward(&norm(&x, &layer.attention_norm)?)?;
+            let mut qkv = layer.qkv.forward(&norm(&x, &layer.attention_norm)?)?;
+            if let Some(norms) = &layer.qk_norm {
+                qkv = attention.with_norms(&qkv, norms, norm)?;
+            }
             x = (&x + layer.output.forward(&attention.clone().forward(&qkv)?)?)?;
             let gate_up = layer.gate_up.forward(&norm(&x, &layer.mlp_norm)?)?;
             x = (&x + layer.down.forward(&swiglu(&gate_up)?)?)?;

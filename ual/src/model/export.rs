@@ -19,8 +19,11 @@ use crate::{
     model::{
         decoder::{Config, Weights},
         gguf,
-        names::{GGUF, HUGGING_FACE, Names},
+        linear::Affine,
+        names::{GGUF, HUGGING_FACE, Names, bias},
+        pretrained::Overrides,
     },
+    text::chat::{CHAT_TEMPLATE, TOKENIZER},
 };
 
 /// How the names of files end that stand beside the weights: configuration and tokenizer.
@@ -38,17 +41,30 @@ pub fn check(source: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes `weights` into the folder `out`, with all else from the model at `source`. Returns where: the GGUF file, or the
-/// folder.
-pub fn save(source: &Path, config: &Config, weights: &Weights, out: &Path) -> Result<PathBuf> {
+/// Writes `weights` into the folder `out`, with all else from the model at `source` or, where a file can hold it, from
+/// `overrides`. Returns where: the GGUF file, or the folder.
+pub fn save(
+    source: &Path,
+    overrides: &Overrides,
+    config: &Config,
+    weights: &Weights,
+    out: &Path,
+) -> Result<PathBuf> {
     let write = || -> Result<PathBuf> {
         fs::create_dir_all(out)?;
+        let template = overrides.chat_template()?;
         if source.is_dir() {
             save_folder(source, config, weights, out)?;
+            if let Some(template) = template {
+                fs::write(out.join(CHAT_TEMPLATE), template)?;
+            }
+            if let Some(tokenizer) = &overrides.tokenizer {
+                fs::write(out.join(TOKENIZER), fs::read(tokenizer)?)?;
+            }
             return Ok(out.to_path_buf());
         }
         let path = out.join("model.gguf");
-        save_gguf(source, config, weights, &path)?;
+        save_gguf(source, template, config, weights, &path)?;
         Ok(path)
     };
     write().with_context(|| format!("cannot write the trained model into {}", out.display()))
@@ -63,21 +79,27 @@ fn named(names: &Names, config: &Config, weights: &Weights) -> Result<Vec<(Strin
     if let Some(projection) = &weights.projection {
         all.push((names.projection.to_string(), projection.clone()));
     }
-    let (dim, kv, hidden) = (config.dim, config.kv_dim(), config.hidden);
+    let (dim, q, kv, hidden) = (config.dim, config.q_dim(), config.kv_dim(), config.hidden);
     for (i, layer) in weights.layers.iter().enumerate() {
         let prefix = (names.layer)(i);
         let mut add = |name: &str, tensor: Tensor| all.push((format!("{prefix}{name}"), tensor));
         add(names.attention_norm, layer.attention_norm.clone());
         add(names.mlp_norm, layer.mlp_norm.clone());
-        let mut parts = |names: &[&str], matrix: &Tensor, sizes: &[usize]| -> Result<()> {
-            let (stacked, mut start) = (matrix.t()?, 0);
-            for (name, size) in names.iter().zip(sizes) {
-                add(name, stacked.narrow(0, start, *size)?.contiguous()?);
+        for (name, norm) in names.qk_norm.iter().zip(layer.qk_norm.iter().flatten()) {
+            add(name, norm.clone());
+        }
+        let mut parts = |names: &[&str], map: &Affine, sizes: &[usize]| -> Result<()> {
+            let (stacked, mut start) = (map.matrix.full()?.t()?, 0);
+            for (name, &size) in names.iter().zip(sizes) {
+                add(name, stacked.narrow(0, start, size)?.contiguous()?);
+                if let Some(all) = &map.bias {
+                    add(&bias(name), all.narrow(0, start, size)?.contiguous()?);
+                }
                 start += size;
             }
             Ok(())
         };
-        parts(&names.qkv, &layer.qkv, &[dim, kv, kv])?;
+        parts(&names.qkv, &layer.qkv, &[q, kv, kv])?;
         parts(&[names.output], &layer.output, &[dim])?;
         parts(&names.gate_up, &layer.gate_up, &[hidden, hidden])?;
         parts(&[names.down], &layer.down, &[dim])?;
@@ -87,9 +109,21 @@ fn named(names: &Names, config: &Config, weights: &Weights) -> Result<Vec<(Strin
     all.into_iter().map(to_host).collect()
 }
 
-fn save_gguf(source: &Path, config: &Config, weights: &Weights, path: &Path) -> Result<()> {
+fn save_gguf(
+    source: &Path,
+    template: Option<String>,
+    config: &Config,
+    weights: &Weights,
+    path: &Path,
+) -> Result<()> {
     let mut file = File::open(source)?;
-    let content = gguf_file::Content::read(&mut file)?;
+    let mut content = gguf_file::Content::read(&mut file)?;
+    if let Some(template) = template {
+        let template = gguf_file::Value::String(template);
+        content
+            .metadata
+            .insert("tokenizer.chat_template".to_string(), template);
+    }
     let mut tensors = Vec::new();
     for (name, tensor) in named(&GGUF, config, weights)? {
         tensors.push((name, QTensor::quantize(&tensor, GgmlDType::F32)?));

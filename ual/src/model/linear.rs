@@ -1,15 +1,87 @@
 //! A linear map: trained, frozen, or frozen with a low-rank adapter.
 
+use std::sync::Arc;
+
 use candle_core::{
-    CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, Var, backend::BackendStorage,
-    bail,
+    CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor, Var, backend::BackendStorage,
+    bail, quantized::QTensor,
 };
 
-/// y = x·W, or x·W + scale·(x·A)·B: LoRA, Hu et al., arXiv 2106.09685.
+#[derive(Clone)]
+pub enum Matrix {
+    /// (in, out), f32.
+    Full(Tensor),
+    /// (out, in) each, their outputs side by side. They become f32 when their turn comes: that costs little beside the
+    /// product with a whole text's positions, and the f32 product is faster than candle's quantised ones.
+    Quantised(Vec<Arc<QTensor>>),
+}
+
+impl Matrix {
+    /// (in, out)
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Full(matrix) => matrix.dims2(),
+            Self::Quantised(parts) => {
+                let dims: Vec<_> = parts
+                    .iter()
+                    .map(|part| part.shape().dims2())
+                    .collect::<Result<_>>()?;
+                match &dims[..] {
+                    [(_, input), rest @ ..] if rest.iter().all(|(_, other)| other == input) => {
+                        Ok((*input, dims.iter().map(|(output, _)| output).sum()))
+                    }
+                    _ => bail!("parts of a matrix are {dims:?}, which do not go together"),
+                }
+            }
+        }
+    }
+
+    /// (in, out)
+    pub fn full(&self) -> Result<Tensor> {
+        match self {
+            Self::Full(matrix) => Ok(matrix.clone()),
+            Self::Quantised(parts) => {
+                let parts = parts.iter().map(|part| part.dequantize(&part.device()));
+                let stacked = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
+                stacked.t()?.contiguous()
+            }
+        }
+    }
+
+    /// x (N, in) to (N, out), as a constant.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Full(matrix) => x.contiguous()?.apply_op1(Frozen(matrix.clone())),
+            Self::Quantised(parts) => {
+                let outputs = parts.iter().map(|part| {
+                    let part = part.dequantize(x.device())?;
+                    x.contiguous()?.apply_op1(Frozen(part.t()?))
+                });
+                Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, D::Minus1)
+            }
+        }
+    }
+}
+
+/// A linear map as it comes from a file.
+#[derive(Clone)]
+pub struct Affine {
+    pub matrix: Matrix,
+    /// (out)
+    pub bias: Option<Tensor>,
+}
+
+/// y = x·W + b, or x·W + scale·(x·A)·B + b: LoRA, Hu et al., arXiv 2106.09685.
 pub struct Linear {
-    /// (in, out); a variable where it is trained itself.
-    weight: Tensor,
+    weight: Weight,
+    bias: Option<Tensor>,
     adapter: Option<Adapter>,
+}
+
+enum Weight {
+    /// A variable (in, out).
+    Trained(Tensor),
+    Frozen(Matrix),
 }
 
 struct Adapter {
@@ -23,38 +95,66 @@ struct Adapter {
 impl Linear {
     pub fn trained(weight: &Var) -> Self {
         Self {
-            weight: weight.as_tensor().clone(),
+            weight: Weight::Trained(weight.as_tensor().clone()),
+            bias: None,
+            adapter: None,
+        }
+    }
+
+    pub fn frozen(weight: Matrix) -> Self {
+        Self {
+            weight: Weight::Frozen(weight),
+            bias: None,
             adapter: None,
         }
     }
 
     /// `weight` stays as it is.
-    pub fn adapted(weight: Tensor, down: &Var, up: &Var, scale: f64) -> Self {
+    pub fn adapted(weight: Matrix, down: &Var, up: &Var, scale: f64) -> Self {
         Self {
-            weight,
             adapter: Some(Adapter {
                 down: down.as_tensor().clone(),
                 up: up.as_tensor().clone(),
                 scale,
             }),
+            ..Self::frozen(weight)
         }
     }
 
-    /// (in, out), the adapter merged.
-    pub fn merged(&self) -> Result<Tensor> {
-        match &self.adapter {
-            Some(Adapter { down, up, scale }) => &self.weight + (down.matmul(up)? * *scale)?,
-            None => Ok(self.weight.clone()),
-        }
+    /// `bias` (out), a variable or not.
+    pub fn with_bias(self, bias: Option<Tensor>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Without adapter, and without the graph.
+    pub fn merged(&self) -> Result<Affine> {
+        let matrix = match &self.weight {
+            Weight::Trained(weight) => weight.clone(),
+            Weight::Frozen(matrix) => matrix.full()?,
+        };
+        let matrix = match &self.adapter {
+            Some(Adapter { down, up, scale }) => (matrix + (down.matmul(up)? * *scale)?)?,
+            None => matrix,
+        };
+        Ok(Affine {
+            matrix: Matrix::Full(matrix.detach()),
+            bias: self.bias.as_ref().map(Tensor::detach),
+        })
     }
 
     /// x (N, in) to (N, out).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(Adapter { down, up, scale }) = &self.adapter else {
-            return x.matmul(&self.weight);
+        let mut y = match &self.weight {
+            Weight::Trained(weight) => x.matmul(weight)?,
+            Weight::Frozen(matrix) => matrix.forward(x)?,
         };
-        let frozen = x.contiguous()?.apply_op1(Frozen(self.weight.clone()))?;
-        frozen + (x.matmul(down)? * *scale)?.matmul(up)?
+        if let Some(Adapter { down, up, scale }) = &self.adapter {
+            y = (y + (x.matmul(down)? * *scale)?.matmul(up)?)?;
+        }
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
     }
 }
 

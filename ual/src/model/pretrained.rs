@@ -1,26 +1,52 @@
 //! A model of the Llama family from files: a GGUF file, or a folder with config.json, tokenizer.json and safetensors, as
-//! Hugging Face has them. Weights become f32.
+//! Hugging Face has them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use candle_core::{DType, Device, Tensor, quantized::gguf_file::Content};
-use serde::Deserialize;
+use anyhow::{Context, Result, anyhow, ensure};
+use candle_core::{Device, Tensor};
 use tokenizers::Tokenizer;
 
 use crate::{
     digest,
     model::{
-        decoder::{Config, LayerWeights, Weights},
-        gguf::{self, Unread},
-        names::{GGUF, HUGGING_FACE, Names},
+        decoder::{Config, Weights},
+        gguf::{Gguf, refuse_pointer},
+        hugging_face::Folder,
+        linear::Affine,
+        names::{GGUF, HUGGING_FACE},
+        vocabulary, weights,
     },
-    text::{chat::Encoder, gguf_tokenizer},
+    text::{
+        chat::{Encoder, TOKENIZER},
+        gguf_tokenizer,
+    },
 };
+
+/// Most tokens of a text that is only read, whatever the model's context: attention takes their square.
+const LONGEST: usize = 4096;
+
+/// What may stand in place of the model's own.
+#[derive(clap::Args, Clone, Debug, Default, serde::Serialize)]
+pub struct Overrides {
+    /// Tokenizer of the model, in place of its own
+    #[arg(long, value_name = "tokenizer.json")]
+    pub tokenizer: Option<PathBuf>,
+    /// Chat template of the model, in Jinja, in place of its own
+    #[arg(long, value_name = "FILE.jinja")]
+    pub chat_template: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy)]
+pub enum Purpose {
+    /// Samples of so many tokens. Weights become f32.
+    Training(usize),
+    /// Of texts as long as they may be, on the CPU. A GGUF file's matrices stay as they are.
+    Reading,
+}
 
 #[derive(Clone)]
 pub struct Pretrained {
@@ -31,18 +57,72 @@ pub struct Pretrained {
     pub digest: String,
 }
 
-/// A model whose rotary positions reach `max_tokens`.
-pub fn load(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
-    let loaded = if path.is_dir() {
-        load_folder(path, max_tokens, device)
-    } else {
-        load_gguf(path, max_tokens, device)
-    };
-    let checked = loaded.and_then(|loaded| {
+pub fn load(
+    path: &Path,
+    overrides: &Overrides,
+    purpose: Purpose,
+    device: &Device,
+) -> Result<Pretrained> {
+    let loaded = || -> Result<Pretrained> {
+        let template = overrides.chat_template()?;
+        let tokenizer = overrides
+            .tokenizer
+            .as_deref()
+            .map(|path| tokenizer(path).with_context(|| format!("--tokenizer {}", path.display())));
+        let replaced = (tokenizer.transpose()?, template);
+        let loaded = match path.is_dir() {
+            true => load_folder(path, replaced, purpose, device)?,
+            false => load_gguf(path, replaced, purpose, device)?,
+        };
         check(&loaded.config, &loaded.weights)?;
+        vocabulary::check_rows(&loaded.encoder, loaded.config.vocab)?;
         Ok(loaded)
-    });
-    checked.with_context(|| format!("cannot load the model {}", path.display()))
+    };
+    loaded().with_context(|| format!("cannot load the model {}", path.display()))
+}
+
+impl Overrides {
+    pub fn are_none(&self) -> bool {
+        self.tokenizer.is_none() && self.chat_template.is_none()
+    }
+
+    pub fn chat_template(&self) -> Result<Option<String>> {
+        let read = |path: &PathBuf| {
+            let text = fs::read_to_string(path);
+            text.with_context(|| format!("--chat-template {}", path.display()))
+        };
+        self.chat_template.as_ref().map(read).transpose()
+    }
+}
+
+/// A hash of the files with weights of the model at `path`.
+pub fn digest(path: &Path) -> Result<String> {
+    let hash = match path.is_dir() {
+        true => Folder::open(path).and_then(|folder| Ok(digest::of_files(&folder.files()?)?)),
+        false => Ok(digest::of_files(&[path])?),
+    };
+    hash.with_context(|| format!("cannot load the model {}", path.display()))
+}
+
+impl Purpose {
+    /// Positions that are needed of those that the model was made for.
+    fn tokens(self, context: Option<usize>) -> Result<usize> {
+        let longest = context.unwrap_or(usize::MAX);
+        match self {
+            Self::Training(tokens) => {
+                ensure!(
+                    tokens <= longest,
+                    "it takes {longest} tokens, and --max-tokens is {tokens}"
+                );
+                Ok(tokens)
+            }
+            Self::Reading => Ok(longest.min(LONGEST)),
+        }
+    }
+
+    fn keeps_quantised(self) -> bool {
+        matches!(self, Self::Reading)
+    }
 }
 
 /// That sizes and shapes go together.
@@ -52,310 +132,132 @@ fn check(config: &Config, weights: &Weights) -> Result<()> {
         dim,
         heads,
         kv_heads,
+        head_size,
         hidden,
         ..
     } = config;
     let even = heads > 0 && kv_heads > 0 && heads.is_multiple_of(kv_heads);
     ensure!(
-        even && dim.is_multiple_of(2 * heads),
-        "width {dim}, {heads} heads and {kv_heads} of keys and values do not go together"
+        even && head_size > 0 && head_size.is_multiple_of(2),
+        "width {dim}, {heads} heads of {head_size} and {kv_heads} of keys and values do not go together"
     );
-    let shape = |name: &str, tensor: &Tensor, expected: &[usize]| {
-        let found = tensor.dims();
+    let same = |name: &str, found: &[usize], expected: &[usize]| {
         ensure!(
             found == expected,
             "{name} is {found:?}; by the model's sizes it must be {expected:?}"
         );
         Ok(())
     };
+    let shape =
+        |name: &str, tensor: &Tensor, expected: &[usize]| same(name, tensor.dims(), expected);
+    let map = |name: &str, map: &Affine, (input, output): (usize, usize)| {
+        let dims = map.matrix.dims()?;
+        same(name, &[dims.0, dims.1], &[input, output])?;
+        let bias = map.bias.iter();
+        bias.map(|bias| shape(&format!("the bias of {name}"), bias, &[output]))
+            .collect::<Result<()>>()
+    };
     shape("the embedding", &weights.embedding, &[vocab, dim])?;
     shape("the last norm", &weights.norm, &[dim])?;
     if let Some(projection) = &weights.projection {
         shape("the output projection", projection, &[vocab, dim])?;
     }
+    let (q, kv) = (config.q_dim(), config.kv_dim());
     for layer in &weights.layers {
         shape("a layer's first norm", &layer.attention_norm, &[dim])?;
         shape("a layer's second norm", &layer.mlp_norm, &[dim])?;
-        let qkv = [dim, dim + 2 * config.kv_dim()];
-        shape("a layer's queries, keys and values", &layer.qkv, &qkv)?;
-        shape("a layer's attention output", &layer.output, &[dim, dim])?;
-        shape("a layer's gate and up", &layer.gate_up, &[dim, 2 * hidden])?;
-        shape("a layer's down", &layer.down, &[hidden, dim])?;
+        for norm in layer.qk_norm.iter().flatten() {
+            shape("a layer's norm of queries or keys", norm, &[head_size])?;
+        }
+        map(
+            "a layer's queries, keys and values",
+            &layer.qkv,
+            (dim, q + 2 * kv),
+        )?;
+        map("a layer's attention output", &layer.output, (q, dim))?;
+        map("a layer's gate and up", &layer.gate_up, (dim, 2 * hidden))?;
+        map("a layer's down", &layer.down, (hidden, dim))?;
     }
     if let Some(factors) = &weights.rope_factors {
-        let half = config.head_size() / 2;
+        let half = head_size / 2;
         ensure!(
             factors.len() == half,
             "{} factors of rotary positions; there must be {half}",
             factors.len()
         );
+        ensure!(
+            factors
+                .iter()
+                .all(|&factor| factor > 0.0 && factor.is_finite()),
+            "its rotary positions have factors of {factors:?}; they must be above 0"
+        );
     }
     Ok(())
 }
 
-fn check_context(context: Option<usize>, max_tokens: usize) -> Result<()> {
-    let longest = context.unwrap_or(usize::MAX);
-    ensure!(
-        max_tokens <= longest,
-        "it takes {longest} tokens, and --max-tokens is {max_tokens}"
-    );
-    Ok(())
+/// A tokenizer and a template that replace the model's.
+type Replaced = (Option<Tokenizer>, Option<String>);
+
+fn tokenizer(path: &Path) -> Result<Tokenizer> {
+    let bytes = fs::read(path)?;
+    refuse_pointer(&bytes)?;
+    Tokenizer::from_bytes(bytes).map_err(|error| anyhow!("it is no tokenizer.json: {error}"))
 }
 
-/// Collects the weights by name; `read` gives a tensor as it is stored, matrices (out, in).
-fn weights(
-    names: &Names,
-    layers: usize,
-    tied: bool,
-    mut read: impl FnMut(&str) -> Result<Tensor>,
-) -> Result<Weights> {
-    let mut layer = |i: usize| -> Result<LayerWeights> {
-        let prefix = (names.layer)(i);
-        let mut vector = |name: &str| read(&format!("{prefix}{name}"));
-        let (attention_norm, mlp_norm) = (vector(names.attention_norm)?, vector(names.mlp_norm)?);
-        // (out, in) parts, one below another, to (in, out).
-        let mut matrix = |parts: &[&str]| -> Result<Tensor> {
-            let parts = parts.iter().map(|name| vector(name));
-            let stacked = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
-            Ok(stacked.t()?.contiguous()?)
-        };
-        Ok(LayerWeights {
-            attention_norm,
-            qkv: matrix(&names.qkv)?,
-            output: matrix(&[names.output])?,
-            mlp_norm,
-            gate_up: matrix(&names.gate_up)?,
-            down: matrix(&[names.down])?,
-        })
+fn load_gguf(
+    path: &Path,
+    (tokenizer, template): Replaced,
+    purpose: Purpose,
+    device: &Device,
+) -> Result<Pretrained> {
+    let mut file = Gguf::open(path)?;
+    let (config, factors) = file.config(purpose.tokens(file.context())?)?;
+    let tokenizer = match tokenizer {
+        Some(tokenizer) => tokenizer,
+        None => gguf_tokenizer::tokenizer(&file.content).context(
+            "its tokenizer cannot be used; --tokenizer takes the tokenizer.json of the same model",
+        )?,
     };
-    let layers = (0..layers).map(&mut layer).collect::<Result<_>>()?;
-    Ok(Weights {
-        layers,
-        embedding: read(names.embedding)?,
-        norm: read(names.norm)?,
-        projection: if tied {
-            None
-        } else {
-            Some(read(names.projection)?)
-        },
-        rope_factors: None,
-    })
-}
-
-fn load_gguf(path: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
-    let mut file = File::open(path)?;
-    let content = Content::read(&mut file)?;
-    let value = |key: &str| {
-        let value = content.metadata.get(key);
-        value.with_context(|| format!("no {key} in the file"))
-    };
-    let architecture = value("general.architecture")?.to_string()?;
-    ensure!(
-        architecture == "llama",
-        "its architecture is {architecture}; it must be llama"
-    );
-    let size = |key: &str| Ok::<_, anyhow::Error>(value(key)?.to_u32()? as usize);
-    gguf::check_rope(&content)?;
-    check_context(size("llama.context_length").ok(), max_tokens)?;
-    let heads = size("llama.attention.head_count")?;
-    ensure!(heads > 0, "it has no heads of attention");
-    let embedding = content.tensor_infos.get(GGUF.embedding);
-    let config = Config {
-        vocab: embedding
-            .with_context(|| format!("no {}", GGUF.embedding))?
-            .shape
-            .dims()[0],
-        dim: size("llama.embedding_length")?,
-        layers: size("llama.block_count")?,
-        heads,
-        kv_heads: size("llama.attention.head_count_kv").unwrap_or(heads),
-        hidden: size("llama.feed_forward_length")?,
-        max_tokens,
-        rope_base: match content.metadata.get("llama.rope.freq_base") {
-            Some(base) => base.to_f32()?,
-            None => 10_000.0,
-        },
-        rope_interleaved: true,
-        norm_epsilon: value("llama.attention.layer_norm_rms_epsilon")?.to_f32()?,
-    };
-    let tied = !content.tensor_infos.contains_key(GGUF.projection);
-    let rotated = size("llama.rope.dimension_count").unwrap_or(config.head_size());
-    ensure!(
-        rotated == config.head_size(),
-        "{rotated} elements of a head of {} are rotated; it must be all",
-        config.head_size()
-    );
-    let mut unread = Unread::new(content.tensor_infos.keys());
-    let mut read = |name: &str| {
-        unread.read(name);
-        let tensor = content.tensor(&mut file, name, device);
-        Ok(tensor
-            .with_context(|| name.to_string())?
-            .dequantize(device)?)
-    };
-    let mut weights = weights(&GGUF, config.layers, tied, &mut read)?;
-    if content.tensor_infos.contains_key(gguf::ROPE_FACTORS) {
-        weights.rope_factors = Some(read(gguf::ROPE_FACTORS)?.to_vec1()?);
-    }
-    unread.check()?;
+    vocabulary::check_list(&file.content, &tokenizer)?;
+    let encoder = Encoder::from_gguf(&file.content, tokenizer, template)?;
+    let (parts, quantised) = (file.parts(), purpose.keeps_quantised());
+    let read = |name: &str| file.read(name);
+    let mut weights = weights::collect(&GGUF, config.layers, &parts, quantised, device, read)?;
+    weights.rope_factors = factors;
+    file.finish()?;
     Ok(Pretrained {
         digest: digest::of_files(&[path])?,
         config,
         weights,
-        encoder: Encoder::from_gguf(&content, gguf_tokenizer::tokenizer(&content)?)?,
+        encoder,
     })
 }
 
-/// What is read of Hugging Face's config.json.
-#[derive(Deserialize)]
-struct HuggingFace {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    intermediate_size: usize,
-    rms_norm_eps: f32,
-    max_position_embeddings: Option<usize>,
-    rope_theta: Option<f32>,
-    rope_scaling: Option<RopeParameters>,
-    /// Where transformers 5 has them.
-    rope_parameters: Option<RopeParameters>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-}
-
-#[derive(Deserialize)]
-struct RopeParameters {
-    rope_theta: Option<f32>,
-    rope_type: Option<String>,
-    /// Its older name; some files have both.
-    #[serde(rename = "type")]
-    old_type: Option<String>,
-    #[serde(flatten)]
-    stretch: Option<Stretch>,
-}
-
-/// How Llama 3.1 stretches slow rotations: those that turn less than `low_freq_factor` times in the context of the
-/// pre-training by `factor`, those that turn more than `high_freq_factor` times not, in between by interpolation.
-#[derive(Deserialize)]
-struct Stretch {
-    factor: f32,
-    low_freq_factor: f32,
-    high_freq_factor: f32,
-    original_max_position_embeddings: f32,
-}
-
-impl Stretch {
-    /// By how much slower each element of half a head turns.
-    fn factors(&self, base: f32, half: usize) -> Vec<f32> {
-        let factor = |i: usize| {
-            let frequency = base.powf(-(i as f32) / half as f32);
-            let turns = self.original_max_position_embeddings * frequency / std::f32::consts::TAU;
-            let (low, high) = (self.low_freq_factor, self.high_freq_factor);
-            let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-            ((1.0 - kept) / self.factor + kept).recip()
-        };
-        (0..half).map(factor).collect()
-    }
-}
-
-impl HuggingFace {
-    fn head_size(&self) -> usize {
-        self.hidden_size / self.num_attention_heads.max(1)
-    }
-
-    /// Base and factors of rotary positions.
-    fn rope(&self) -> Result<(f32, Option<Vec<f32>>)> {
-        let parameters = self.rope_parameters.as_ref();
-        let base = parameters.and_then(|parameters| parameters.rope_theta);
-        let base = base.or(self.rope_theta).unwrap_or(10_000.0);
-        let Some(rope) = parameters.or(self.rope_scaling.as_ref()) else {
-            return Ok((base, None));
-        };
-        let kind = rope.rope_type.as_ref().or(rope.old_type.as_ref());
-        match (kind.map_or("default", String::as_str), &rope.stretch) {
-            ("default", _) => Ok((base, None)),
-            ("llama3", Some(stretch)) => {
-                Ok((base, Some(stretch.factors(base, self.head_size() / 2))))
-            }
-            (kind, _) => bail!(
-                "its rotary positions are of the type {kind}; they must be default, or llama3 with all its parameters"
-            ),
-        }
-    }
-}
-
-/// Those that the index names, else the one without number.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let index = folder.join("model.safetensors.index.json");
-    if !index.exists() {
-        return Ok(vec![folder.join("model.safetensors")]);
-    }
-    let index: Index = serde_json::from_slice(&fs::read(index)?).context("its index.json")?;
-    let files: BTreeSet<String> = index.weight_map.into_values().collect();
-    Ok(files.iter().map(|name| folder.join(name)).collect())
-}
-
-fn load_folder(folder: &Path, max_tokens: usize, device: &Device) -> Result<Pretrained> {
-    let config = fs::read(folder.join("config.json")).context("config.json")?;
-    let config: HuggingFace = serde_json::from_slice(&config).context("config.json")?;
-    ensure!(
-        config.model_type == "llama",
-        "it is a {} model; it must be llama",
-        config.model_type
-    );
-    check_context(config.max_position_embeddings, max_tokens)?;
-    let (rope_base, rope_factors) = config.rope()?;
-    let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
-        .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
-    let mut files = weight_files(folder)?;
-    let mut tensors = HashMap::new();
-    for file in &files {
-        let read = candle_core::safetensors::load(file, device);
-        tensors.extend(read.with_context(|| file.display().to_string())?);
-    }
-    let mut weights = weights(
-        &HUGGING_FACE,
-        config.num_hidden_layers,
-        config.tie_word_embeddings,
-        |name| {
-            let tensor = tensors.remove(name);
-            let tensor = tensor.with_context(|| format!("no {name} in its safetensors"))?;
-            Ok(tensor.to_dtype(DType::F32)?)
-        },
-    )?;
-    weights.rope_factors = rope_factors;
-    let unread = tensors.keys().filter(|name| {
-        let copy = config.tie_word_embeddings && *name == HUGGING_FACE.projection;
-        !copy && !name.ends_with("rotary_emb.inv_freq")
-    });
-    Unread::new(unread).check()?;
+fn load_folder(
+    path: &Path,
+    (replaced, template): Replaced,
+    purpose: Purpose,
+    device: &Device,
+) -> Result<Pretrained> {
+    let folder = Folder::open(path)?;
+    let (config, factors) = folder.config(purpose.tokens(folder.context())?)?;
+    let tokenizer = match replaced {
+        Some(tokenizer) => tokenizer,
+        None => tokenizer(&path.join(TOKENIZER)).with_context(|| {
+            format!("{TOKENIZER} cannot be used; --tokenizer takes another of the same model")
+        })?,
+    };
+    let encoder = Encoder::from_folder(path, tokenizer, template)?;
+    let mut tensors = folder.tensors()?;
+    let parts = folder.parts();
+    let read = |name: &str| tensors.read(name);
+    let mut weights = weights::collect(&HUGGING_FACE, config.layers, &parts, false, device, read)?;
+    weights.rope_factors = factors;
+    tensors.finish()?;
     Ok(Pretrained {
-        config: Config {
-            vocab: config.vocab_size,
-            dim: config.hidden_size,
-            layers: config.num_hidden_layers,
-            heads: config.num_attention_heads,
-            kv_heads: config
-                .num_key_value_heads
-                .unwrap_or(config.num_attention_heads),
-            hidden: config.intermediate_size,
-            max_tokens,
-            rope_base,
-            rope_interleaved: false,
-            norm_epsilon: config.rms_norm_eps,
-        },
+        digest: digest::of_files(&folder.files()?)?,
+        config,
         weights,
-        encoder: Encoder::from_folder(folder, tokenizer)?,
-        digest: {
-            files.push(folder.join("config.json"));
-            digest::of_files(&files)?
-        },
+        encoder,
     })
 }

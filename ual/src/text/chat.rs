@@ -1,12 +1,17 @@
 //! A sample as its model is used to see it: by the model's own chat template where it has one.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, str::FromStr};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::quantized::gguf_file::{Content, Value};
 use minijinja::{Environment, ErrorKind, context, syntax::SyntaxConfig};
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use tokenizers::Tokenizer;
+
+use crate::text::gguf_tokenizer::{self, flag, number};
+
+pub const TOKENIZER: &str = "tokenizer.json";
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// Stand for prompt and response in a template; nothing in one takes them apart.
 const PROMPT: &str = "PROMPT5d1c";
@@ -29,7 +34,18 @@ pub enum Piece {
     /// Of the template, its first `learned` tokens being those that end a response.
     Template { tokens: Vec<u32>, learned: usize },
     /// What the turn of this number says.
-    Turn(usize),
+    Turn(usize, Lead),
+}
+
+/// What precedes a turn, where that has a part in how its text is divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Lead {
+    /// Nothing, or it has no part.
+    Start,
+    /// Text that is not left out.
+    Middle,
+    /// A space that the turn's first token takes in.
+    Space,
 }
 
 /// In Jinja, and the tokens it may name.
@@ -44,11 +60,15 @@ pub struct Template {
 #[derive(Clone)]
 pub struct Encoder {
     pub tokenizer: Tokenizer,
+    /// The same for what does not begin a text, where the tokenizer puts a space before what does: SentencePiece's do.
+    middle: Option<Tokenizer>,
     /// Added to the tokenizer's ids: so many control tokens precede them.
     pub offset: u32,
     pub before: Vec<u32>,
     pub between: Vec<u32>,
     pub end: u32,
+    /// Of prompt and response.
+    leads: [Lead; 2],
     /// What says how conversations of any turns look. Without one they are `before`, and prompt, `between`, response and
     /// `end` again and again.
     pub template: Option<Template>,
@@ -65,27 +85,51 @@ struct Conventions {
 }
 
 impl Encoder {
-    pub fn from_gguf(content: &Content, tokenizer: Tokenizer) -> Result<Self> {
-        let value = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
-        let text = |key: &str| match value(key) {
+    /// Without a template, with one token each before prompt and response and after it.
+    pub fn plain(tokenizer: Tokenizer, offset: u32, [before, between, end]: [u32; 3]) -> Self {
+        Self {
+            tokenizer,
+            middle: None,
+            offset,
+            before: vec![before],
+            between: vec![between],
+            end,
+            leads: [Lead::Start; 2],
+            template: None,
+        }
+    }
+
+    /// `template` replaces the file's.
+    pub fn from_gguf(
+        content: &Content,
+        tokenizer: Tokenizer,
+        template: Option<String>,
+    ) -> Result<Self> {
+        let own = match content.metadata.get("tokenizer.chat_template") {
             Some(Value::String(text)) => Some(text.clone()),
             _ => None,
         };
-        let token = |key: &str| tokenizer.id_to_token(value(key)?.to_u32().ok()?);
-        let add_begin = value("ggml.add_bos_token").and_then(|value| value.to_bool().ok());
+        let text = |key: &str| gguf_tokenizer::text(content, key);
+        let token = |key: &str| tokenizer.id_to_token(number(content, key)?);
+        // As llama.cpp has it where a file does not say.
+        let usually =
+            text("model") == Some("llama") || matches!(text("pre"), Some("llama-bpe" | "tekken"));
         let conventions = Conventions {
-            template: text("chat_template"),
-            begin: token("ggml.bos_token_id"),
-            end: token("ggml.eos_token_id"),
-            // As llama.cpp has it where a file does not say.
-            add_begin: add_begin
-                .unwrap_or_else(|| text("ggml.pre").as_deref() == Some("llama-bpe")),
+            template: template.or(own),
+            begin: token("bos_token_id"),
+            end: token("eos_token_id"),
+            add_begin: flag(content, "add_bos_token").unwrap_or(usually),
         };
         Self::new(tokenizer, &conventions)
     }
 
     /// Of a folder as Hugging Face has them, with chat_template.jinja and tokenizer_config.json where these are there.
-    pub fn from_folder(folder: &Path, tokenizer: Tokenizer) -> Result<Self> {
+    /// `template` replaces the folder's.
+    pub fn from_folder(
+        folder: &Path,
+        tokenizer: Tokenizer,
+        template: Option<String>,
+    ) -> Result<Self> {
         let read = |name: &str| -> Result<Option<String>> {
             let path = folder.join(name);
             match path.exists() {
@@ -107,7 +151,10 @@ impl Encoder {
         let of_config = &config["chat_template"];
         let of_config = text(of_config).or_else(|| of_config.as_array().and_then(named));
         let conventions = Conventions {
-            template: read("chat_template.jinja")?.or(of_config),
+            template: match template {
+                Some(template) => Some(template),
+                None => read(CHAT_TEMPLATE)?.or(of_config),
+            },
             begin: token("bos_token"),
             end: token("eos_token"),
             add_begin: config["add_bos_token"].as_bool().unwrap_or(false),
@@ -144,7 +191,7 @@ impl Encoder {
         let text = match &template {
             Some(template) => template
                 .rendered(&[(USER, PROMPT), (ASSISTANT, RESPONSE)])
-                .context("its chat template cannot be used")?,
+                .context("its chat template cannot be used; --chat-template takes another")?,
             None => format!("{added}{PROMPT}\n{RESPONSE}"),
         };
         let parts = text.split_once(PROMPT).and_then(|(before, rest)| {
@@ -154,17 +201,19 @@ impl Encoder {
         let (before, between, after) =
             parts.context("its chat template does not show prompt and response, in this order")?;
         let mut encoder = Self {
+            middle: without_space(&tokenizer)?,
             tokenizer,
             offset: 0,
             before: Vec::new(),
             between: Vec::new(),
             end: 0,
+            leads: [Lead::Start; 2],
             template,
         };
-        encoder.before = encoder.ids(before)?;
-        encoder.between = encoder.ids(between)?;
+        (encoder.before, encoder.leads[0]) = encoder.fixed(before, true)?;
+        (encoder.between, encoder.leads[1]) = encoder.fixed(between, false)?;
         let control = encoder.tokenizer.get_added_tokens_decoder();
-        let after = encoder.ids(after)?;
+        let (after, _) = encoder.fixed(after, false)?;
         let after = after.into_iter().find(|id| control.contains_key(id));
         let end = after.or_else(|| encoder.tokenizer.token_to_id(end?));
         encoder.end = end.context("the tokenizer has no token that ends a response")?;
@@ -172,7 +221,7 @@ impl Encoder {
             !(encoder.before.is_empty() && encoder.between.is_empty()),
             "nothing stands before a response"
         );
-        encoder.tokenizer.set_encode_special_tokens(true); // in samples they are text like any other
+        encoder.set_special(false);
         Ok(encoder)
     }
 
@@ -194,14 +243,19 @@ impl Encoder {
         for (i, &role) in roles.iter().enumerate() {
             if role == ASSISTANT {
                 pieces.push(template(&self.between, 0));
-                pieces.push(Piece::Turn(i));
+                pieces.push(Piece::Turn(i, self.leads[1]));
                 pieces.push(template(&[self.end], 1));
                 continue;
             }
+            let lead = match i {
+                0 => self.leads[0],
+                _ => self.lead(Lead::Middle),
+            };
             if i > 0 && roles[i - 1] != ASSISTANT {
-                pieces.push(template(&self.ids("\n")?, 0)); // two texts before a response
+                let (line, _) = self.fixed("\n", false)?;
+                pieces.push(template(&line, 0)); // two texts before a response
             }
-            pieces.push(Piece::Turn(i));
+            pieces.push(Piece::Turn(i, lead));
         }
         Ok(pieces)
     }
@@ -221,20 +275,16 @@ impl Encoder {
                 roles.join(", ")
             )
         })?;
-        let mut tokenizer = self.tokenizer.clone();
-        tokenizer.set_encode_special_tokens(false); // those of the template are single tokens
-        let control = tokenizer.get_added_tokens_decoder();
-        let special = Self {
-            tokenizer,
-            ..self.clone()
-        };
+        let mut special = self.clone();
+        special.set_special(true);
+        let control = special.tokenizer.get_added_tokens_decoder();
         let mut pieces = Vec::new();
         let mut shown = vec![0; roles.len()];
         let mut after_response = false;
         let mut parts = text.split(TURN);
         let mut fixed = parts.next().unwrap_or_default();
         for part in parts {
-            let tokens = special.ids(fixed)?;
+            let (tokens, lead) = special.fixed(fixed, pieces.is_empty())?;
             let ends = tokens.iter().position(|id| control.contains_key(id));
             let ends = ends.filter(|&at| after_response && tokens[at] == self.end);
             pieces.push(Piece::Template {
@@ -245,7 +295,7 @@ impl Encoder {
                 .split_once(TURN_END)
                 .and_then(|(number, after)| Some((number.parse::<usize>().ok()?, after)))
                 .context("its chat template takes a turn apart")?;
-            pieces.push(Piece::Turn(turn));
+            pieces.push(Piece::Turn(turn, lead));
             shown[turn] += 1;
             after_response = roles[turn] == ASSISTANT;
             fixed = after;
@@ -257,7 +307,8 @@ impl Encoder {
             );
         }
         ensure!(
-            after_response && pieces.last() == Some(&Piece::Turn(roles.len() - 1)),
+            after_response
+                && matches!(pieces.last(), Some(Piece::Turn(last, _)) if *last == roles.len() - 1),
             "the model's chat template does not end with the last response"
         );
         // As of a single response: what may follow the end is for the next turn.
@@ -268,15 +319,116 @@ impl Encoder {
         Ok(pieces)
     }
 
+    /// Of a text by itself.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|e| anyhow!("tokenizer: {e}"))?;
-        Ok(encoding
+        self.ids_after(text, Lead::Start)
+    }
+
+    pub fn ids_after(&self, text: &str, lead: Lead) -> Result<Vec<u32>> {
+        let middle = self.middle.as_ref().unwrap_or(&self.tokenizer);
+        let encoding = match lead {
+            Lead::Start => encode(&self.tokenizer, text),
+            Lead::Middle => encode(middle, text),
+            Lead::Space => encode(middle, &format!(" {text}")),
+        };
+        Ok(encoding?
             .get_ids()
             .iter()
             .map(|id| id + self.offset)
             .collect())
     }
+
+    /// `Start` where nothing else makes a difference.
+    fn lead(&self, lead: Lead) -> Lead {
+        self.middle.as_ref().map_or(Lead::Start, |_| lead)
+    }
+
+    /// Tokens of a template's text before a turn, and how that begins. A space at its end is the turn's, as in words.
+    fn fixed(&self, text: &str, first: bool) -> Result<(Vec<u32>, Lead)> {
+        let Some(middle) = &self.middle else {
+            return Ok((self.ids(text)?, Lead::Start));
+        };
+        let (text, lead) = match text.strip_suffix(' ') {
+            Some(text) => (text, Lead::Space),
+            None => (text, Lead::Middle),
+        };
+        if first {
+            let lead = if text.is_empty() { Lead::Start } else { lead };
+            return Ok((self.ids(text)?, lead));
+        }
+        // From its first control token on, the tokenizer decides whether a space follows one.
+        let encoding = encode(middle, text)?;
+        let control = self.tokenizer.get_added_tokens_decoder();
+        let ids = encoding.get_ids();
+        let first = ids
+            .iter()
+            .position(|id| control.get(id).is_some_and(|token| token.special));
+        let first = first.unwrap_or(ids.len());
+        let rest = encoding
+            .get_offsets()
+            .get(first)
+            .map_or("", |&(start, _)| &text[start..]);
+        let mut all: Vec<u32> = ids[..first].iter().map(|id| id + self.offset).collect();
+        all.extend(self.ids(rest)?);
+        Ok((all, lead))
+    }
+
+    /// Whether control tokens in a text are single tokens: in templates they are, in samples they are text like any
+    /// other.
+    fn set_special(&mut self, special: bool) {
+        for tokenizer in [Some(&mut self.tokenizer), self.middle.as_mut()]
+            .into_iter()
+            .flatten()
+        {
+            tokenizer.set_encode_special_tokens(!special);
+        }
+    }
+}
+
+fn encode(tokenizer: &Tokenizer, text: &str) -> Result<tokenizers::Encoding> {
+    let encoding = tokenizer.encode(text, false);
+    encoding.map_err(|e| anyhow!("tokenizer: {e}"))
+}
+
+/// The tokenizer without the space that it puts before a text, if it does.
+fn without_space(tokenizer: &Tokenizer) -> Result<Option<Tokenizer>> {
+    fn remove(part: &mut Json) -> bool {
+        let mut removed = match part["type"].as_str() {
+            Some("Prepend") => {
+                *part = json!({"type": "Sequence", "normalizers": []});
+                true
+            }
+            Some("Metaspace") if part["prepend_scheme"] != "never" => {
+                part["prepend_scheme"] = "never".into();
+                true
+            }
+            Some("ByteLevel") if part["add_prefix_space"] == true => {
+                part["add_prefix_space"] = false.into();
+                true
+            }
+            _ => false,
+        };
+        for parts in ["normalizers", "pretokenizers"] {
+            let parts = part.get_mut(parts).and_then(Json::as_array_mut);
+            for part in parts.into_iter().flatten() {
+                removed |= remove(part);
+            }
+        }
+        removed
+    }
+    let (normalizer, words) = (tokenizer.get_normalizer(), tokenizer.get_pre_tokenizer());
+    let mut parts = json!({"normalizer": normalizer, "pre_tokenizer": words});
+    let removed = ["normalizer", "pre_tokenizer"].map(|part| remove(&mut parts[part]));
+    if removed == [false; 2] {
+        return Ok(None);
+    }
+    let mut all: Json = serde_json::from_str(&tokenizer.to_string(false).map_err(|e| anyhow!(e))?)?;
+    for part in ["normalizer", "pre_tokenizer"] {
+        all[part] = parts[part].take();
+    }
+    Ok(Some(
+        Tokenizer::from_str(&all.to_string()).map_err(|e| anyhow!(e))?,
+    ))
 }
 
 impl Template {

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::{
     data::samples::Dataset,
+    model::pretrained::Overrides,
     training::{
         plan::{Loss, Plan},
         smoothing,
@@ -27,6 +28,8 @@ pub struct Args {
     /// with config.json, tokenizer.json and safetensors. Needs --data
     #[arg(long, value_name = "FILE.gguf", requires = "data", conflicts_with_all = ["dim", "layers", "heads", "vocab", "pretrain_steps"])]
     pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub overrides: Overrides,
     /// With --model: train low-rank adapters of this rank (LoRA) instead of all weights
     #[arg(long, value_name = "RANK", requires = "model")]
     pub lora: Option<usize>,
@@ -116,6 +119,10 @@ impl Args {
     }
 
     pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.model.is_some() || self.overrides.are_none(),
+            "--tokenizer and --chat-template are of the model of --model, which is not given"
+        );
         let positive = [
             ("--steps", self.steps.unwrap_or(1)),
             ("--batch", self.batch.unwrap_or(1)),

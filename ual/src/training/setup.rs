@@ -14,7 +14,7 @@ use crate::{
     },
     model::{
         decoder::{Config, Decoder, Trained},
-        pretrained::{self, Pretrained},
+        pretrained::{self, Pretrained, Purpose},
     },
     report::{
         curve::Curve,
@@ -61,7 +61,8 @@ fn weighted(samples: &[Sample]) -> Vec<smoothing::Weighted> {
 
 /// The model of `--model`.
 pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
-    let load = |path: &PathBuf| pretrained::load(path, args.max_tokens, device);
+    let purpose = Purpose::Training(args.max_tokens);
+    let load = |path: &PathBuf| pretrained::load(path, &args.overrides, purpose, device);
     args.model.as_ref().map(load).transpose()
 }
 

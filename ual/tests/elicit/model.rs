@@ -45,6 +45,7 @@ pub fn write_model(path: &Path) -> BTreeMap<String, Vec<f32>> {
         ("llama.block_count", Meta::U32(2)),
         ("llama.context_length", Meta::U32(64)),
         ("llama.embedding_length", Meta::U32(DIM as u32)),
+        ("llama.feed_forward_length", Meta::U32(hidden as u32)),
         ("llama.rope.dimension_count", Meta::U32(WIDTH as u32)),
         ("llama.attention.layer_norm_rms_epsilon", Meta::F32(1e-5)),
         ("tokenizer.ggml.model", Meta::String("gpt2".into())),

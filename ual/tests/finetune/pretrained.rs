@@ -567,16 +567,16 @@ fn what_does_not_fit_is_refused() {
     fs::write(&broken.model, b"GGUF").unwrap();
     let text = broken.refusal("out", &[]);
     assert!(text.contains("cannot load the model"), "{text}");
-    let bias = Tensor::zeros(DIM, DType::F32, &Device::Cpu).unwrap();
+    let sinks = Tensor::zeros(DIM, DType::F32, &Device::Cpu).unwrap();
     broken.model = write_gguf_with(
         broken.folder.path(),
         500.0,
-        Some(("blk.0.attn_q.bias", bias)),
+        Some(("blk.0.attn_sinks.weight", sinks)),
         None,
     );
     let text = broken.refusal("out", &[]);
     assert!(
-        text.contains("1 of its tensors have no place in a Llama, blk.0.attn_q.bias"),
+        text.contains("1 of its tensors have no place in such a model, blk.0.attn_sinks.weight"),
         "{text}"
     );
     for (name, value) in [

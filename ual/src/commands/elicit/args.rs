@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 use ureq::http::HeaderName;
 
-use crate::commands::elicit::{client, prompt::Template, secrets::Secrets};
+use crate::{
+    commands::elicit::{client, prompt::Template, secrets::Secrets},
+    model::pretrained::Overrides,
+};
 
 const DEFAULT_URL: &str = "https://api.openai.com/v1";
 
@@ -90,12 +93,12 @@ pub struct Args {
     #[arg(long)]
     pub print_prompt: bool,
     /// Asks no server: a sample's uncertainty is the mean entropy, divided by log V, of this model's predictions over the
-    /// response's tokens, given the prompt. A Llama-family model
+    /// response's tokens, given the prompt. A Llama-family model: a GGUF file, or a folder with config.json, tokenizer.json
+    /// and safetensors
     #[arg(long, value_name = "MODEL.gguf")]
     pub local: Option<PathBuf>,
-    /// Tokenizer of the local model, where the one in its file cannot be used
-    #[arg(long, value_name = "tokenizer.json", requires = "local")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub overrides: Overrides,
 }
 
 impl Args {
@@ -125,6 +128,10 @@ impl Args {
                 || url.starts_with("https://"),
             "--base-url is {:?}; it must start with http:// or https://",
             Secrets::new(self.key(), url).hide(url)
+        );
+        ensure!(
+            self.local.is_some() || self.overrides.are_none(),
+            "--tokenizer and --chat-template are of the model of --local, which is not given"
         );
         ensure!(
             self.local.is_none() || self.votes == 1,

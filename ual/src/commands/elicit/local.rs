@@ -1,12 +1,11 @@
 //! Scores without a server: the mean entropy of a local model's predictions over the response's tokens, given the prompt,
 //! divided by the largest possible, log V.
 
-use std::{collections::BTreeMap, fs::File, io::BufReader, path::Path, time::Instant};
+use std::{collections::BTreeMap, path::Path, time::Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
-use candle_core::{Device, Tensor, quantized::gguf_file::Content};
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
 use candle_cross_entropy::{CrossEntropy, Reduction};
-use tokenizers::Tokenizer;
 
 use crate::{
     commands::elicit::{
@@ -18,17 +17,19 @@ use crate::{
         conversation::{Conversation, Conversations},
         form::Turn,
     },
-    digest,
-    model::llama::Llama,
-    text::{chat::Encoder, gguf_tokenizer::tokenizer},
+    model::{
+        decoder::{Decoder, Trained},
+        pretrained::{self, Overrides, Purpose},
+    },
+    text::chat::Encoder,
 };
 
-/// What the output calls the model: the name of its file, and the beginning of its hash.
+/// What the output calls the model: the name of its file or folder, and the beginning of its hash.
 pub fn name(path: &Path) -> Result<String> {
     let name = path.file_name().and_then(|name| name.to_str());
     let name = name.context("not a file's name");
     let name = name.and_then(|name| {
-        let hash = digest::of_files(&[path])?;
+        let hash = pretrained::digest(path)?;
         Ok(format!("{name} sha256:{}", &hash[..16]))
     });
     name.with_context(|| format!("--local {}", path.display()))
@@ -37,13 +38,12 @@ pub fn name(path: &Path) -> Result<String> {
 /// Scores every sample that has no score. Puts those that cannot have one into `missing`, by index, with the reason.
 pub fn score(
     path: &Path,
-    tokenizer: Option<&Path>,
+    overrides: &Overrides,
     samples: &[Sample],
     answers: &mut Answers,
     missing: &mut BTreeMap<usize, String>,
 ) -> Result<()> {
-    let model =
-        Model::load(path, tokenizer).with_context(|| format!("--local {}", path.display()))?;
+    let model = Model::load(path, overrides)?;
     let mut progress = Progress::new(samples.len(), answers.done());
     let (start, mut tokens) = (Instant::now(), 0);
     let speed = |tokens: usize| {
@@ -59,7 +59,7 @@ pub fn score(
         let named = || format!("sample {}", sample.id);
         let text = model.encode(&sample.turns);
         let text = text.with_context(named)?;
-        let (length, context) = (text.tokens.len(), model.llama.context);
+        let (length, context) = (text.tokens.len(), model.decoder.config().max_tokens);
         if length > context {
             missing.insert(
                 i,
@@ -79,7 +79,7 @@ pub fn score(
 }
 
 struct Model {
-    llama: Llama,
+    decoder: Decoder,
     encoder: Encoder,
 }
 
@@ -90,19 +90,12 @@ struct Text {
 }
 
 impl Model {
-    fn load(path: &Path, tokenizer_file: Option<&Path>) -> Result<Self> {
-        let mut file = BufReader::new(File::open(path)?);
-        let content = Content::read(&mut file).context("not a GGUF file")?;
-        let tokenizer = match tokenizer_file {
-            Some(path) => Tokenizer::from_file(path)
-                .map_err(|e| anyhow!(e))
-                .with_context(|| format!("--tokenizer {}", path.display()))?,
-            None => tokenizer(&content)
-                .context("its tokenizer cannot be used; give one with --tokenizer")?,
-        };
+    fn load(path: &Path, overrides: &Overrides) -> Result<Self> {
+        let loaded = pretrained::load(path, overrides, Purpose::Reading, &Device::Cpu)?;
+        let (config, weights) = (loaded.config, loaded.weights);
         Ok(Self {
-            encoder: Encoder::from_gguf(&content, tokenizer)?,
-            llama: Llama::load(&content, &mut file)?,
+            decoder: Decoder::from_weights(config, weights, Trained::Nothing, 0, &Device::Cpu)?,
+            encoder: loaded.encoder,
         })
     }
 
@@ -125,15 +118,16 @@ impl Model {
     /// Mean entropy of the predictions of the response's tokens, divided by log V: in \[0, 1\].
     fn uncertainty(&self, text: &Text) -> Result<f64> {
         let length = text.tokens.len() - text.response;
-        let hidden = self.llama.hidden(&text.tokens)?;
+        let tokens = Tensor::new(&text.tokens[..], &Device::Cpu)?.unsqueeze(0)?;
+        let hidden = self.decoder.hidden(&tokens)?.squeeze(0)?;
         let hidden = hidden.narrow(0, text.response - 1, length)?; // a position predicts the next token
         let targets = Tensor::new(&text.tokens[text.response..], &Device::Cpu)?;
         let loss = CrossEntropy::new().reduction(Reduction::None);
-        let (_, stats) =
-            loss.forward_linear_with_stats(&hidden, &self.llama.projection, None, &targets)?;
+        let projection = self.decoder.output_projection();
+        let (_, stats) = loss.forward_linear_with_stats(&hidden, &projection, None, &targets)?;
         let entropies = stats.entropy.to_vec1::<f32>()?;
         let sum: f64 = entropies.iter().map(|&entropy| f64::from(entropy)).sum();
-        let vocab = self.llama.projection.dim(0)?;
+        let vocab = projection.dim(0)?;
         let mean = sum / length as f64 / (vocab as f64).ln();
         ensure!(mean.is_finite(), "the model's predictions are not finite");
         Ok(mean.clamp(0.0, 1.0)) // rounding

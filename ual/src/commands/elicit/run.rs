@@ -49,10 +49,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut missing = BTreeMap::new();
     let result = match &args.local {
         _ if before == samples.len() => Ok(()),
-        Some(path) => {
-            let tokenizer = args.tokenizer.as_deref();
-            local::score(path, tokenizer, &samples, &mut answers, &mut missing)
-        }
+        Some(path) => local::score(path, &args.overrides, &samples, &mut answers, &mut missing),
         None => remote::score(args, &samples, &mut answers, &mut missing),
     };
     if !missing.is_empty() {

@@ -85,7 +85,8 @@ pub fn run(args: &Args) -> Result<()> {
     save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
     save_json(&args.out.join("metrics.json"), &report)?;
     if let Some(source) = &args.model {
-        let path = export::save(source, &model.config(), &model.merged()?, &trained_model)?;
+        let (config, weights) = (model.config(), model.merged()?);
+        let path = export::save(source, &args.overrides, &config, &weights, &trained_model)?;
         println!("the model that UAL trained is {}", path.display());
     }
     report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
