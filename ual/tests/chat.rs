@@ -8,7 +8,10 @@ use candle_ual::{
         conversation::{Conversation, Conversations},
         form::Turn,
     },
-    text::{chat::Encoder, gguf_tokenizer},
+    text::{
+        chat::{Encoder, Lead},
+        gguf_tokenizer,
+    },
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -298,6 +301,14 @@ fn what_cannot_be_used_is_refused() {
     assert!(no_end.to_string().contains("no token that ends"));
 }
 
+fn content(metadata: &[(&str, Metadata)]) -> Content {
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let mut file = Cursor::new(Vec::new());
+    gguf_file::write(&mut file, &metadata, &[]).unwrap();
+    file.set_position(0);
+    Content::read(&mut file).unwrap()
+}
+
 /// Of a GGUF file with bytes and the word "ab", which no merge makes.
 fn from_gguf(pre: &str, more: &[(&str, Metadata)]) -> Encoder {
     let mut tokens: Vec<String> = ByteLevel::alphabet().iter().map(char::to_string).collect();
@@ -323,15 +334,7 @@ fn from_gguf(pre: &str, more: &[(&str, Metadata)]) -> Encoder {
             Metadata::U32(control as u32 + 1),
         ),
     ];
-    let metadata: Vec<_> = metadata
-        .iter()
-        .chain(more)
-        .map(|(key, value)| (*key, value))
-        .collect();
-    let mut file = Cursor::new(Vec::new());
-    gguf_file::write(&mut file, &metadata, &[]).unwrap();
-    file.set_position(0);
-    let content = Content::read(&mut file).unwrap();
+    let content = content(&[&metadata[..], more].concat());
     let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
     Encoder::from_gguf(&content, tokenizer, None).unwrap()
 }
@@ -360,4 +363,197 @@ fn a_gguf_file_has_a_template_or_llama_3s_beginning() {
         frame(&template),
         ["<|begin_of_text|>Q ", "<|eot_id|>A ", "<|eot_id|>"]
     );
+}
+
+fn strings(texts: &[String]) -> Metadata {
+    Metadata::Array(texts.iter().cloned().map(Metadata::String).collect())
+}
+
+/// What `tokenizers/make_sentence_piece.py` made: a vocabulary, and sentencepiece's own tokens of texts.
+#[derive(serde::Deserialize)]
+struct SentencePiece {
+    tokens: Vec<String>,
+    scores: Vec<f32>,
+    kinds: Vec<i32>,
+    texts: Vec<Pieces>,
+}
+
+#[derive(serde::Deserialize)]
+struct Pieces {
+    text: String,
+    ids: Vec<u32>,
+    /// Without the space before the text.
+    middle: Vec<u32>,
+}
+
+impl SentencePiece {
+    fn made() -> Self {
+        serde_json::from_str(include_str!("tokenizers/sentence_piece.json")).unwrap()
+    }
+
+    fn encoder(&self, more: &[(&str, Metadata)]) -> Encoder {
+        let scores = self.scores.iter().copied().map(Metadata::F32);
+        let kinds = self.kinds.iter().copied().map(Metadata::I32);
+        let metadata = [
+            ("tokenizer.ggml.model", Metadata::String("llama".into())),
+            ("tokenizer.ggml.tokens", strings(&self.tokens)),
+            ("tokenizer.ggml.scores", Metadata::Array(scores.collect())),
+            (
+                "tokenizer.ggml.token_type",
+                Metadata::Array(kinds.collect()),
+            ),
+            ("tokenizer.ggml.bos_token_id", Metadata::U32(1)),
+            ("tokenizer.ggml.eos_token_id", Metadata::U32(2)),
+        ];
+        let content = content(&[&metadata[..], more].concat());
+        let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
+        Encoder::from_gguf(&content, tokenizer, None).unwrap()
+    }
+
+    fn tokens<'a>(&'a self, ids: &[u32]) -> Vec<&'a str> {
+        ids.iter()
+            .map(|&id| self.tokens[id as usize].as_str())
+            .collect()
+    }
+}
+
+#[test]
+fn sentence_piece_of_a_gguf_file_is_sentence_piece() {
+    let made = SentencePiece::made();
+    let encoder = made.encoder(&[]);
+    assert!(made.texts.len() > 50);
+    for Pieces { text, ids, middle } in &made.texts {
+        assert_eq!(
+            made.tokens(&encoder.ids(text).unwrap()),
+            made.tokens(ids),
+            "{text:?}"
+        );
+        let found = encoder.ids_after(text, Lead::Middle).unwrap();
+        assert_eq!(
+            made.tokens(&found),
+            made.tokens(middle),
+            "{text:?} in the middle"
+        );
+        if !text.contains(['<', '\u{a0}']) {
+            assert_eq!(encoder.tokenizer.decode(ids, false).unwrap(), *text);
+        }
+    }
+    // A token that users added is one wherever it stands, a control token is text.
+    assert_eq!(
+        made.tokens(&encoder.ids("a<tool></s>").unwrap())[..2],
+        ["▁a", "<tool>"]
+    );
+    assert!(!encoder.ids("a<tool></s>").unwrap().contains(&2));
+    let without = ("tokenizer.ggml.add_space_prefix", Metadata::Bool(false));
+    let encoder = made.encoder(&[without]);
+    for Pieces { text, middle, .. } in &made.texts {
+        assert_eq!(encoder.ids(text).unwrap(), *middle, "{text:?}");
+    }
+}
+
+/// As llama.cpp tokenises the whole: one beginning, a space before what begins or follows a control token, and none that
+/// the template does not say before a turn; a space at the end of the template's text is part of the turn's first token.
+#[test]
+fn a_template_for_sentence_piece_gives_the_tokens_of_the_whole() {
+    let made = SentencePiece::made();
+    let whole = |template: &str, turns: &[(&str, &str)]| {
+        let template = ("tokenizer.chat_template", Metadata::String(template.into()));
+        let encoder = made.encoder(&[template]);
+        let encoded = Conversations::new(&encoder)
+            .encode(&self::turns(turns), 1000)
+            .unwrap();
+        let ids = encoded
+            .responses
+            .iter()
+            .map(|range| &encoded.tokens[range.clone()]);
+        let learned: Vec<_> = ids.map(|ids| made.tokens(ids)).collect();
+        (made.tokens(&encoded.tokens).join("|"), learned)
+    };
+    let llama2 = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [INST]' }}{% else %}\
+        {{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}";
+    let (text, learned) = whole(llama2, &[("user", "the will"), ("assistant", "no more")]);
+    assert_eq!(text, "<s>|[INST]|▁the|▁will|▁|[INST]|▁no|▁more|▁|</s>");
+    assert_eq!(learned, [["▁no", "▁more", "▁", "</s>"]]);
+    let twice = [
+        ("user", "the"),
+        ("assistant", "no"),
+        ("user", "more"),
+        ("assistant", "so"),
+    ];
+    let (text, _) = whole(llama2, &twice);
+    assert_eq!(
+        text,
+        "<s>|[INST]|▁the|▁|[INST]|▁no|▁|</s>|<s>|[INST]|▁more|▁|[INST]|▁so|▁|</s>"
+    );
+    // As Zephyr's and TinyLlama's have it, whose roles are text.
+    let lines =
+        "{% for m in messages %}{{ m.role[:1] + '\n' + m.content + eos_token + '\n' }}{% endfor %}";
+    let (text, _) = whole(lines, &[("user", "the will"), ("assistant", "the")]);
+    let users = made
+        .tokens(&made.encoder(&[]).ids("u\n").unwrap())
+        .join("|");
+    let expected = format!("{users}|the|▁will|</s>|▁|<0x0A>|a|<0x0A>|the|</s>");
+    assert_eq!(text, expected);
+    // Without a template a text has one beginning.
+    let encoder = made.encoder(&[]);
+    assert_eq!(made.tokens(&encoder.before), ["<s>"]);
+    assert_eq!(made.tokens(&encoder.between), ["<0x0A>"]);
+}
+
+#[test]
+fn tokens_that_users_added_are_one_each() {
+    let tokens = ["<s>", "</s>", "<tool>", "a", "b"].map(String::from);
+    let kinds = [3, 3, 4, 1, 1].map(Metadata::I32);
+    let metadata = [
+        ("tokenizer.ggml.model", Metadata::String("gpt2".into())),
+        ("tokenizer.ggml.tokens", strings(&tokens)),
+        ("tokenizer.ggml.merges", strings(&[])),
+        ("tokenizer.ggml.token_type", Metadata::Array(kinds.to_vec())),
+        ("tokenizer.ggml.bos_token_id", Metadata::U32(0)),
+        ("tokenizer.ggml.eos_token_id", Metadata::U32(1)),
+        ("tokenizer.ggml.add_bos_token", Metadata::Bool(true)),
+    ];
+    let template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}b{{ messages[1].content }}{{ eos_token }}";
+    let template = ("tokenizer.chat_template", Metadata::String(template.into()));
+    let content = content(&[&metadata[..], &[template]].concat());
+    let tokenizer = gguf_tokenizer::tokenizer(&content).unwrap();
+    let encoder = Encoder::from_gguf(&content, tokenizer, None).unwrap();
+    assert_eq!(encoder.ids("a<tool>b").unwrap(), [3, 2, 4]);
+    assert!(!encoder.ids("a<s>").unwrap().contains(&0));
+    // The template's beginning is the only one, though the file asks for one.
+    assert_eq!(
+        (&encoder.before[..], &encoder.between[..]),
+        (&[0][..], &[1, 4][..])
+    );
+}
+
+/// The rules of Qwen 2 and of Tekken for words, and Llama 3's.
+#[test]
+fn byte_level_tokenizers_divide_texts_by_their_own_rules() {
+    let words = |pre: &str| {
+        let encoder = from_gguf(pre, &[]);
+        let words = encoder.tokenizer.get_pre_tokenizer().unwrap();
+        let mut text = tokenizers::PreTokenizedString::from("It's 12345 aB\u{301}c");
+        tokenizers::PreTokenizer::pre_tokenize(words, &mut text).unwrap();
+        let splits = text.get_splits(
+            tokenizers::OffsetReferential::Original,
+            tokenizers::OffsetType::Byte,
+        );
+        splits
+            .into_iter()
+            .map(|(word, ..)| word.replace('Ġ', " "))
+            .collect::<Vec<_>>()
+    };
+    let plain = |words: Vec<String>| {
+        words
+            .join("|")
+            .replace("ÌģĠ", "\u{301} ")
+            .replace("Ìģ", "\u{301}")
+    };
+    assert_eq!(plain(words("qwen2")), "It|'s| |1|2|3|4|5| aB|\u{301}c");
+    assert_eq!(plain(words("llama-bpe")), "It|'s| |123|45| aB|\u{301}c");
+    assert_eq!(plain(words("tekken")), "It|'s| |1|2|3|4|5| a|B\u{301}c");
+    // Qwen's texts are composed before: e and its accent are one character.
+    let qwen = from_gguf("qwen2", &[]);
+    assert_eq!(qwen.ids("e\u{301}").unwrap(), qwen.ids("é").unwrap());
 }

@@ -66,15 +66,15 @@ impl<'a> Conversations<'a> {
                 turns.retain(|(turn, ..)| number.next() > Some(first) || turn.role == "system");
                 continue;
             }
-            // The token that ends the response takes part in what is cut.
-            let around = fixed - 1;
+            // What ends the response takes part in what is cut.
+            let around = fixed - self.encoder.ending.len();
             let room = most.saturating_sub(around);
             if room < 2 {
                 bail!("{most} tokens leave no room beside the {around} round a prompt");
             }
             let (response, before) = turns.split_last_mut().expect("a response");
             let response = &mut response.2;
-            response.push(self.encoder.end);
+            response.extend(&self.encoder.ending);
             let for_prompt = (room - response.len().min(room)).max(room / 2);
             let prompt: usize = before.iter().map(|(.., ids)| ids.len()).sum();
             let mut surplus = prompt.saturating_sub(for_prompt);

@@ -88,12 +88,13 @@ fn named(names: &Names, config: &Config, weights: &Weights) -> Result<Vec<(Strin
         for (name, norm) in names.qk_norm.iter().zip(layer.qk_norm.iter().flatten()) {
             add(name, norm.clone());
         }
+        // Parts with storage of their own: candle quantises all of a tensor's.
         let mut parts = |names: &[&str], map: &Affine, sizes: &[usize]| -> Result<()> {
             let (stacked, mut start) = (map.matrix.full()?.t()?, 0);
             for (name, &size) in names.iter().zip(sizes) {
-                add(name, stacked.narrow(0, start, size)?.contiguous()?);
+                add(name, stacked.narrow(0, start, size)?.force_contiguous()?);
                 if let Some(all) = &map.bias {
-                    add(&bias(name), all.narrow(0, start, size)?.contiguous()?);
+                    add(&bias(name), all.narrow(0, start, size)?.force_contiguous()?);
                 }
                 start += size;
             }

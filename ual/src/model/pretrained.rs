@@ -98,8 +98,8 @@ impl Overrides {
 /// A hash of the files with weights of the model at `path`.
 pub fn digest(path: &Path) -> Result<String> {
     let hash = match path.is_dir() {
-        true => Folder::open(path).and_then(|folder| Ok(digest::of_files(&folder.files()?)?)),
-        false => Ok(digest::of_files(&[path])?),
+        true => Folder::open(path).and_then(|folder| digest::of_files(&folder.files()?)),
+        false => digest::of_files(&[path]),
     };
     hash.with_context(|| format!("cannot load the model {}", path.display()))
 }
@@ -153,9 +153,10 @@ fn check(config: &Config, weights: &Weights) -> Result<()> {
     let map = |name: &str, map: &Affine, (input, output): (usize, usize)| {
         let dims = map.matrix.dims()?;
         same(name, &[dims.0, dims.1], &[input, output])?;
-        let bias = map.bias.iter();
-        bias.map(|bias| shape(&format!("the bias of {name}"), bias, &[output]))
-            .collect::<Result<()>>()
+        match &map.bias {
+            Some(bias) => shape(&format!("the bias of {name}"), bias, &[output]),
+            None => Ok(()),
+        }
     };
     shape("the embedding", &weights.embedding, &[vocab, dim])?;
     shape("the last norm", &weights.norm, &[dim])?;

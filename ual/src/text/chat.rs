@@ -66,6 +66,8 @@ pub struct Encoder {
     pub offset: u32,
     pub before: Vec<u32>,
     pub between: Vec<u32>,
+    /// What follows a response and is learned with it; `end` is its last.
+    pub ending: Vec<u32>,
     pub end: u32,
     /// Of prompt and response.
     leads: [Lead; 2],
@@ -93,6 +95,7 @@ impl Encoder {
             offset,
             before: vec![before],
             between: vec![between],
+            ending: vec![end],
             end,
             leads: [Lead::Start; 2],
             template: None,
@@ -206,6 +209,7 @@ impl Encoder {
             offset: 0,
             before: Vec::new(),
             between: Vec::new(),
+            ending: Vec::new(),
             end: 0,
             leads: [Lead::Start; 2],
             template,
@@ -214,9 +218,15 @@ impl Encoder {
         (encoder.between, encoder.leads[1]) = encoder.fixed(between, false)?;
         let control = encoder.tokenizer.get_added_tokens_decoder();
         let (after, _) = encoder.fixed(after, false)?;
-        let after = after.into_iter().find(|id| control.contains_key(id));
-        let end = after.or_else(|| encoder.tokenizer.token_to_id(end?));
-        encoder.end = end.context("the tokenizer has no token that ends a response")?;
+        encoder.ending = match after.iter().position(|id| control.contains_key(id)) {
+            Some(at) => after[..=at].to_vec(),
+            None => end
+                .and_then(|end| encoder.tokenizer.token_to_id(end))
+                .into_iter()
+                .collect(),
+        };
+        let end = encoder.ending.last();
+        encoder.end = *end.context("the tokenizer has no token that ends a response")?;
         ensure!(
             !(encoder.before.is_empty() && encoder.between.is_empty()),
             "nothing stands before a response"
@@ -244,7 +254,7 @@ impl Encoder {
             if role == ASSISTANT {
                 pieces.push(template(&self.between, 0));
                 pieces.push(Piece::Turn(i, self.leads[1]));
-                pieces.push(template(&[self.end], 1));
+                pieces.push(template(&self.ending, self.ending.len()));
                 continue;
             }
             let lead = match i {
@@ -313,8 +323,8 @@ impl Encoder {
         );
         // As of a single response: what may follow the end is for the next turn.
         pieces.push(Piece::Template {
-            tokens: vec![self.end],
-            learned: 1,
+            tokens: self.ending.clone(),
+            learned: self.ending.len(),
         });
         Ok(pieces)
     }

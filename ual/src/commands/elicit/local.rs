@@ -99,14 +99,14 @@ impl Model {
         })
     }
 
-    /// The sample as `ual finetune` trains on it, less the token that ends it.
+    /// The sample as `ual finetune` trains on it, less what ends it.
     fn encode(&self, turns: &[Turn]) -> Result<Text> {
         let Conversation {
             mut tokens,
             responses,
             ..
         } = Conversations::new(&self.encoder).encode(turns, usize::MAX)?;
-        tokens.pop();
+        tokens.truncate(tokens.len() - self.encoder.ending.len());
         let response = responses.last().map_or(0, |last| last.start);
         ensure!(
             response < tokens.len(),
