@@ -39,6 +39,13 @@ struct Args {
     #[cfg(feature = "cuda")]
     #[arg(long, value_enum, default_value_t = device::Timed::All)]
     timed: device::Timed,
+    /// Nothing but steps of this kind, for who counts what they do.
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_enum, requires = "steps")]
+    step: Option<device::steps::Step>,
+    #[cfg(feature = "cuda")]
+    #[arg(long, requires = "step")]
+    steps: Option<usize>,
     /// Writes the timings here as JSON, and what was checked: after each shape that is timed, and at the end.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -67,6 +74,11 @@ fn main() -> Result<ExitCode> {
         !(args.timing_only && device.is_cpu()),
         "--timing-only needs a GPU: `cargo bench --bench cpu` times the CPU path"
     );
+    #[cfg(feature = "cuda")]
+    if let (Some(step), Some(count)) = (args.step, args.steps) {
+        device::steps::run(step, count, &device)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let out = args.out.as_deref();
     let mut report = Report::default();
     if !args.timing_only {

@@ -1,17 +1,13 @@
-//! What kernels are given of a call: scalars, rows' inputs, statistics, the error flag.
+//! What kernels are given of a call: scalars, rows' inputs, the error flag.
 
 use candle_core::{CudaDevice, DType, Layout, Result, Tensor, bail};
 use cudarc::driver::CudaSlice;
 
-use super::{
-    memory::{OnDevice, alloc, tensor},
-    module::Launch,
-};
+use super::{memory::OnDevice, module::Launch};
 use crate::{
     call::Call,
     kernels::abi::{BadValue, Params, RowOffsets, inner_factors},
     options::Reduction,
-    results::RowStats,
     rows::row_offsets,
 };
 
@@ -93,48 +89,6 @@ impl<'a> Inputs<'a> {
             launch.params.weights = weights.read::<f32>(launch)?;
         }
         Ok(())
-    }
-}
-
-pub(super) struct Stats {
-    nll: CudaSlice<f32>,
-    lse: CudaSlice<f32>,
-    entropy: CudaSlice<f32>,
-    max_prob: CudaSlice<f32>,
-    grad_norm_sq: CudaSlice<f32>,
-    predicted: CudaSlice<u32>,
-}
-
-impl Stats {
-    pub fn alloc(call: &Call, device: &CudaDevice) -> Result<Self> {
-        Ok(Self {
-            nll: alloc(device, call.rows)?,
-            lse: alloc(device, call.rows)?,
-            entropy: alloc(device, call.rows)?,
-            max_prob: alloc(device, call.rows)?,
-            grad_norm_sq: alloc(device, call.rows)?,
-            predicted: alloc(device, call.rows)?,
-        })
-    }
-
-    pub fn set<'a>(&'a mut self, launch: &mut Launch<'a>) {
-        launch.params.nll = launch.write(&mut self.nll);
-        launch.params.lse = launch.write(&mut self.lse);
-        launch.params.entropy = launch.write(&mut self.entropy);
-        launch.params.max_prob = launch.write(&mut self.max_prob);
-        launch.params.grad_norm_sq = launch.write(&mut self.grad_norm_sq);
-        launch.params.predicted = launch.write(&mut self.predicted);
-    }
-
-    pub fn into_tensors(self, call: &Call, device: &CudaDevice) -> RowStats {
-        RowStats {
-            nll: tensor(self.nll, device, &call.shape),
-            lse: tensor(self.lse, device, &call.shape),
-            entropy: tensor(self.entropy, device, &call.shape),
-            max_prob: tensor(self.max_prob, device, &call.shape),
-            grad_norm_sq: tensor(self.grad_norm_sq, device, &call.shape),
-            predicted: tensor(self.predicted, device, &call.shape),
-        }
     }
 }
 

@@ -16,11 +16,10 @@ use cudarc::{
 
 use super::{
     Cuda,
-    arguments::{FirstError, Inputs, Stats, check_upstream, scalars},
-    logits,
+    arguments::{FirstError, Inputs, check_upstream, scalars},
     memory::{OnDevice, alloc, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    reduce::reduce,
+    rows::{self, Rows},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
@@ -33,7 +32,7 @@ use crate::{
 
 /// What the forward leaves for the backward.
 pub(crate) struct Saved {
-    of_rows: logits::Saved,
+    of_rows: rows::Saved,
     kept: KeptTiles<CudaStorage>,
 }
 
@@ -401,20 +400,12 @@ impl LinearBackend for Cuda {
         let device = operands.hidden.0.device();
         let stream = device.cuda_stream();
         let inputs = Inputs::of(call)?;
-        let mut row_loss = alloc(device, call.rows)?;
-        let mut state = alloc(device, call.rows)?;
-        let mut stats = if stats {
-            Some(Stats::alloc(call, device)?)
-        } else {
-            None
-        };
+        let mut rows = Rows::alloc(call, device, true, stats)?;
         let mut first_error = FirstError::alloc(call, device)?;
         let mut kept = Vec::new();
         if call.rows > 0 {
             let products = Products::new(call, operands)?;
-            let work = Work::ForwardOfTile {
-                stats: stats.is_some(),
-            };
+            let work = Work::ForwardOfTile { stats };
             let mut running: CudaSlice<Running> = alloc(device, call.rows)?;
             let mut free = None;
             for (t, tile) in plan.tiles.iter().enumerate() {
@@ -426,11 +417,7 @@ impl LinearBackend for Cuda {
                 let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
                 let element = read_floats(&mut launch, &logits)?;
                 inputs.set(&mut launch)?;
-                launch.params.loss = launch.write(&mut row_loss);
-                launch.params.state = launch.write(&mut state);
-                if let Some(stats) = &mut stats {
-                    stats.set(&mut launch);
-                }
+                rows.set(&mut launch, call, false);
                 first_error.set(&mut launch);
                 if tile.classes.len() < call.vocab {
                     launch.params.running = launch.write(&mut running);
@@ -445,17 +432,13 @@ impl LinearBackend for Cuda {
             }
         }
         first_error.check(call, device)?;
-        let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
+        rows.reduce(call, device, &inputs)?;
+        let (loss, stats, of_rows) = rows.finish(call, device)?;
+        let kept = KeptTiles::new(kept);
         Ok(Forward {
-            loss: CudaStorage::wrap_cuda_slice(loss, device.clone()),
-            stats: stats.map(|stats| stats.into_tensors(call, device)),
-            saved: Saved {
-                of_rows: logits::Saved {
-                    state,
-                    total_weight,
-                },
-                kept: KeptTiles::new(kept),
-            },
+            loss,
+            stats,
+            saved: Saved { of_rows, kept },
         })
     }
 
@@ -471,7 +454,7 @@ impl LinearBackend for Cuda {
         let stream = device.cuda_stream();
         check_upstream(call, upstream)?;
         let inputs = Inputs::of(call)?;
-        let upstream = OnDevice::of(upstream);
+        let (upstream, memory) = (OnDevice::of(upstream), saved.of_rows.memory());
         let products = Products::new(call, operands)?;
         let by_rows = plan.tiles.by_rows;
         let covered = if call.rows == 0 { 0 } else { call.vocab };
@@ -503,11 +486,9 @@ impl LinearBackend for Cuda {
             let (element, address) = write_floats(&mut launch, &mut logits)?;
             (launch.params.logits, launch.params.grad) = (address, address);
             inputs.set(&mut launch)?;
-            launch.params.state = launch.read(&saved.of_rows.state);
+            saved.of_rows.set(&memory, &mut launch)?;
             launch.params.upstream = upstream.read::<f32>(&mut launch)?;
             launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
-            launch.params.divisor =
-                (saved.of_rows.total_weight.as_ref()).map_or(0, |w| launch.read(w));
             // SAFETY: the tile has its rows `pitch` apart, `upstream` has the number of values checked above, and all other
             // memory has an element for each of `call.rows`.
             unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }?;

@@ -1,28 +1,23 @@
 //! The loss of logits on CUDA.
 
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, backend::BackendStorage};
-use cudarc::driver::CudaSlice;
+use candle_core::{
+    CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, backend::BackendStorage,
+    op::BackpropOp,
+};
 
 use super::{
     Cuda,
-    arguments::{FirstError, Inputs, Stats, check_upstream, scalars},
-    memory::{OnDevice, alloc, alloc_floats, read_floats, tensor, write_floats},
+    arguments::{FirstError, Inputs, check_upstream, scalars},
+    memory::{OnDevice, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    reduce::{launch_reduce, reduce},
+    rows::{Rows, Saved},
 };
 use crate::{
     backend::{Backend, Forward, Fused},
     call::Call,
-    kernels::abi::{Element, RowOffsets, RowState},
+    kernels::abi::{Element, RowOffsets},
     options::Reduction,
 };
-
-/// What the backward needs of the forward, on the device.
-pub(crate) struct Saved {
-    pub(super) state: CudaSlice<RowState>,
-    /// Σ w, for [`Reduction::Mean`].
-    pub(super) total_weight: Option<CudaSlice<f32>>,
-}
 
 impl Backend for Cuda {
     type Storage = CudaStorage;
@@ -37,40 +32,22 @@ impl Backend for Cuda {
         let device = logits.device();
         let stream = device.cuda_stream();
         let inputs = Inputs::of(call)?;
-        let mut row_loss = alloc(device, call.rows)?;
-        let mut state = alloc(device, call.rows)?;
-        let mut stats = if stats {
-            Some(Stats::alloc(call, device)?)
-        } else {
-            None
-        };
+        let mut rows = Rows::alloc(call, device, true, stats)?;
         let mut first_error = FirstError::alloc(call, device)?;
         if call.rows > 0 {
             let mut launch = Launch::new(&stream, scalars(call, layout)?);
             let element = read_logits(&mut launch, logits, layout)?;
             inputs.set(&mut launch)?;
-            launch.params.loss = launch.write(&mut row_loss);
-            launch.params.state = launch.write(&mut state);
-            let work = Work::Forward {
-                stats: stats.is_some(),
-            };
-            if let Some(stats) = &mut stats {
-                stats.set(&mut launch);
-            }
+            rows.set(&mut launch, call, false);
             first_error.set(&mut launch);
+            let work = Work::Forward { stats };
             // SAFETY: the logits cover their layout, and all other memory has an element for each of `call.rows`.
             unsafe { launch.start(work, element, call.softcap.is_some()) }?;
         }
         first_error.check(call, device)?;
-        let (loss, total_weight) = reduce(call, device, &inputs, row_loss)?;
-        Ok(Forward {
-            loss: CudaStorage::wrap_cuda_slice(loss, device.clone()),
-            stats: stats.map(|stats| stats.into_tensors(call, device)),
-            saved: Saved {
-                state,
-                total_weight,
-            },
-        })
+        rows.reduce(call, device, &inputs)?;
+        let (loss, stats, saved) = rows.finish(call, device)?;
+        Ok(Forward { loss, stats, saved })
     }
 
     fn backward(
@@ -135,14 +112,13 @@ fn run_backward(
     }
     let stream = gradient.device().cuda_stream();
     let inputs = Inputs::of(call)?;
-    let upstream = OnDevice::of(upstream);
+    let (upstream, memory) = (OnDevice::of(upstream), saved.memory());
     let mut launch = Launch::new(&stream, scalars(call, layout)?);
     let element = gradient.set(&mut launch, layout)?;
     inputs.set(&mut launch)?;
-    launch.params.state = launch.read(&saved.state);
+    saved.set(&memory, &mut launch)?;
     launch.params.upstream = upstream.read::<f32>(&mut launch)?;
     launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
-    launch.params.divisor = saved.total_weight.as_ref().map_or(0, |w| launch.read(w));
     // SAFETY: logits and gradient cover their layouts, `upstream` has the number of values checked above, and the
     // rest an element for each of `call.rows`.
     unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }
@@ -152,31 +128,33 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> 
     let device = gradient.device().clone();
     let stream = device.cuda_stream();
     let inputs = Inputs::of(call)?;
-    let mut row_loss = alloc(&device, call.rows)?;
-    let mut stats = Stats::alloc(call, &device)?;
+    let mut rows = Rows::alloc(call, &device, false, true)?;
     let mut first_error = FirstError::alloc(call, &device)?;
     if call.rows > 0 {
-        // Gradients of a mean are divided by the total weight, which therefore has to be known first.
-        let total_weight = match call.reduction {
-            Reduction::Mean => Some(launch_reduce(call, &device, &inputs, None)?.total_weight),
-            _ => None,
-        };
+        let mean = call.reduction == Reduction::Mean;
+        if mean {
+            rows.weigh(call, &device, &inputs)?;
+        }
         let mut launch = Launch::new(&stream, scalars(call, layout)?);
         let element = gradient.set(&mut launch, layout)?;
         inputs.set(&mut launch)?;
-        launch.params.divisor = total_weight.as_ref().map_or(0, |w| launch.read(w));
-        launch.params.loss = launch.write(&mut row_loss);
-        stats.set(&mut launch);
+        rows.set(&mut launch, call, mean);
         first_error.set(&mut launch);
         // SAFETY: logits and gradient cover their layouts, and all other memory has an element for each of
         // `call.rows`, but for the scalar divisor.
         unsafe { launch.start(Work::LossAndGradient, element, call.softcap.is_some()) }?;
     }
     first_error.check(call, &device)?;
-    let (loss, _) = reduce(call, &device, &inputs, row_loss)?;
+    rows.reduce(call, &device, &inputs)?;
+    let (loss, stats, _) = rows.finish(call, &device)?;
     Ok(Fused {
-        loss: tensor(loss, &device, call.loss_shape()),
-        stats: stats.into_tensors(call, &device),
+        loss: Tensor::from_storage(
+            Storage::Cuda(loss),
+            call.loss_shape(),
+            BackpropOp::none(),
+            false,
+        ),
+        stats: stats.expect("they were asked for"),
     })
 }
 

@@ -10,7 +10,7 @@ mod linear;
 mod logits;
 mod memory;
 mod module;
-mod reduce;
+mod rows;
 
 /// Its `Backend` is in [`logits`], its `LinearBackend` in [`linear`].
 pub(crate) struct Cuda;

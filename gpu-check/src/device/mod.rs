@@ -3,6 +3,7 @@
 pub mod graph;
 mod linear;
 pub mod memory;
+pub mod steps;
 mod timer;
 mod timing;
 
