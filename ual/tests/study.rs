@@ -1,7 +1,7 @@
 //! The study: its clusters on points with a known answer, and a small run whose report says what its outcomes are.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -12,7 +12,9 @@ use candle_ual::{
     commands::study::clusters::{self, Points},
     data::samples::Sample,
     model::decoder::{Config, Decoder},
+    report::plots::Look,
 };
+use plotters::style::RGBColor;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -137,6 +139,36 @@ fn a_small_study_reports_its_outcomes() {
         let text = fs::read_to_string(folder.path().join("a").join(picture)).unwrap();
         assert!(text.starts_with("<svg"));
     }
+    // UAL is green here as in `ual finetune`, in the picture of its smoothing too.
+    let picture = |name: &str| fs::read_to_string(folder.path().join("a").join(name)).unwrap();
+    assert_eq!(Look::of("UAL").color, RGBColor(0, 158, 115));
+    assert!(picture("smoothing.svg").contains("#009E73"));
+    let looks: Vec<_> = all
+        .iter()
+        .chain(&["within kind"])
+        .map(|m| Look::of(m))
+        .collect();
+    for (i, a) in looks.iter().enumerate() {
+        let others = &looks[i + 1..];
+        assert!(
+            others
+                .iter()
+                .all(|b| a.color != b.color && a.dash != b.dash)
+        );
+    }
+    // Four panels with one scale, names of the axes, and tokens' names.
+    let clusters = picture("clusters.svg");
+    let count = |text: &str| clusters.lines().filter(|line| *line == text).count();
+    assert_eq!(count("along the widest direction"), 4);
+    assert_eq!(count("along the second widest"), 4);
+    assert!(clusters.contains("\ntoken "));
+    let numbers = clusters.lines().filter(|line| line.parse::<f64>().is_ok());
+    let mut times: BTreeMap<&str, usize> = BTreeMap::new();
+    numbers.for_each(|number| *times.entry(number).or_default() += 1);
+    assert!(
+        times.len() > 2 && times.values().all(|n| n % 4 == 0),
+        "{times:?}"
+    );
     // All that smooth have one mean over the rows they are trained on.
     for (m, outcome) in outcomes.iter().enumerate() {
         let mean = outcome["run"]["mean_smoothing"].as_f64().unwrap();

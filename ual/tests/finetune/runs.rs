@@ -108,6 +108,16 @@ fn a_run_on_synthetic_data_reports_every_method_and_repeats() {
             text.starts_with("<svg") && text.trim_end().ends_with("</svg>") && text.contains("UAL")
         );
     }
+    // Steps are whole: of three, each has one tick in either panel.
+    let losses = fs::read_to_string(first.path().join("losses.svg")).unwrap();
+    let ticks = losses.lines().filter(|line| line.parse::<usize>().is_ok());
+    let mut ticks: Vec<_> = ticks.collect();
+    ticks.sort_unstable();
+    assert_eq!(ticks, ["0", "0", "1", "1", "2", "2", "3", "3"]);
+    // The first method's curve is one line, the others are dashes, through which it shows.
+    let lines = |color: &str| losses.matches(&format!("stroke=\"{color}\"")).count();
+    assert_eq!(lines("#0072B2"), 4); // curve and legend, in two panels
+    assert!(lines("#D55E00") > 4 && lines("#009E73") > lines("#D55E00"));
     let nll = |run: usize| {
         metrics["runs"][run]["groups"][0]["summary"]["nll"]
             .as_f64()

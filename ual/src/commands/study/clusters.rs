@@ -23,6 +23,8 @@ const MOST: usize = 40;
 pub struct Points {
     pub states: Vec<Vec<f64>>,
     pub labels: Vec<usize>,
+    /// Which token each cluster is of.
+    pub tokens: Vec<u32>,
 }
 
 /// Euclidean distances between states.
@@ -66,14 +68,15 @@ pub fn points(
         }
     }
     let mut frequent: Vec<_> = by_token
-        .into_values()
-        .filter(|(contexts, _)| *contexts >= LEAST)
+        .into_iter()
+        .filter(|(_, (contexts, _))| *contexts >= LEAST)
         .collect();
-    frequent.sort_by_key(|(contexts, _)| Reverse(*contexts)); // stable: equals in the tokens' order
+    frequent.sort_by_key(|(_, (contexts, _))| Reverse(*contexts)); // stable: equals in the tokens' order
     let mut points = Points::default();
-    for (label, (_, states)) in frequent.into_iter().take(TOKENS).enumerate() {
+    for (label, (token, (_, states))) in frequent.into_iter().take(TOKENS).enumerate() {
         points.labels.extend(states.iter().map(|_| label));
         points.states.extend(states);
+        points.tokens.push(token);
     }
     Ok(points)
 }

@@ -5,7 +5,10 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::{commands::study::clusters::Points, report::plots::COLORS};
+use crate::{
+    commands::study::{arms::UAL, clusters::Points},
+    report::plots::Look,
+};
 
 const FONT: (&str, u32) = ("sans-serif", 15);
 /// So many clusters are told apart by colour.
@@ -36,40 +39,63 @@ pub fn smoothing(path: &Path, points: &[(f32, f32)]) -> Result<()> {
             .y_desc("smoothing")
             .max_light_lines(0)
             .draw()?;
-        let circles = points
-            .iter()
-            .map(|&p| Circle::new(p, 3, COLORS[0].mix(0.4).filled()));
+        let color = Look::of(UAL).color.mix(0.4);
+        let circles = points.iter().map(|&p| Circle::new(p, 3, color.filled()));
         chart.draw_series(circles)?;
         root.present()
     };
     named(path, draw())
 }
 
-/// A panel a method: its states along their two directions of largest variance.
-pub fn projections(path: &Path, methods: &[(&'static str, Points)]) -> Result<()> {
+/// A panel a method: its states along their two directions of largest variance, all panels on one scale. `name` says
+/// which token a cluster is of.
+pub fn projections(
+    path: &Path,
+    methods: &[(&'static str, Points)],
+    name: impl Fn(u32) -> String,
+) -> Result<()> {
+    let projected: Vec<Vec<(f64, f64)>> = methods.iter().map(|(_, p)| p.projection()).collect();
+    let largest = |value: fn(&(f64, f64)) -> f64| {
+        let values = projected.iter().flatten().map(|p| value(p).abs());
+        1.05 * values.fold(0.1, f64::max)
+    };
+    let (right, top) = (largest(|p| p.0), largest(|p| p.1));
     let draw = || -> Drawn {
-        let root = SVGBackend::new(path, (1000, 800)).into_drawing_area();
+        let (width, height, legend) = (1000, 840, 40);
+        let root = SVGBackend::new(path, (width, height)).into_drawing_area();
         root.fill(&WHITE)?;
+        let (root, below) = root.split_vertically(height - legend);
         let panels = root.split_evenly((methods.len().div_ceil(2), 2));
-        for (panel, (name, points)) in panels.iter().zip(methods) {
-            let projected = points.projection();
-            let largest = |value: fn(&(f64, f64)) -> f64| {
-                1.05 * projected.iter().map(|p| value(p).abs()).fold(0.1, f64::max)
-            };
-            let (x, y) = (largest(|p| p.0), largest(|p| p.1));
+        for ((panel, (method, points)), projected) in panels.iter().zip(methods).zip(&projected) {
             let mut chart = ChartBuilder::on(panel)
-                .caption(*name, FONT)
+                .caption(*method, FONT)
                 .margin(10)
-                .x_label_area_size(25)
-                .y_label_area_size(40)
-                .build_cartesian_2d(-x..x, -y..y)?;
-            chart.configure_mesh().max_light_lines(0).draw()?;
+                .margin_right(20)
+                .x_label_area_size(40)
+                .y_label_area_size(50)
+                .build_cartesian_2d(-right..right, -top..top)?;
+            chart
+                .configure_mesh()
+                .x_desc("along the widest direction")
+                .y_desc("along the second widest")
+                .max_light_lines(0)
+                .draw()?;
             let labelled = projected.iter().zip(&points.labels);
             let shown = labelled.filter(|(_, label)| **label < SHOWN);
             chart.draw_series(shown.map(|(&point, &label)| {
                 let color = Palette99::pick(label).mix(0.7);
                 Circle::new(point, 3, color.filled())
             }))?;
+        }
+        // Clusters are of the same tokens in every panel: the held-out samples' most frequent.
+        let tokens = methods
+            .first()
+            .map_or(&[][..], |(_, p)| p.tokens.as_slice());
+        let step = (width as i32 - 20) / SHOWN as i32;
+        for (i, &token) in tokens.iter().take(SHOWN).enumerate() {
+            let (x, y) = (20 + step * i as i32, legend as i32 / 2);
+            below.draw(&Circle::new((x, y), 5, Palette99::pick(i).filled()))?;
+            below.draw(&Text::new(name(token), (x + 10, y - 7), FONT))?;
         }
         root.present()
     };

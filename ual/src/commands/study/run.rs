@@ -130,7 +130,17 @@ pub fn run(args: &Args) -> Result<()> {
     plots::losses(&folder.join("losses.svg"), &first.runs)?;
     plots::reliability(&folder.join("reliability.svg"), &first.runs)?;
     pictures::smoothing(&folder.join("smoothing.svg"), &first.smoothing)?;
-    pictures::projections(&folder.join("clusters.svg"), &first.points)?;
+    let name = |token: u32| {
+        let text = |loaded: &Pretrained| {
+            let encoder = &loaded.encoder;
+            let id = token.checked_sub(encoder.offset)?;
+            let text = encoder.tokenizer.decode(&[id], false).ok()?;
+            (!text.contains('\u{fffd}')).then(|| format!("{text:?}"))
+        };
+        let text = loaded.as_ref().and_then(text);
+        text.unwrap_or_else(|| format!("token {token}"))
+    };
+    pictures::projections(&folder.join("clusters.svg"), &first.points, name)?;
     let text = summary::markdown(&outcomes, args.seeds as usize, &first.about);
     let path = folder.join("report.md");
     fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
