@@ -9,7 +9,7 @@
 //! | [`files`] | files that are whole whenever the program is killed, a folder for one process at a time |
 //! | [`text`] | from text to tokens: the tokenizer of a GGUF file, chat templates |
 //! | [`data`] | samples of a file or made up, estimated uncertainties, batches |
-//! | [`model`] | the decoder and its layers, GGUF and safetensors in and out, the quantised Llama that scores |
+//! | [`model`] | the decoder and its layers, GGUF and safetensors in and out |
 //! | [`report`] | metrics, loss curves, tables, pictures, progress bars |
 //! | [`training`] | options, methods, optimizer, checkpoints, the training itself, evaluation |
 //! | [`commands`] | `ual elicit`, `ual finetune`, `ual study` |
@@ -17,6 +17,7 @@
 pub mod commands;
 pub mod data;
 pub mod digest;
+pub mod failure;
 pub mod files;
 pub mod model;
 pub mod report;

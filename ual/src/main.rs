@@ -3,7 +3,10 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use candle_ual::commands::{elicit, finetune, study};
+use candle_ual::{
+    commands::{elicit, finetune, study},
+    failure,
+};
 use clap::{Parser, Subcommand};
 use counting_allocator::Counting;
 
@@ -37,7 +40,14 @@ enum Command {
     Study(study::args::Args),
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("{}", failure::text(&error));
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Command::Elicit(args) => elicit::run::run(&args),
         Command::Finetune(args) => finetune::run::run(&args.training).map(|()| ExitCode::SUCCESS),

@@ -350,3 +350,83 @@ fn many_samples_are_read_and_ranked_in_seconds() {
     let taken = start.elapsed(); // where ranks are counted, several minutes
     assert!(taken < Duration::from_secs(120), "{taken:?}");
 }
+
+fn parquet(name: &str) -> Vec<u8> {
+    fs::read(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/parquet")
+            .join(name),
+    )
+    .unwrap()
+}
+
+/// `parquet/make.py` made the files, by Arrow's own writer.
+#[test]
+fn parquet_is_read_as_data_sets_are_published() {
+    let records = read(parquet("messages.parquet")).unwrap();
+    assert_eq!(records.len(), 300); // in three groups of rows
+    for (i, record) in records.iter().enumerate() {
+        let (question, answer) = (format!("What is {i} + {i}?"), format!("„{}“\n", 2 * i));
+        let expected = [
+            ("system", "Be brief."),
+            ("user", &question),
+            ("assistant", &answer),
+        ];
+        assert_eq!(says(&record.turns), expected);
+        assert_eq!(record.line, i + 1);
+        assert_eq!(record.fields["score"], json!(i as f64 / 300.0));
+    }
+    // Scores are appended to a row's object.
+    let folder = TempDir::new().unwrap();
+    let samples = samples::read(&write(&folder, parquet("messages.parquet"))).unwrap();
+    let score = Score {
+        uncertainty: 0.5,
+        votes: None,
+        spread: None,
+        model: "m",
+        cost: None,
+    };
+    let line: Value = serde_json::from_str(&samples[7].scored(&score).unwrap()).unwrap();
+    assert_eq!(line["messages"][1]["content"], "What is 7 + 7?");
+}
+
+#[test]
+fn columns_of_parquet_become_fields_of_their_kind() {
+    let records = read(parquet("columns.parquet")).unwrap();
+    let fields = |row: usize| Value::Object(records[row].fields.clone());
+    assert_eq!(
+        fields(0),
+        json!({
+            "prompt": "one?", "response": "1", "uncertainty": 0.1, "large": i64::MAX, "unsigned": u64::MAX,
+            "missing": null, "nan": null, "flag": true, "when": "2024-02-29 12:30:00.000000 +00:00", "price": "1.25",
+            "bytes": {"base64": "/wA="}, "map": {"a": 1}, "nested": {"list": [[1, 2], []], "none": null},
+        })
+    );
+    assert_eq!(
+        fields(1),
+        json!({
+            "prompt": "two?", "response": "2", "uncertainty": 0.2, "large": -(1i64 << 53) - 1, "unsigned": null,
+            "missing": null, "nan": 1.5, "flag": false, "when": null, "price": null, "bytes": "text", "map": {},
+            "nested": {"list": [], "none": "x"},
+        })
+    );
+}
+
+#[test]
+fn damaged_parquet_is_refused_by_name() {
+    let whole = parquet("messages.parquet");
+    for end in [4, 100, whole.len() / 2, whole.len() - 1] {
+        let text = refusal(&whole[..end]);
+        assert!(
+            text.starts_with("data: it begins as a Parquet file does"),
+            "{text}"
+        );
+    }
+    let mut damaged = whole.clone();
+    damaged[200..600].fill(0x55);
+    let text = refusal(&damaged);
+    assert!(
+        text.starts_with("data: ") && text.contains("Parquet"),
+        "{text}"
+    );
+}

@@ -1,4 +1,4 @@
-//! The one reader of data sets, for every command: JSON lines or a JSON array, plain or gzipped.
+//! The one reader of data sets, for every command: JSON lines, a JSON array or Parquet; the former plain or gzipped.
 
 use std::{fs, io::Read, path::Path};
 
@@ -9,14 +9,14 @@ use serde_json::{Deserializer, Map, Value};
 
 use crate::data::{
     form::{self, Form, Turn},
-    lines,
+    lines, parquet,
 };
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
 
 /// A sample as it stands in a file.
 pub struct Record {
-    /// Where it begins, from 1.
+    /// Where it begins, from 1; of Parquet the row.
     pub line: usize,
     /// The JSON object on one line: its text in the file, less line breaks.
     pub object: String,
@@ -49,6 +49,9 @@ pub fn read<T>(path: &Path, mut parse: impl FnMut(Record) -> Result<T>) -> Resul
         Ok(())
     };
     match text.trim_ascii_start().first() {
+        _ if text.starts_with(parquet::MAGIC) => {
+            parquet::each_row(path, bytes, &mut take)?;
+        }
         Some(b'[') => each_of_array(path, text, &mut take)?,
         _ => each_line(path, text, &mut take)?,
     }

@@ -7,5 +7,6 @@ pub mod input;
 pub mod jsonl;
 pub mod lines;
 pub mod ngram;
+mod parquet;
 pub mod samples;
 pub mod synthetic;

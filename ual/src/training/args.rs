@@ -21,7 +21,8 @@ use crate::{
 pub struct Args {
     /// Real data: a line a sample, {"prompt": "…", "response": "…", "uncertainty": 0.3}. The uncertainty is in [0, 1];
     /// where no sample has one it is estimated: the rank, among the training samples, of the response's cross-entropy under a
-    /// trigram model of the other training samples. Without this option the data are synthetic
+    /// trigram model of the other training samples. A JSON array, Parquet and other forms of samples do as well. Without this
+    /// option the data are synthetic
     #[arg(long, value_name = "FILE.jsonl")]
     pub data: Option<PathBuf>,
     /// A model of the Llama family to begin with, in place of a small one that is pre-trained here: a GGUF file, or a folder

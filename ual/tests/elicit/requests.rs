@@ -534,3 +534,71 @@ fn a_prompt_of_ones_own_takes_the_defaults_place() {
         "docs/elicitation.md shows another prompt"
     );
 }
+
+#[test]
+fn what_is_set_but_empty_is_not_set() {
+    let job = Job::new(1);
+    let told = |variable: &str| {
+        let mut command = job.command(&["--base-url", "http://127.0.0.1:9"]);
+        Run::of(command.env("OPENAI_MODEL", variable).output().unwrap())
+            .expect(2)
+            .stderr
+    };
+    assert!(told("").contains("--model MODEL, or OPENAI_MODEL"));
+    assert!(told(" ").contains("--model MODEL, or OPENAI_MODEL"));
+    // A key that is empty is none: the server sees no header.
+    let server = Server::start(|_| Response::uncertainty(30));
+    let mut command = job.remote(&server, &[]);
+    Run::of(command.env("OPENAI_API_KEY", "").output().unwrap()).expect(0);
+}
+
+#[test]
+fn an_output_that_is_no_file_is_refused() {
+    let job = Job::new(1);
+    let told = |out: &str| {
+        let mut command = job.program();
+        command.args([
+            "--data",
+            "in.jsonl",
+            "--model",
+            "m",
+            "--base-url",
+            "http://127.0.0.1:9",
+            "--out",
+            out,
+        ]);
+        Run::of(command.output().unwrap()).expect(1).stderr
+    };
+    let text = told("/dev/stdout");
+    assert!(
+        text.contains("/dev/stdout") && text.contains("it is no regular file"),
+        "{text}"
+    );
+    assert!(told(".").contains("it is a folder"));
+}
+
+/// What would stop the training is said when the scoring ends.
+#[test]
+fn scores_that_no_training_takes_are_named() {
+    let told = |uncertainty: fn(usize) -> usize| {
+        let job = Job::new(20);
+        let server = Server::start(move |asked| Response::uncertainty(uncertainty(asked.sample)));
+        job.run(&server, &[]).expect(0).stderr
+    };
+    let certain = told(|sample| if sample == 0 { 40 } else { 0 });
+    for part in [
+        "warning: `ual finetune` will not train",
+        "a character",
+        "--mean-smoothing 0.0",
+        "of 1 of 20 samples",
+    ] {
+        assert!(certain.contains(part), "{certain}");
+    }
+    let equal = told(|_| 40);
+    assert!(
+        equal.contains("warning: all uncertainties are 0.4: UAL is then constant smoothing"),
+        "{equal}"
+    );
+    let fit = told(|sample| 20 + sample);
+    assert!(!fit.contains("warning"), "{fit}");
+}

@@ -585,3 +585,32 @@ fn what_does_not_fit_is_refused() {
     let text = broken.refusal("out", &[]);
     assert!(text.contains("nothing"), "{text}");
 }
+
+/// candle's errors carry frames in their text; the message comes first, as without them.
+#[test]
+fn a_backtrace_comes_after_the_message() {
+    let setup = Setup::new(20);
+    let model = fs::read(&setup.model).unwrap();
+    fs::write(&setup.model, &model[..model.len() - 100]).unwrap();
+    let told = |backtrace: &str| {
+        let mut command = setup.command("out", &[]);
+        let output = command.env("RUST_BACKTRACE", backtrace).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let plain = told("0");
+    assert!(
+        !plain.contains("backtrace") && plain.contains("Caused by:"),
+        "{plain}"
+    );
+    let (message, frames) = {
+        let text = told("1");
+        let (message, frames) = text.split_once("\n\nStack backtrace:\n").expect("frames");
+        (message.to_string(), frames.to_string())
+    };
+    assert_eq!(message.trim(), plain.trim());
+    assert!(
+        frames.contains("candle_core::") && frames.contains("ual::main"),
+        "{frames}"
+    );
+}

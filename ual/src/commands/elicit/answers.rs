@@ -17,6 +17,7 @@ use crate::{
         samples::{Cost, Sample, Score, id, texts},
     },
     data::lines,
+    training::smoothing::{self, Weighted},
 };
 
 /// How a line of OUT.votes begins.
@@ -43,12 +44,13 @@ pub struct Answers<'a> {
     votes: Option<usize>,
     out: Log,
     partial: Option<Log>,
-    /// Of each sample, the answers so far, and whether its line is in OUT.
+    /// Of each sample, the answers so far.
     given: Vec<Vec<f64>>,
     /// Of each sample's answers, and of all there are.
     costs: Vec<Cost>,
     cost: Cost,
-    done: Vec<bool>,
+    /// Of each sample whose line is in OUT.
+    uncertainties: Vec<Option<f64>>,
     scale: Scale,
 }
 
@@ -93,7 +95,7 @@ impl<'a> Answers<'a> {
             given: vec![Vec::new(); samples.len()],
             costs: vec![Cost::default(); samples.len()],
             cost: Cost::default(),
-            done: vec![false; samples.len()],
+            uncertainties: vec![None; samples.len()],
             scale: Scale::default(),
         };
         let index: HashMap<&str, usize> = samples
@@ -135,10 +137,14 @@ impl<'a> Answers<'a> {
             self.samples[i].prompt == prompt && self.samples[i].response == response,
             "sample {id} has another text in --data; choose another --out"
         );
-        ensure!(!self.done[i], "sample {id} is there twice");
-        let uncertainty = fields.get("uncertainty").and_then(|u| u.as_f64());
         ensure!(
-            uncertainty.is_some_and(|u| (0.0..=1.0).contains(&u)),
+            self.uncertainties[i].is_none(),
+            "sample {id} is there twice"
+        );
+        let uncertainty = fields.get("uncertainty").and_then(|u| u.as_f64());
+        let uncertainty = uncertainty.filter(|u| (0.0..=1.0).contains(u));
+        ensure!(
+            uncertainty.is_some(),
             "\"uncertainty\" must be a number in [0, 1]"
         );
         let votes = fields
@@ -151,7 +157,7 @@ impl<'a> Answers<'a> {
             self.scale.count(vote);
         }
         self.cost += serde_json::from_value(fields.into()).context("the tokens")?;
-        self.done[i] = true;
+        self.uncertainties[i] = uncertainty;
         Ok(())
     }
 
@@ -169,7 +175,7 @@ impl<'a> Answers<'a> {
             "\"vote\" is {}; it must be in [0, 1]",
             vote.vote
         );
-        if !self.done[i] {
+        if self.uncertainties[i].is_none() {
             self.take(i, vote.vote, vote.cost); // else they are in OUT
         }
         Ok(())
@@ -199,7 +205,7 @@ impl<'a> Answers<'a> {
 
     /// How many answers a sample still lacks.
     pub fn missing(&self, sample: usize) -> usize {
-        if self.done[sample] {
+        if self.uncertainties[sample].is_some() {
             return 0;
         }
         self.votes
@@ -209,7 +215,7 @@ impl<'a> Answers<'a> {
 
     /// Samples whose line is in OUT.
     pub fn done(&self) -> usize {
-        self.done.iter().filter(|&&done| done).count()
+        self.uncertainties.iter().flatten().count()
     }
 
     /// Whether there is an answer, of this run or an earlier one.
@@ -240,6 +246,23 @@ impl<'a> Answers<'a> {
         })
     }
 
+    /// What `ual finetune` will say of these uncertainties, by a character of a response in place of a token.
+    pub fn unfit(&self) -> Option<String> {
+        let scored = self.samples.iter().zip(&self.uncertainties);
+        let weighted = scored.filter_map(|(sample, uncertainty)| {
+            Some(((*uncertainty)? as f32, sample.response.chars().count()))
+        });
+        let weighted: Vec<Weighted> = weighted.collect();
+        let obstacle = smoothing::obstacle(&weighted, smoothing::MEAN, smoothing::MAX);
+        let obstacle = obstacle.map(|obstacle| {
+            format!(
+                "warning: `ual finetune` will not train on these uncertainties with its usual options. With a token a \
+                 character, as tokens are not known here: {obstacle}"
+            )
+        });
+        obstacle.or_else(|| Some(format!("warning: {}", smoothing::warning(&weighted)?)))
+    }
+
     fn take(&mut self, sample: usize, vote: f64, cost: Cost) {
         self.scale.count(vote);
         self.given[sample].push(vote);
@@ -268,7 +291,7 @@ impl<'a> Answers<'a> {
     }
 
     fn finish_if_complete(&mut self, sample: usize) -> Result<()> {
-        if self.done[sample]
+        if self.uncertainties[sample].is_some()
             || self
                 .votes
                 .is_none_or(|votes| self.given[sample].len() < votes)
@@ -297,15 +320,17 @@ impl<'a> Answers<'a> {
             cost: self.votes.map(|_| self.costs[sample]),
         };
         self.out.append(&self.samples[sample].scored(&score)?)?;
-        self.done[sample] = true;
+        self.uncertainties[sample] = Some(uncertainty);
         Ok(())
     }
 
     /// Removes OUT.votes when every sample is done: all that it holds is in OUT.
     pub fn close(self) -> Result<()> {
         match self.partial {
-            Some(partial) if self.done.iter().all(|&done| done) => fs::remove_file(partial.path())
-                .with_context(|| format!("cannot remove {}", partial.path().display())),
+            Some(partial) if self.uncertainties.iter().all(Option::is_some) => {
+                fs::remove_file(partial.path())
+                    .with_context(|| format!("cannot remove {}", partial.path().display()))
+            }
             _ => Ok(()),
         }
     }

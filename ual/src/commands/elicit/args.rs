@@ -3,6 +3,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use clap::error::ErrorKind;
 use serde_json::{Map, Value};
 use ureq::http::HeaderName;
 
@@ -27,7 +28,7 @@ Examples:
   ual elicit --data samples.jsonl --out scored.jsonl --local MODEL.gguf")]
 pub struct Args {
     /// A line a sample, {"id": "…", "prompt": "…", "response": "…"}; further fields are kept. Without an id the sample's is
-    /// a hash of its prompt and response
+    /// a hash of its prompt and response. A JSON array, Parquet and other forms of samples do as well
     #[arg(
         long,
         value_name = "FILE.jsonl",
@@ -59,8 +60,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     key_header: Option<String>,
     /// Model to ask
-    #[arg(long, env = "OPENAI_MODEL", required_unless_present_any = ["local", "print_prompt"])]
-    pub model: Option<String>,
+    #[arg(long, env = "OPENAI_MODEL")]
+    model: Option<String>,
     /// Answers a sample. Their mean is its uncertainty, their standard deviation its spread
     #[arg(long, default_value_t = 1)]
     pub votes: usize,
@@ -139,6 +140,7 @@ impl Args {
             self.votes
         );
         if self.local.is_none() && !self.print_prompt {
+            self.model();
             self.check_key()?;
         }
         Ok(())
@@ -161,7 +163,17 @@ impl Args {
         Ok(())
     }
 
-    /// An empty one, as of a variable that is set but empty, is none.
+    /// Ends the program where there is none: an empty one, as of a variable that is set but empty, is none.
+    pub fn model(&self) -> &str {
+        let model = self.model.as_deref().map(str::trim).unwrap_or_default();
+        if model.is_empty() {
+            let missing = "the model to ask is missing: --model MODEL, or OPENAI_MODEL; or --local MODEL.gguf\n";
+            clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit();
+        }
+        model
+    }
+
+    /// As of the model.
     pub fn base_url(&self) -> &str {
         match self.base_url.trim() {
             "" => DEFAULT_URL,

@@ -1,12 +1,12 @@
 //! A file of lines that only grows, and that a program killed at any moment leaves repairable.
 
 use std::{
-    fs::{File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use serde_json::{Map, Value};
 
@@ -71,6 +71,18 @@ impl Log {
 }
 
 fn open(path: &Path) -> Result<(Log, Vec<String>)> {
+    // A pipe, say, would be read without an end.
+    if let Ok(found) = fs::metadata(path) {
+        ensure!(
+            found.is_file(),
+            "it is {}; answers are appended to a file, and read from it when the program goes on",
+            if found.is_dir() {
+                "a folder"
+            } else {
+                "no regular file"
+            }
+        );
+    }
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)

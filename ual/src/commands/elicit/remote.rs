@@ -78,7 +78,7 @@ pub fn score(
     answers: &mut Answers,
     missing: &mut BTreeMap<usize, String>,
 ) -> Result<()> {
-    let model = args.model.as_deref().context("--model is missing")?;
+    let model = args.model();
     let jobs: VecDeque<usize> = (0..samples.len())
         .flat_map(|i| std::iter::repeat_n(i, answers.missing(i)))
         .collect();

@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
     let model = match &args.local {
         Some(path) => local::name(path)?,
-        None => args.model.clone().context("--model is missing")?,
+        None => args.model().to_string(),
     };
     let votes = args.local.is_none().then_some(args.votes);
     let mut answers = Answers::resume(out, &samples, &model, votes)?;
@@ -69,6 +69,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         samples.len(),
         out.display()
     );
+    if let (true, Some(warning)) = (done == samples.len(), answers.unfit()) {
+        eprintln!("{warning}");
+    }
     answers.close()?;
     Ok(match done == samples.len() {
         true => ExitCode::SUCCESS,
