@@ -1,69 +1,457 @@
 #!/usr/bin/env python3
-"""Counts the instructions of the kernels' inner loops, which is most of what decides whether memory is the limit:
+"""Counts the machine instructions that whole kernels issue, and the share of a GPU's issue slots they take while memory
+runs at the speed of a copy:
 
-    nvcc -cubin -arch=sm_90 -O3 -std=c++17 -o kernels.cubin kernels/cross_entropy.cu
-    cuobjdump --dump-sass kernels.cubin | scripts/count-operations.py [KERNEL …]
+    count-operations.py [--arch 90 …] [KERNEL …]    # a table; needs nvcc and nvdisasm (cuda-toolchain.sh), no GPU
+    count-operations.py --check                     # compares with operation-bounds.tsv: exit 1 where more, and for rules
+    count-operations.py --update                    # writes today's counts there
+    count-operations.py --self-test                 # needs nothing
 
-Prints, for each loop that computes exponentials, the instructions of its usual way round: the one that skips what is
-rare (the target's group, a new maximum, masked classes), which compilers put behind forward branches. A loop works on
-16 bytes of logits a thread, 8 of f16 or bf16 and 4 of f32. MUFU are special-function instructions; a loop with two
-LDS.128 puts together words that a misaligned row straddles; one with STG writes the gradient.
+A warp's usual path is the longest one through the machine code that avoids what is rare (RARE below, by the source line
+that an instruction comes from) and what other warps do (LEADER, SECOND). Instructions outside loops are counted once; a
+loop over 16-byte groups once a group; a loop over a slice's chunks once a chunk. Predicated instructions take a slot
+whether they do anything or not. Which blocks a row has is in geometry.tsv, which a test compares with select.rs.
 """
+import argparse
+import math
 import re
+import subprocess
 import sys
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent / "kernels"
+BOUNDS = HERE / "operation-bounds.tsv"
+GEOMETRY = HERE / "geometry.tsv"
+ARCHS = ["90", "100", "103", "120"]  # for the rules; bounds are on BOUNDED
+BOUNDED = ["90", "100", "120"]
+WARPS = 8  # a block of the on-chip kernels
+
+# Multiprocessors, GHz, a copy's TB/s, dimensions of which are in select.rs.
+GPUS = {"H100": (132, 1.755, 3.0), "H200": (132, 1.98, 4.3), "B200": (148, 1.965, 7.0), "RTX 5090": (170, 2.407, 1.8)}
+
+# (function, pattern of a line in it). A block of instructions most of which come from such lines, inlined or not.
+RARE = [
+    ("read_inputs", r"kIgnored|kBad|first_error"),
+    ("finish_unused_row", r"."),
+    ("fill_gradient", r"."),
+    ("row_offset", r"offset \+= row %|row /="),
+    ("hide_target", r"."),
+    ("gradient_of_target", r"."),
+    ("add_group", r"relate<STATS>|a\.largest = largest|a\.at =|x\[k\] != -INFINITY|exact\(|in_units\(|if \(e > 0"),
+    ("count_masked", r"."),
+    ("relate", r"exact\("),
+    ("write_slice", r"write_gradient<|if \(special\)"),
+    ("write_gradient", r"if \(is_special|fill_gradient"),
+    ("write_words|write_groups|write_word|write_group", r"if \(start \+ k >= 0|if \(i >= 0"),
+    ("load_edge", r"."),
+]
+LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank")]
+WRITER = [("finish_row", r"(?s)if \(!writes\) return state;.*")]
+SECOND = [("copy_edges", r".")]
+CLUSTER = [("row_on_chip", r"if \(!one_block\)|sync_cluster|kMaxBlocksPerRow")]
+ALIGNED = [("row_on_chip", r"SOFTCAP, true>\(on_chip"), ("for_each_group", r"<T, true,")]
+MISALIGNED = [("row_on_chip", r"SOFTCAP, false>\(on_chip"), ("for_each_group", r"<T, false,")]
 
 
-def functions(lines):
-    name, found = None, {}
-    for line in lines:
-        if match := re.search(r"Function : (\S+)", line):
+class Sources:
+    """Lines of the kernels, and the function that each is in."""
+
+    def __init__(self, texts):
+        self.lines = {name: text.splitlines() for name, text in texts.items()}
+        self.function, self.after, self.known = {}, {}, {}
+        for name, lines in self.lines.items():
+            current, written = None, False
+            for number, line in enumerate(lines, 1):
+                if match := re.match(r"(?:template .*> )?\s*(?:ROW_KERNEL|DEVICE)\b.*?(\w+)\(", line):
+                    current, written = match[1], False
+                self.function[name, number] = current
+                self.after[name, number] = written
+                written |= "if (!writes) return state;" in line
+
+    def matches(self, frames, rules):
+        key = frames, tuple(rules)
+        if key not in self.known:
+            self.known[key] = self._matches(*key)
+        return self.known[key]
+
+    def _matches(self, frames, rules):
+        for frame in frames:
+            if frame not in self.function:
+                continue
+            function, line = self.function[frame] or "", self.lines[frame[0]][frame[1] - 1]
+            for name, pattern in rules:
+                if re.fullmatch(name, function) and (
+                    self.after[frame] if pattern.startswith("(?s)") else re.search(pattern, line)
+                ):
+                    return True
+        return False
+
+
+class Code:
+    """Basic blocks of a kernel: [(address, text, frames)], and edges."""
+
+    def __init__(self, instructions, labels):
+        self.instructions = instructions
+        branch = {}
+        for i, (_, text, _) in enumerate(instructions):
+            if (match := re.search(r"`\((\.L_x_\d+)\)", text)) and re.search(r"\bBRA\b", text):
+                branch[i] = labels[match[1]]
+        ends = {i for i, (_, text, _) in enumerate(instructions) if re.search(r"\b(BRA|EXIT|RET|CALL)\b", text)}
+        starts = sorted({0, *branch.values(), *(i + 1 for i in ends if i + 1 < len(instructions))})
+        self.spans = list(zip(starts, starts[1:] + [len(instructions)]))
+        number = {start: block for block, start in enumerate(starts)}
+        self.successors, self.exits = [], []
+        for block, (_, end) in enumerate(self.spans):
+            text, to = instructions[end - 1][1], []
+            always = not text.startswith("@") and not re.search(r"BRA(\.\w+)* !?U?P", text)
+            # BRA.DIV goes to what a diverged warp does in place of a shuffle.
+            if end - 1 in branch and ".DIV" not in text:
+                to.append(number[branch[end - 1]])
+            leaves = re.search(r"\b(EXIT|RET)\b", text)
+            if end < len(instructions) and (not (always and (leaves or end - 1 in branch)) or ".DIV" in text):
+                to.append(block + 1)
+            self.successors.append(to)
+            self.exits.append(bool(leaves))
+        self._loops()
+
+    def block(self, number):
+        start, end = self.spans[number]
+        return self.instructions[start:end]
+
+    def _loops(self):
+        """Natural loops: head -> blocks; and a graph without cycles, in which a loop's end leads to what follows it."""
+        order, state = [], {}
+        stack = [(0, iter(self.successors[0]))]
+        state[0] = 1
+        back = []
+        while stack:
+            block, rest = stack[-1]
+            for to in rest:
+                if state.get(to) == 1:
+                    back.append((block, to))
+                elif to not in state:
+                    state[to] = 1
+                    stack.append((to, iter(self.successors[to])))
+                    break
+            else:
+                state[block] = 2
+                order.append(block)
+                stack.pop()
+        predecessors = defaultdict(list)
+        for block in order:
+            for to in self.successors[block]:
+                predecessors[to].append(block)
+        self.loops = defaultdict(set)
+        for end, head in back:
+            body, todo = self.loops[head], [end]
+            body.add(head)
+            while todo:
+                block = todo.pop()
+                if block not in body:
+                    body.add(block)
+                    todo += predecessors[block]
+        self.forward = {block: list(self.successors[block]) for block in order}
+        for end, head in back:
+            body = self.loops[head]
+            self.forward[end] = [to for to in self.forward[end] if to != head]
+            self.forward[end] += [to for block in body for to in self.successors[block] if to not in body]
+        self.innermost = {}
+        for head, body in sorted(self.loops.items(), key=lambda item: -len(item[1])):
+            for block in body:
+                self.innermost[block] = head
+        # Children before parents; edges that the construction above closed into a cycle are dropped.
+        self.order, state = [], {0: 1}
+        stack = [(0, iter(self.forward[0]))]
+        while stack:
+            block, rest = stack[-1]
+            for to in rest:
+                if state.get(to) == 1:
+                    self.forward[block] = [other for other in self.forward[block] if other != to]
+                elif to not in state:
+                    state[to] = 1
+                    stack.append((to, iter(self.forward[to])))
+                    break
+            else:
+                state[block] = 2
+                self.order.append(block)
+                stack.pop()
+
+    def path(self, sources, avoid):
+        """Blocks of the longest path from the start to the end that passes as few avoided blocks as possible."""
+        best = {}
+        for block in self.order:
+            content = self.block(block)
+            rare = sum(sources.matches(frames, avoid) for _, _, frames in content) * 2 > len(content)
+            opcodes = [text for _, text, _ in content]
+            rare |= any("CALL" in text for text in opcodes)
+            spins = block in self.loops.get(block, ()) and any("PHASECHK" in text for text in opcodes)
+            # No way round the work: a compiler may put a loop's guard down to another call of the same function.
+            works = not rare and block in self.innermost and any("MUFU.EX2" in text for text in opcodes)
+            weight = (-1 if rare or spins else 10 if works else 0, len(content))
+            ends = [((-1000, 0), [])] if not self.exits[block] else [((0, 0), [])]
+            follow = max(ends + [best[to] for to in self.forward[block] if to in best], key=lambda known: known[0])
+            best[block] = (tuple(map(sum, zip(weight, follow[0]))), [block] + follow[1])
+        return best[0][1]
+
+    def count(self, sources, avoid):
+        """Instructions of a warp: once, and by kind of loop [(kind, 16-byte groups a round, instructions)]."""
+        once, loops = 0, defaultdict(list)
+        for block in self.path(sources, avoid):
+            head = self.innermost.get(block)
+            if head is None:
+                once += len(self.block(block))
+            else:
+                loops[head] += [opcode(text) for _, text, _ in self.block(block)]
+        found = []
+        for head, opcodes in loops.items():
+            seen = Counter(opcodes)
+            exponentials = seen["MUFU.EX2"]
+            memory = any(re.match(r"(LDS|LDG)\.(E\.)?(EF\.)?128", name) for name in seen)
+            if exponentials and memory:
+                found.append(("gradient" if any(name.startswith("STG") for name in seen) else "sums", exponentials, len(opcodes)))
+            elif any(name.startswith(("SYNCS", "UBLKCP")) for name in seen):
+                found.append(("chunk", 0, len(opcodes)))
+            else:
+                once += len(opcodes)
+        return once, found
+
+
+def opcode(text):
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def parse(listing):
+    """{kernel: Code} of nvdisasm -c -gi."""
+    kernels, name, frames, fresh = {}, None, [], True
+    for line in listing.splitlines():
+        if match := re.match(r"\.text\.(\S+):", line):
             name = match[1]
-            found[name] = []
-        elif name and (match := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line)):
-            found[name].append((int(match[1], 16), match[2].strip()))
+            kernels[name] = ([], {})
+            frames, fresh = [], True
+        elif name is None:
+            continue
+        elif match := re.match(r'\s*//## File "([^"]*)", line (\d+)', line):
+            if fresh:
+                frames, fresh = [], False
+            frames.append((match[1].rsplit("/", 1)[-1], int(match[2])))
+        elif match := re.match(r"(\.L_x_\d+):", line):
+            kernels[name][1][match[1]] = len(kernels[name][0])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?) ;", line):
+            fresh = True
+            kernels[name][0].append((int(match[1], 16), match[2].strip(), tuple(frames)))
+    return {name: Code(*kernel) for name, kernel in kernels.items()}
+
+
+def element_size(kernel):
+    return 4 if "_f32" in kernel else 2
+
+
+def counts(kernel, code, sources):
+    """What bounds are on: {what: instructions}."""
+    result = {}
+    on_chip, gradient = "onchip" in kernel, "fused" in kernel or "backward" in kernel
+    each = 16 // element_size(kernel) * (3 if "softcap" in kernel else 1)
+    for phase, other in (("aligned", MISALIGNED), ("misaligned", ALIGNED)):
+        avoid = RARE + other
+        warps = {"warp": avoid + LEADER + WRITER + SECOND}
+        if on_chip:
+            warps |= {"leader": avoid + SECOND + WRITER, "writer": avoid + SECOND, "second": avoid + LEADER + WRITER}
+        for cluster in (False, True) if on_chip else (False,):
+            for warp, avoided in warps.items():
+                once, loops = code.count(sources, avoided + ([] if cluster else CLUSTER))
+                name = f"{warp} in a cluster" if cluster else warp
+                result[name] = max(result.get(name, 0), once)
+                for kind, exponentials, instructions in loops:
+                    if kind == "chunk":
+                        what = "chunk" if warp in ("warp", "second") else "chunk of the leader"
+                        # The leader passes both loops; the wait's is everyone's.
+                        result.setdefault((what, warp, cluster, phase), 0)
+                        result[what, warp, cluster, phase] += instructions
+                    else:
+                        groups = max(1, exponentials // each)
+                        what = kind if kind == "gradient" and on_chip else f"{kind}, {phase}"
+                        result[what] = max(result.get(what, 0), math.ceil(instructions / groups * 10) / 10)
+    for key in [key for key in result if isinstance(key, tuple)]:
+        result[key[0]] = max(result.get(key[0], 0), result.pop(key))
+    return result
+
+
+def row_instructions(count, blocks, groups_per_block, groups, misaligned):
+    """Warp instructions of a row on chip."""
+    total, phase = 0.0, "misaligned" if misaligned else "aligned"
+    suffix = " in a cluster" if blocks > 1 else ""
+    for rank in range(blocks):
+        here = max(0, min(groups_per_block, groups - rank * groups_per_block))
+        chunks = math.ceil(here / 1024)
+        total += count[("writer" if rank == 0 else "leader") + suffix] + count["second" + suffix]
+        total += (WARPS - 2) * count["warp" + suffix]
+        total += chunks * (count.get("chunk of the leader", 0) + (WARPS - 1) * count.get("chunk", 0))
+        rounds = math.ceil(here / 32)
+        total += rounds * (count[f"sums, {phase}"] + count.get("gradient", 0))
+    return total
+
+
+def shares(all_counts, geometry):
+    """{(GPU, kernel): [(V, share)]} of the issue slots while memory runs at a copy's speed."""
+    found = defaultdict(list)
+    for gpu, kernel, vocab, blocks, groups_per_block in geometry:
+        count = all_counts.get(kernel)
+        if count is None:
+            continue
+        multiprocessors, clock, bandwidth = GPUS[gpu]
+        size, passes = element_size(kernel), 2 if "fused" in kernel else 1
+        groups = math.ceil(vocab * size / 16)
+        slots = 4 * multiprocessors * clock * 1e9 * vocab * size * passes / (bandwidth * 1e12)
+        # Of rows one behind another, one in `period` is aligned.
+        period = 16 // math.gcd(16, vocab * size)
+        rows = [row_instructions(count, blocks, groups_per_block, groups, i > 0) for i in range(period)]
+        found[gpu, kernel].append((vocab, sum(rows) / period / slots))
     return found
 
 
-def branch_target(text):
-    match = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-    return int(match[1], 16) if match else None
+def faults(arch, kernel, code, sources):
+    """Breaches of rules that hold for every kernel."""
+    texts = [text for _, text, _ in code.instructions]
+    if any(re.search(r"\b(LDL|STL)\b", text) for text in texts):
+        yield "local memory"
+    if "onchip" not in kernel:
+        return
+    paths = [code.path(sources, RARE + other + WRITER + LEADER + SECOND) for other in (ALIGNED, MISALIGNED)]
+    # Of a warp that starts no copies: the release of a cluster's barrier.
+    fences = sum(bool(re.search(r"MEMBAR\.(SC|\w+\.GPU)", text)) for block in paths[0] for _, text, _ in code.block(block))
+    if fences > 1:
+        yield f"{fences} fences of the whole GPU, not 1"
+    for path in paths:
+        for head in {code.innermost.get(block) for block in path} - {None}:
+            names = [opcode(text) for block in path if code.innermost.get(block) == head for _, text, _ in code.block(block)]
+            narrow = [name for name in names if re.match(r"(LDS|LDG|STG|STS)\b", name) and not name.endswith("128")]
+            if "MUFU.EX2" in names and narrow:
+                yield f"{narrow[0]} in a loop over groups"
+    # Nothing that waits for a division or for its divisor before the copies are on their way.
+    leader = [instruction for block in code.path(sources, RARE + MISALIGNED + SECOND) for instruction in code.block(block)]
+    copy = next((i for i, (_, text, _) in enumerate(leader) if "UBLKCP" in text), 0)
+    uses = [text for _, text, frames in leader[:copy] if sources.matches(frames, (("gradient_scale", "."),))]
+    if CHECK_DIVISOR and any(re.match(r"MUFU|FCHK|BRA|FSETP", opcode(text)) for text in uses):
+        yield "the gradient's scale is waited for before the first copy starts"
 
 
-def walk(code, at, head, back):
-    """Opcodes from the loop's head back to it, or None."""
-    index, opcodes, seen = at[head], Counter(), set()
-    while index < len(code):
-        address, text = code[index]
-        if address in seen:
-            return opcodes if address == head else None
-        seen.add(address)
-        conditional = text.startswith("@")
-        opcodes[re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]] += 1
-        target = branch_target(text)
-        if target is not None and (not conditional or target == head or address < target <= back):
-            index = at[target]
-        elif "EXIT" in text and not conditional:
-            return None
-        else:
-            index += 1
-    return None
+CHECK_DIVISOR = False  # not yet so
 
 
-def loops(code):
-    at = {address: index for index, (address, _) in enumerate(code)}
-    ends = {(branch_target(text), address) for address, text in code if (branch_target(text) or address) < address}
-    for head, back in sorted(ends):
-        opcodes = walk(code, at, head, back)
-        # Merging partial results computes exponentials as well, without touching memory.
-        if opcodes and opcodes["MUFU"] and opcodes["LDS"] + opcodes["LDG"]:
-            yield opcodes
+def disassemble(arch):
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernels.cubin"
+        subprocess.run(
+            ["nvcc", "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", "-lineinfo", "-o", cubin, KERNELS / "cross_entropy.cu"],
+            check=True,
+        )
+        return subprocess.run(["nvdisasm", "-c", "-gi", cubin], check=True, capture_output=True, text=True).stdout
 
 
-print(f"{'kernel':<40}{'instructions':>13}{'MUFU':>6}{'LDS':>5}{'LDG':>5}{'STG':>5}")
-for kernel, code in functions(sys.stdin).items():
-    if len(sys.argv) > 1 and kernel not in sys.argv[1:]:
-        continue
-    for opcodes in loops(code):
-        memory = "".join(f"{opcodes[opcode]:>5}" for opcode in ("LDS", "LDG", "STG"))
-        print(f"{kernel:<40}{opcodes.total():>13}{opcodes['MUFU']:>6}{memory}")
+def kernel_sources():
+    return Sources({path.name: path.read_text() for path in KERNELS.iterdir() if path.suffix in (".cu", ".cuh")})
+
+
+def read_table(path):
+    return [line.split("\t") for line in path.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def geometry():
+    return [(gpu, kernel, int(v), int(b), int(g)) for gpu, kernel, v, b, g in read_table(GEOMETRY)]
+
+
+def print_shares(all_counts):
+    table = shares(all_counts, geometry())
+    if not table:
+        return
+    vocabularies = [vocab for vocab, _ in next(iter(table.values()))]
+    print(f"\n{'% of the issue slots':<40}" + "".join(f"{vocab:>8}" for vocab in vocabularies))
+    for (gpu, kernel), row in table.items():
+        print(f"{gpu + ', ' + kernel:<40}" + "".join(f"{100 * share:>8.0f}" for _, share in row))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--self-test", action="store_true")
+    parser.add_argument("kernels", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.self_test:
+        return self_test()
+    archs = arguments.arch or (ARCHS if arguments.check or arguments.update else ["90"])
+    sources, measured, complaints = kernel_sources(), {}, []
+    with ThreadPoolExecutor(2) as pool:
+        for arch, listing in zip(archs, pool.map(disassemble, archs)):
+            for kernel, code in sorted(parse(listing).items()):
+                if kernel == "ce_reduce" or (arguments.kernels and kernel not in arguments.kernels):
+                    continue
+                complaints += [f"sm_{arch} {kernel}: {fault}" for fault in set(faults(arch, kernel, code, sources))]
+                if (arch in BOUNDED or not arguments.check) and "_f16" not in kernel:
+                    measured[arch, kernel] = counts(kernel, code, sources)
+    if arguments.update:
+        measured = {(arch, kernel): count for (arch, kernel), count in measured.items() if arch in BOUNDED}
+        rows = ["\t".join([*key, *(f"{what}: {n:g}" for what, n in sorted(count.items()))]) for key, count in measured.items()]
+        BOUNDS.write_text("# Written by count-operations.py --update: the most instructions --check lets a warp issue.\n" + "\n".join(rows) + "\n")
+    elif arguments.check:
+        bounds = {
+            (arch, kernel, what): float(n)
+            for arch, kernel, *cells in read_table(BOUNDS)
+            for what, n in (cell.split(": ") for cell in cells)
+        }
+        for (arch, kernel), count in measured.items():
+            for what, n in count.items():
+                bound = bounds.get((arch, kernel, what), 0)
+                if n > bound:
+                    complaints.append(f"sm_{arch} {kernel}: {what}: {n:g} instructions, {bound:g} allowed")
+                elif n < bound:
+                    print(f"sm_{arch} {kernel}: {what}: {n:g} instructions, fewer than {bound:g}: --update lowers the bound")
+        missing = {key[:2] for key in bounds} - set(measured)
+        complaints += [f"sm_{arch} {kernel} is gone" for arch, kernel in missing if arch in archs and not arguments.kernels]
+    else:
+        for (arch, kernel), count in measured.items():
+            print(f"sm_{arch} {kernel}: " + ", ".join(f"{what} {n:g}" for what, n in sorted(count.items())))
+    if "90" in archs:
+        print_shares({kernel: count for (arch, kernel), count in measured.items() if arch == "90"})
+    if complaints:
+        print("\n".join(complaints))
+        return 1
+    return 0
+
+
+def self_test():
+    """A made-up kernel: a rare block, a loop over groups, an exit."""
+    source = "DEVICE int hide_target(int x) {\n  rare;\n}\nDEVICE void body() {\n  hide_target(x);\n  usual;\n}\n"
+    sources = Sources({"made-up.cuh": source})
+
+    def code(*in_loop):
+        rare, usual = [("made-up.cuh", 2), ("made-up.cuh", 5)], [("made-up.cuh", 6)]
+        lines = ["MOV R1, R2", "LDS.128 R4, [R1]", "@P0 BRA `(.L_x_1)", *["FADD R1, R1, R1"] * 50]
+        listing = [".text.made_up:"]
+        for i, text in enumerate([*lines, "MUFU.EX2 R1, R1", *in_loop, "@P1 BRA `(.L_x_0)", "STG.E R1, R2", "EXIT"]):
+            listing += [".L_x_0:"] if i == 1 else [".L_x_1:"] if i == len(lines) else []
+            frames = rare if i in range(3, len(lines)) else usual
+            listing += [f'//## File "/{name}", line {line}' for name, line in frames]
+            listing.append(f"        /*{16 * i:04x}*/    {text} ;")
+        return parse("\n".join(listing))["made_up"]
+
+    assert code().count(sources, RARE) == (3, [("sums", 1, 4)]), code().count(sources, RARE)
+    assert code("FADD R1, R1, R2").count(sources, RARE) == (3, [("sums", 1, 5)])
+    assert code().count(sources, [])[1] == [("sums", 1, 54)]
+    assert "local memory" in set(faults("90", "made_up", code("LDL R1, [R1]"), sources))
+    assert "LDS.U16 in a loop over groups" in set(faults("90", "onchip", code("LDS.U16 R1, [R1]"), sources))
+    # The budgets of the documents: lane instructions a bf16 logit.
+    multiprocessors, clock, bandwidth = GPUS["H200"]
+    budget = 32 * 4 * multiprocessors * clock * 4 / bandwidth / 1000
+    assert f"{budget:.1f} {budget / 2:.1f}" == "31.1 15.6", budget
+    print("count-operations.py: the self-test passed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@
 mod build;
 mod case;
 mod check;
+mod geometry;
 #[path = "../../src/kernels/mod.rs"]
 mod kernels;
 mod mutants;
