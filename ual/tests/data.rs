@@ -430,3 +430,25 @@ fn damaged_parquet_is_refused_by_name() {
         "{text}"
     );
 }
+
+/// As tables have a list of objects: a list a field.
+#[test]
+fn turns_may_stand_in_columns() {
+    let told = |turns: Value| read(json!({"messages": turns}).to_string());
+    let records = told(json!({"role": ["user", "assistant"], "content": ["One?", "1"]})).unwrap();
+    assert_eq!(
+        says(&records[0].turns),
+        [("user", "One?"), ("assistant", "1")]
+    );
+    for bad in [
+        json!({"role": ["user"], "content": ["One?", "1"]}),
+        json!({"role": "user"}),
+        json!({}),
+    ] {
+        let error = told(bad.clone()).err().expect("a refusal");
+        assert!(
+            format!("{error:#}").contains("is not a list"),
+            "{bad}: {error:#}"
+        );
+    }
+}

@@ -95,9 +95,11 @@ impl fmt::Display for Form {
 
 /// A list of turns, up to the last response: what follows it is not learned.
 fn conversation(name: &str, turns: &Value) -> Result<Vec<Turn>> {
-    let turns = turns
-        .as_array()
-        .with_context(|| format!("{name:?} is not a list"))?;
+    let turns = match turns {
+        Value::Object(columns) => by_turns(columns),
+        turns => turns.as_array().cloned(),
+    };
+    let turns = turns.with_context(|| format!("{name:?} is not a list"))?;
     let mut turns = turns
         .iter()
         .enumerate()
@@ -113,6 +115,25 @@ fn conversation(name: &str, turns: &Value) -> Result<Vec<Turn>> {
         "the last response of {name:?} is empty"
     );
     Ok(turns)
+}
+
+/// Columns of one length each, as tables have lists of objects, to objects.
+fn by_turns(columns: &Map<String, Value>) -> Option<Vec<Value>> {
+    let columns: Vec<_> = columns
+        .iter()
+        .map(|(name, values)| Some((name, values.as_array()?)))
+        .collect::<Option<_>>()?;
+    let (_, first) = columns.first()?;
+    let same = columns
+        .iter()
+        .all(|(_, values)| values.len() == first.len());
+    let turn = |i: usize| {
+        let fields = columns
+            .iter()
+            .map(|(name, values)| (name.to_string(), values[i].clone()));
+        Value::Object(fields.collect())
+    };
+    same.then(|| (0..first.len()).map(turn).collect())
 }
 
 /// `{"role", "content"}` or `{"from", "value"}`: either is found under either name.
