@@ -4,7 +4,7 @@
 
 constexpr int kMaxRowDims = 4;
 
-// Element offset of row i of a view (..., V): mixed-radix digits of i times strides, innermost first.
+// Element offset of row i of a view (..., V), or of a row's value: mixed-radix digits of i times strides, innermost first.
 struct RowOffsets {
   uint64_t dims;
   uint64_t sizes[kMaxRowDims];
@@ -44,6 +44,8 @@ struct Params {
 
   RowOffsets logits_rows;
   RowOffsets grad_rows;
+  RowOffsets smoothing_rows;
+  RowOffsets weight_rows;
   uint64_t rows;
   int64_t ignore_index;
   uint32_t vocab;
@@ -62,6 +64,6 @@ struct Params {
   uint32_t first_row;
   uint32_t first_column;
 };
-static_assert(sizeof(Params) == 19 * 8 + 2 * 72 + 16 + 64, "src/kernels/abi.rs has the same fields");
+static_assert(sizeof(Params) == 19 * 8 + 4 * 72 + 16 + 64, "src/kernels/abi.rs has the same fields");
 
 enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

@@ -29,8 +29,9 @@ DEVICE long long read_target(const Params& p, uint64_t row) {
 DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   const long long target = read_target(p, row);
   // All loads before the first use.
-  RowInputs in = {RowKind::kCounted, 0, p.smoothing ? p.smoothing[row] : p.uniform_smoothing,
-                  p.weights ? p.weights[row] : 1.f};
+  RowInputs in = {RowKind::kCounted, 0,
+                  p.smoothing ? p.smoothing[row_offset(p.smoothing_rows, row)] : p.uniform_smoothing,
+                  p.weights ? p.weights[row_offset(p.weight_rows, row)] : 1.f};
   if (target == p.ignore_index) {
     in.kind = RowKind::kIgnored;
     return in;

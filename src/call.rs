@@ -1,10 +1,11 @@
 //! One call of the loss, its arguments checked and brought to the form the backends read.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 use crate::{
     kernels::abi::BadValue,
     options::{CrossEntropy, Reduction, Smoothing},
+    rows::row_offsets,
 };
 
 /// Checked arguments, apart from the logits themselves.
@@ -20,10 +21,10 @@ pub(crate) struct Call {
     pub vocab: usize,
     /// (rows), contiguous, u32 or i64.
     pub targets: Tensor,
-    /// (rows), contiguous, f32 on CUDA and f64 on the CPU; `None` for the uniform value.
+    /// (rows), contiguous, f64; on CUDA (…, 1), f32, with strides of any kind. `None` for the uniform value.
     pub smoothing: Option<Tensor>,
     pub uniform_smoothing: f32,
-    /// (rows), contiguous, f32 on CUDA and f64 on the CPU; `None` for 1.
+    /// The same; `None` for 1.
     pub weights: Option<Tensor>,
     pub ignore_index: i64,
     pub z_loss: f32,
@@ -231,7 +232,10 @@ impl Call {
     pub fn read_each_row(&self) -> Result<Vec<Result<Option<Row>>>> {
         let targets = self.targets.to_dtype(DType::I64)?.to_vec1::<i64>()?;
         let per_row = |values: &Option<Tensor>| {
-            let read = |values: &Tensor| values.to_dtype(DType::F64)?.to_vec1::<f64>();
+            let read = |values: &Tensor| {
+                let values = values.to_dtype(DType::F64)?.flatten_all()?;
+                values.to_vec1::<f64>()
+            };
             values.as_ref().map(read).transpose()
         };
         let (smoothing, weights) = (per_row(&self.smoothing)?, per_row(&self.weights)?);
@@ -264,12 +268,19 @@ impl Call {
     /// The call about the rows whose numbers `ids` (n) has, as a flat list.
     pub fn select(&self, ids: &Tensor) -> Result<Self> {
         let select = |values: &Tensor| values.index_select(ids, 0);
+        let select_values = |values: &Tensor| {
+            let selected = values.flatten_all()?.index_select(ids, 0)?;
+            match ids.device().is_cpu() {
+                true => Ok(selected),
+                false => selected.unsqueeze(D::Minus1),
+            }
+        };
         Ok(Self {
             shape: ids.dims().to_vec(),
             rows: ids.elem_count(),
             targets: select(&self.targets)?,
-            smoothing: self.smoothing.as_ref().map(select).transpose()?,
-            weights: self.weights.as_ref().map(select).transpose()?,
+            smoothing: self.smoothing.as_ref().map(select_values).transpose()?,
+            weights: self.weights.as_ref().map(select_values).transpose()?,
             ..self.clone()
         })
     }
@@ -319,7 +330,8 @@ fn shares_memory(a: &Tensor, b: &Tensor) -> bool {
     storage(a) == storage(b)
 }
 
-/// A value a row, broadcast to the targets' shape and flattened.
+/// A value a row, broadcast to the targets' shape: flattened, or on CUDA (…, 1), a view where kernels can read that. A copy
+/// would cost a launch and an upload, which a CUDA graph could not replay.
 fn row_values(
     argument: &str,
     values: &Tensor,
@@ -343,12 +355,23 @@ fn row_values(
     } else {
         values.clone()
     };
-    let Ok(values) = values.detach().broadcast_as(shape) else {
+    let original = values.detach();
+    let Ok(values) = original.broadcast_as(shape) else {
         bail!(
             "{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}",
             values.dims()
         );
     };
-    // After the broadcast: candle's conversions give a contiguous result.
-    values.to_dtype(dtype)?.contiguous()?.flatten_all()
+    if values.device().is_cpu() {
+        // After the broadcast: candle's conversions give a contiguous result.
+        return values.to_dtype(dtype)?.contiguous()?.flatten_all();
+    }
+    let values = original
+        .to_dtype(dtype)?
+        .broadcast_as(shape)?
+        .unsqueeze(D::Minus1)?;
+    match row_offsets(values.layout()) {
+        Some(_) => Ok(values),
+        None => values.contiguous(),
+    }
 }

@@ -55,6 +55,7 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
             },
         );
     }
+    report.holds("values that serve several rows", || shared_values(device));
     report.holds("no rows", || no_rows(device));
     report.holds("bad values in tensors", || bad_values(device));
     report.holds("check_inputs passes good values", || {
@@ -131,6 +132,37 @@ fn bits(result: &LossAndGrad) -> Result<Vec<u64>> {
     let mut all = values(&result.loss)?;
     all.extend(values(&result.grad)?);
     Ok(all.into_iter().map(f64::to_bits).collect())
+}
+
+/// Smoothing of a sample, weight of a position: the bits of a value each.
+fn shared_values(device: &Device) -> Result<String> {
+    let (batch, length, width) = (3, 4, 33);
+    let inputs = Inputs::new(DType::F32, batch * length, width, device)?;
+    let logits = inputs.logits.reshape((batch, length, width))?;
+    let targets = inputs.targets.reshape((batch, length))?;
+    let column = Tensor::new(&[[0.1f32], [0.0], [0.3]], &Device::Cpu)?;
+    let row = Tensor::new(&[[1f32, 0.5, 2.0, 0.0]], &Device::Cpu)?;
+    let whole = |values: &Tensor| values.broadcast_as((batch, length))?.contiguous();
+    let run = |smoothing: &Tensor, weights: &Tensor| -> Result<Vec<u64>> {
+        let (smoothing, weights) = (smoothing.to_device(device)?, weights.to_device(device)?);
+        let loss = CrossEntropy::new()
+            .smoothing(&smoothing)
+            .row_weights(&weights);
+        bits(&loss.loss_and_grad(&logits, &targets)?)
+    };
+    let expected = run(&whole(&column)?, &whole(&row)?)?;
+    ensure!(run(&column, &row)? == expected, "of (B, 1) and (1, T)");
+    let transposed = whole(&column)?.t()?.contiguous()?.t()?;
+    ensure!(
+        run(&transposed, &whole(&row)?)? == expected,
+        "of a transposed (B, T)"
+    );
+    ensure!(
+        run(&row.zeros_like()?.narrow(1, 0, 1)?, &row)?
+            == run(&whole(&column.zeros_like()?)?, &row)?,
+        "of (1, 1)"
+    );
+    Ok("(B, 1), (1, T), (1, 1) and strides".into())
 }
 
 fn no_rows(device: &Device) -> Result<String> {

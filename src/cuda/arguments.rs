@@ -84,9 +84,11 @@ impl<'a> Inputs<'a> {
         launch.params.targets_are_i64 = self.targets_are_i64.into();
         if let Some(smoothing) = &self.smoothing {
             launch.params.smoothing = smoothing.read::<f32>(launch)?;
+            launch.params.smoothing_rows = smoothing.rows()?;
         }
         if let Some(weights) = &self.weights {
             launch.params.weights = weights.read::<f32>(launch)?;
+            launch.params.weight_rows = weights.rows()?;
         }
         Ok(())
     }
@@ -118,7 +120,8 @@ impl FirstError {
             return Ok(());
         }
         let row = (reported / 4) as usize;
-        let at_row = |values: &Tensor, dtype| values.narrow(0, row, 1)?.to_dtype(dtype);
+        let at_row =
+            |values: &Tensor, dtype| values.flatten_all()?.narrow(0, row, 1)?.to_dtype(dtype);
         let (kind, values) = match reported % 4 {
             0 => {
                 return Err(call.bad_value(

@@ -10,7 +10,10 @@ use candle_core::{
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
 use super::module::Launch;
-use crate::kernels::abi::Element;
+use crate::{
+    kernels::abi::{Element, RowOffsets},
+    rows::row_offsets,
+};
 
 /// A tensor's memory, locked for reading.
 pub(super) struct OnDevice<'a>(StorageRef<'a>, &'a Layout);
@@ -28,7 +31,15 @@ impl<'a> OnDevice<'a> {
         }
     }
 
-    /// Address of the first element of a contiguous tensor.
+    /// Where rows of (…, width) start.
+    pub fn rows(&self) -> Result<RowOffsets> {
+        match row_offsets(self.1) {
+            Some(rows) => Ok(rows),
+            None => bail!("strides {:?} that no kernel takes", self.1.stride()),
+        }
+    }
+
+    /// Address of the first element.
     pub fn read<'b, T: CudaDType + 'b>(&'b self, launch: &mut Launch<'b>) -> Result<u64> {
         let address = launch.read(self.storage()?.as_cuda_slice::<T>()?);
         Ok(address + (self.1.start_offset() * size_of::<T>()) as u64)

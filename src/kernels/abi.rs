@@ -50,9 +50,9 @@ pub struct Params {
     pub grad: u64,
     /// (rows) u32 or i64.
     pub targets: u64,
-    /// (rows) f32, or null: `uniform_smoothing`.
+    /// f32, at `smoothing_rows`, or null: `uniform_smoothing`.
     pub smoothing: u64,
-    /// (rows) f32, or null: 1.
+    /// f32, at `weight_rows`, or null: 1.
     pub weights: u64,
     /// Backward: f32 gradient of the result, (rows) or a scalar, or null: 1.
     pub upstream: u64,
@@ -81,6 +81,9 @@ pub struct Params {
 
     pub logits_rows: RowOffsets,
     pub grad_rows: RowOffsets,
+    /// Where a row's smoothing and its weight are: one value may serve several rows.
+    pub smoothing_rows: RowOffsets,
+    pub weight_rows: RowOffsets,
     pub rows: u64,
     pub ignore_index: i64,
     /// Classes; columns from here on are padding.

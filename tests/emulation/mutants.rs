@@ -72,7 +72,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "no smoothing in the gradient", file: "row.cuh", builds: PLAIN, times: 1,
         find: "f.offset = in_range(f.scale * share);", replace: "f.offset = 0.f;" },
     Mutant { name: "another row's smoothing", file: "row.cuh", builds: PLAIN, times: 1,
-        find: "p.smoothing[row]", replace: "p.smoothing[row ? row - 1 : 0]" },
+        find: "row_offset(p.smoothing_rows, row)", replace: "row_offset(p.smoothing_rows, row ? row - 1 : 0)" },
     Mutant { name: "no z-loss", file: "row.cuh", builds: PLAIN, times: 1,
         find: "loss = dev::fma(p.z_loss * lse, lse, loss);", replace: ";" },
     Mutant { name: "no z-loss in the gradient", file: "row.cuh", builds: PLAIN, times: 1,

@@ -290,18 +290,22 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
     };
     let (smoothing, uniform_smoothing) = match &p.eps {
         Eps::Uniform(eps) => (0, *eps),
-        Eps::PerRow(eps) => (case.input("smoothing", eps, 12).start(), f32::NAN),
+        Eps::PerRow(eps) => (
+            case.input("smoothing", &spread(eps, 3), 12).start(),
+            f32::NAN,
+        ),
     };
     Params {
         logits: logits.start(),
         targets: targets.start(),
         smoothing,
-        weights: p
-            .weights
-            .as_ref()
-            .map_or(0, |weights| case.input("weights", weights, 4).start()),
+        weights: p.weights.as_ref().map_or(0, |weights| {
+            case.input("weights", &spread(weights, 2), 4).start()
+        }),
         logits_rows: p.logits_view.abi(),
         grad_rows: p.grad_view.abi(),
+        smoothing_rows: RowOffsets::contiguous(3),
+        weight_rows: RowOffsets::contiguous(2),
         rows: p.rows() as u64,
         ignore_index: p.ignore_index(),
         vocab: p.vocab as u32,
@@ -318,6 +322,15 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
         result_scale: p.result_scale,
         ..Params::zeroed()
     }
+}
+
+/// Values some elements apart, with NaN between them.
+fn spread(values: &[f32], apart: usize) -> Vec<f32> {
+    let gap = std::iter::repeat_n(f32::NAN, apart - 1);
+    values
+        .iter()
+        .flat_map(|&value| std::iter::once(value).chain(gap.clone()))
+        .collect()
 }
 
 /// Padding and the gaps between rows hold NaN: who reads them shows it.

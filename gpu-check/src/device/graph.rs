@@ -9,6 +9,17 @@ use crate::{cases::values, report::Report};
 
 pub fn check(device: &Device, report: &mut Report) {
     report.holds("CUDA graph of forward and backward", || of_logits(device));
+    report.holds("CUDA graph with a value a sample", || {
+        let (batch, length, width) = (4, 16, 1000);
+        let targets = Tensor::arange(0u32, 64, device)?.reshape((batch, length))?;
+        let smoothing = Tensor::new(&[[0.1f32], [0.0], [0.3], [0.2]], device)?;
+        let loss = CrossEntropy::new()
+            .smoothing(&smoothing)
+            .row_weights(&smoothing);
+        replay(device, &[&[batch, length, width]], &|vars| {
+            loss.forward(&vars[0], &targets)
+        })
+    });
     report.holds("CUDA graph on a stream of its own", || {
         let device = Device::new_cuda_with_stream(0)?;
         // SAFETY: all that has to do with this device's tensors happens on its one stream, or after it is waited for.

@@ -18,7 +18,11 @@ pub fn run(step: Step, count: usize, device: &Device) -> Result<()> {
     let (rows, width) = (8, 1000);
     let logits = Tensor::ones((rows, width), DType::BF16, device)?;
     let targets = Tensor::zeros(rows, DType::U32, device)?;
-    let values = Tensor::ones(rows, DType::F32, device)?;
+    let (logits, targets) = (
+        logits.reshape((2, rows / 2, width))?,
+        targets.reshape((2, rows / 2))?,
+    );
+    let values = Tensor::ones((2, 1), DType::F32, device)?; // a sample
     let loss = CrossEntropy::new().smoothing(&values).row_weights(&values);
     let var = Var::from_tensor(&logits)?;
     for _ in 0..count {
