@@ -16,8 +16,12 @@ const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const DIM: usize = WIDTH * HEADS;
 
-/// Writes a Llama with random weights and a vocabulary of bytes. Returns the weights, row by row.
+/// Writes a Llama with random weights and a vocabulary of bytes, for texts of 64 tokens. Returns the weights, row by row.
 pub fn write_model(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    write_model_for(path, 64)
+}
+
+pub fn write_model_for(path: &Path, context: u32) -> BTreeMap<String, Vec<f32>> {
     let (hidden, mut rng) = (48, StdRng::seed_from_u64(5));
     // GPT-2's letters for the bytes: printable ones stand for themselves, the others follow from 256 on.
     let mut next = 256;
@@ -43,7 +47,7 @@ pub fn write_model(path: &Path) -> BTreeMap<String, Vec<f32>> {
         ("llama.attention.head_count", Meta::U32(HEADS as u32)),
         ("llama.attention.head_count_kv", Meta::U32(KV_HEADS as u32)),
         ("llama.block_count", Meta::U32(2)),
-        ("llama.context_length", Meta::U32(64)),
+        ("llama.context_length", Meta::U32(context)),
         ("llama.embedding_length", Meta::U32(DIM as u32)),
         ("llama.feed_forward_length", Meta::U32(hidden as u32)),
         ("llama.rope.dimension_count", Meta::U32(WIDTH as u32)),

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 /// A request as the server sees it.
 #[derive(Clone)]
 pub struct Asked {
+    /// Its number in "question N?", else 0.
     pub sample: usize,
     /// How often this sample was asked before.
     pub before: usize,
@@ -140,15 +141,10 @@ fn serve(
     reader.read_exact(&mut body)?;
     let body: Value = serde_json::from_slice(&body).unwrap();
     let text = body["messages"][0]["content"].as_str().unwrap().to_string();
-    let name = text
-        .split("question ")
-        .nth(1)
-        .unwrap()
-        .split('?')
-        .next()
-        .unwrap();
+    let name = text.split("question ").nth(1);
+    let name = name.and_then(|rest| rest.split('?').next()?.parse().ok());
     let mut asked = Asked {
-        sample: name.parse().unwrap(),
+        sample: name.unwrap_or_default(),
         before: 0,
         at: Instant::now(),
         text,
