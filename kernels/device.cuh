@@ -12,6 +12,7 @@
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // of a few rounds, once a row
 #define PATH(name)  // the emulation notes that it was taken
 
 struct bf16 { unsigned short bits; };

@@ -245,13 +245,19 @@ DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
 
 constexpr int kMaxWarps = 8;  // a block's; src/kernels/select.rs launches no more
 
-// Merges all threads' results through `scratch`, one element a warp; every thread gets the result.
+// Merges the warps' results, one element of `scratch` each; every lane of a warp that calls it gets the result.
+template <bool STATS, bool SOFTCAP>
+DEVICE Partial merge_warps(const Partial* scratch, const Transform<SOFTCAP>& transform) {
+  const unsigned lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
+  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
+}
+
+// Merges all threads' results through `scratch`; every thread gets the result.
 template <bool STATS, bool SOFTCAP>
 DEVICE Partial merge_block(Partial a, Partial* scratch, const Transform<SOFTCAP>& transform) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
   a = merge_warp<STATS>(a, transform);
-  if (warps == 1) return a;
-  if (threadIdx.x % 32 == 0) scratch[warp] = a;
+  if (blockDim.x == 32) return a;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   dev::sync_block();
-  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
+  return merge_warps<STATS>(scratch, transform);
 }

@@ -5,7 +5,7 @@
 
 DEVICE uint64_t row_offset(const RowOffsets& rows, uint64_t row) {
   uint64_t offset = 0;
-  for (uint64_t d = 0; d + 1 < rows.dims; d++) {
+  ROLLED for (uint64_t d = 0; d + 1 < rows.dims; d++) {
     offset += row % rows.sizes[d] * rows.strides[d];
     row /= rows.sizes[d];
   }
@@ -200,8 +200,11 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
   }
 }
 
+// How a row's gradient is formed: special where classes of it may be masked or it is far.
+enum class RowWay : unsigned { kUsual, kSpecial, kZero };
+
 // What a row's gradient takes beside its logits: dx = (2^d * factor - offset) * slope, and the target's own.
-struct GradientFactors {
+struct alignas(16) GradientFactors {
   float largest;
   float reference;
   float log2_sum;
@@ -213,6 +216,7 @@ struct GradientFactors {
   float lse_slope;
   float masked_value;  // 0, but NaN in a row that is NaN
   float affine[3];     // without a softcap, d = (x*[0] + [1])*[2], of near and far rows alike
+  RowWay way;
 };
 
 // The nearest value whose sum with another such is finite.
@@ -238,15 +242,12 @@ DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, co
   f.affine[0] = near ? transform.scale : 0.5f;
   f.affine[1] = near ? -f.reference : -0.5f * f.largest;
   f.affine[2] = near ? 1.f : fminf(p.logit_scale * (2.f * kLog2E), 3.4e38f);
+  const bool special = state.classes != p.vocab || (!SOFTCAP && !(f.reference < INFINITY));
+  f.way = in.weight == 0.f || state.classes == 0u ? RowWay::kZero : special ? RowWay::kSpecial : RowWay::kUsual;
   return f;
 }
 
-// Whether classes of the row may be masked or it is far: for the gradient's slower way.
-template <bool SOFTCAP> DEVICE bool is_special(const Params& p, const RowState& state, const GradientFactors& f) {
-  return state.classes != p.vocab || (!SOFTCAP && !(f.reference < INFINITY));
-}
-
-// Gradient of a group, wrong for the target's. SPECIAL is what `is_special` says of the row.
+// Gradient of a group, wrong for the target's. SPECIAL is the row's way.
 template <bool SOFTCAP, bool SPECIAL, int N>
 DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
                               const Transform<SOFTCAP>& transform) {
@@ -300,19 +301,18 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
   });
 }
 
-// Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz but the weight.
+// Writes the gradient of a stretch with the classes at `x`, of which the row's target may be one.
 // `x` may be the gradient's own memory: a thread reads the elements it writes and no others.
 template <class T, bool SOFTCAP, bool ON_CHIP>
-DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, const RowInputs& in,
-                           const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
-  if (in.weight == 0.f || state.classes == 0u) {
+DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, int row_target,
+                           const GradientFactors& f, const Transform<SOFTCAP>& transform) {
+  if (f.way == RowWay::kZero) {
     fill_gradient<T>(p, row, 0.f, stretch);
     return;
   }
   T* grad = gradient_at<T>(p, row, stretch);
-  const int target = in.target - stretch.begin;
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
-  if (is_special<SOFTCAP>(p, state, f)) write_groups<T, SOFTCAP, true, ON_CHIP>(grad, x, stretch, target, f, transform);
+  const int target = row_target - stretch.begin;
+  if (f.way == RowWay::kSpecial) write_groups<T, SOFTCAP, true, ON_CHIP>(grad, x, stretch, target, f, transform);
   else write_groups<T, SOFTCAP, false, ON_CHIP>(grad, x, stretch, target, f, transform);
 }
 

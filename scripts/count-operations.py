@@ -45,11 +45,11 @@ RARE = [
     ("count_masked", r"."),
     ("relate", r"exact\("),
     ("write_slice", r"write_gradient<|if \(special\)"),
-    ("write_gradient", r"if \(is_special|fill_gradient"),
+    ("write_gradient", r"if \(f\.way|fill_gradient"),
     ("write_words|write_groups|write_word|write_group", r"if \(start \+ k >= 0|if \(i >= 0"),
     ("load_edge", r"."),
 ]
-LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank")]
+LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank|merge_warps|finish_row|gradient_factors|gradient_scale|merge_warp<STATS, kMaxB")]
 WRITER = [("finish_row", r"(?s)if \(!writes\) return state;.*")]
 SECOND = [("copy_edges", r".")]
 CLUSTER = [("row_on_chip", r"if \(!one_block\)|sync_cluster|kMaxBlocksPerRow")]
@@ -189,8 +189,8 @@ class Code:
             opcodes = [text for _, text, _ in content]
             rare |= any("CALL" in text for text in opcodes)
             spins = block in self.loops.get(block, ()) and any("PHASECHK" in text for text in opcodes)
-            # No way round the work: a compiler may put a loop's guard down to another call of the same function.
-            works = not rare and block in self.innermost and any("MUFU.EX2" in text for text in opcodes)
+            # No way round the work: a compiler may put a branch down to another call of the same function.
+            works = not rare and any("MUFU" in text for text in opcodes)
             weight = (-1 if rare or spins else 10 if works else 0, len(content))
             ends = [((-1000, 0), [])] if not self.exits[block] else [((0, 0), [])]
             follow = max(ends + [best[to] for to in self.forward[block] if to in best], key=lambda known: known[0])

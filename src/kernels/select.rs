@@ -88,7 +88,7 @@ pub const ON_CHIP_THREADS: u32 = 256;
 /// Mbarriers and partial results before a slice in shared memory (`OnChip` in kernels/on_chip.cuh), and what the
 /// on-chip and the fused kernels have besides, to merge the warps' partial results.
 const ON_CHIP_HEADER: usize = 640;
-const STATIC_SHARED: usize = 256;
+const STATIC_SHARED: usize = 384;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
 pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 /// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
