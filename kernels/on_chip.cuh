@@ -80,8 +80,7 @@ DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int tar
       const uint4 low = dev::load16(image + group * 16);
       if constexpr (ALIGNED) widen<T>(low, x);
       else widen<T>(straddle<T>(low, dev::load16(image + group * 16 + 16), phase), x);
-      if (group == target_group) hide_target(x, target % kGroup<T>);
-      add_group<STATS, SOFTCAP>(a, x, group, transform);
+      add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
     }
   }
   return a;

@@ -146,11 +146,6 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
   }
 }
 
-// Masks element `target` of a group; sums leave it out.
-template <int N> DEVICE void hide_target(float (&x)[N], int target) {
-  UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
-}
-
 // Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
@@ -160,8 +155,7 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
   const int target_group = target / kGroup<T>;
   for_each_group<T, 4, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
-    if (group == target_group) hide_target(x, target % kGroup<T>);
-    add_group<STATS, SOFTCAP>(a, x, group, transform);
+    add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
   });
   return merge_block<STATS>(a, scratch, transform);
 }
