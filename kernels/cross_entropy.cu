@@ -47,7 +47,8 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
   if constexpr (GRAD) {
     const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
     dev::sync_block();  // in place, nothing may be overwritten before it is read
-    write_gradient<T, SOFTCAP, false>(p, row, x, stored, in, state, gradient_scale(p, row), transform);
+    const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, gradient_scale(p, row), transform);
+    write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, f, transform);
   } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target, transform))) {
     finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
@@ -62,8 +63,9 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
     return;
   }
   const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
-  write_gradient<T, SOFTCAP, false>(p, row, x, stored, in, p.state[row], gradient_scale(p, row),
-                                      Transform<SOFTCAP>(p));
+  const Transform<SOFTCAP> transform(p);
+  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, p.state[row], gradient_scale(p, row), transform);
+  write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, f, transform);
 }
 
 // Threads a row at the most (src/kernels/select.rs chooses), and how many such blocks an SM must hold.

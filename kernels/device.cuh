@@ -12,6 +12,7 @@
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // of a few rounds, once a row
 #define PATH(name)  // the emulation notes that it was taken
 
 struct bf16 { unsigned short bits; };
@@ -72,6 +73,25 @@ DEVICE void store16_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p),
 
 template <class T> DEVICE T shuffle_xor(T value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
 template <class T> DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+// Over a warp; every lane gets the result.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+DEVICE int reduce_max(int x) {
+  UNROLL for (int lane = 16; lane > 0; lane >>= 1) { const int y = shuffle_xor(x, lane); x = x > y ? x : y; }
+  return x;
+}
+DEVICE unsigned reduce_min(unsigned x) {
+  UNROLL for (int lane = 16; lane > 0; lane >>= 1) { const unsigned y = shuffle_xor(x, lane); x = x < y ? x : y; }
+  return x;
+}
+DEVICE unsigned reduce_add(unsigned x) {
+  UNROLL for (int lane = 16; lane > 0; lane >>= 1) x += shuffle_xor(x, lane);
+  return x;
+}
+#else
+DEVICE int reduce_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
+DEVICE unsigned reduce_min(unsigned x) { return __reduce_min_sync(0xffffffffu, x); }
+DEVICE unsigned reduce_add(unsigned x) { return __reduce_add_sync(0xffffffffu, x); }
+#endif
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { atomicMin(p, v); }
 }  // namespace dev

@@ -41,10 +41,10 @@ template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const 
   const int words = static_cast<int>((phase + count * sizeof(T)) / 16);
   const char* from = reinterpret_cast<const char*>(x) - phase;
   const int chunks = chunks_of(groups);
-  for (int c = 0; c < chunks; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
+  ROLLED for (int c = 0; c < chunks; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
   dev::mbarrier_fence_init();
   int begin = phase == 0 ? 0 : 1;
-  for (int c = 0; c < chunks; c++) {
+  ROLLED for (int c = 0; c < chunks; c++) {
     const int limit = (c + 1) * kChunkGroups + 1, end = limit < words ? limit : words;
     const unsigned bytes = end > begin ? static_cast<unsigned>(end - begin) * 16 : 0;
     dev::mbarrier_arrive_expect(&on_chip->filled[c], bytes);
@@ -80,8 +80,7 @@ DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int tar
       const uint4 low = dev::load16(image + group * 16);
       if constexpr (ALIGNED) widen<T>(low, x);
       else widen<T>(straddle<T>(low, dev::load16(image + group * 16 + 16), phase), x);
-      if (group == target_group) hide_target(x, target % kGroup<T>);
-      add_group<STATS, SOFTCAP>(a, x, group, transform);
+      add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
     }
   }
   return a;
@@ -114,17 +113,16 @@ DEVICE void write_words(T* grad, const char* image, int count, int target, unsig
 // Gradient of a slice from its image.
 template <class T, bool SOFTCAP>
 DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsigned phase, const Stretch& slice,
-                        const RowInputs& in, const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
+                        int row_target, const GradientFactors& f, const Transform<SOFTCAP>& transform) {
   T* grad = gradient_at<T>(p, row, slice);
   const T* x = reinterpret_cast<const T*>(image + phase);
   const bool same_words = (reinterpret_cast<uintptr_t>(grad) & 15u) == phase;
-  if (!same_words || in.weight == 0.f || state.classes == 0u) {
-    write_gradient<T, SOFTCAP, true>(p, row, x, slice, in, state, scale, transform);
+  if (!same_words || f.way == RowWay::kZero) {
+    write_gradient<T, SOFTCAP, true>(p, row, x, slice, row_target, f, transform);
     return;
   }
-  const int target = in.target - slice.begin;
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
-  const bool special = is_special<SOFTCAP>(p, state, f);
+  const int target = row_target - slice.begin;
+  const bool special = f.way == RowWay::kSpecial;
   if (special) write_words<T, SOFTCAP, true>(grad, image, slice.classes, target, phase, f, transform);
   else write_words<T, SOFTCAP, false>(grad, image, slice.classes, target, phase, f, transform);
   const int padding = slice.width - slice.classes;
@@ -134,6 +132,8 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(Partial, scratch, kMaxWarps);
+  SHARED_ARRAY(GradientFactors, factors, 1);
+  SHARED_ARRAY(float, early, 2);  // the target's logit, the gradient's scale
   const uint64_t row = blockIdx.x / p.blocks_per_row;
   const int rank = static_cast<int>(blockIdx.x % p.blocks_per_row);
   const bool one_block = p.blocks_per_row == 1;
@@ -150,11 +150,14 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
   char* image = reinterpret_cast<char*>(memory) + sizeof(OnChip);
   T* x = reinterpret_cast<T*>(image + phase);
-  // Loaded here, where the copies hide the wait.
-  const T target_logit = logits[in.target];
-  const float scale = GRAD ? gradient_scale(p, row) : 0.f;
+  const bool first_warp = threadIdx.x < 32;
   // The two warps do this at once; only the second waits for the memory.
-  if (threadIdx.x == 0) start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
+  if (threadIdx.x == 0) {
+    start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
+    // Loaded behind the copies' start, which hide the wait; kept where it takes no register.
+    early[0] = widen_one(logits[in.target]);
+    if constexpr (GRAD) early[1] = gradient_scale(p, row);
+  }
   if (threadIdx.x / 32 == 1) {
     copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
   }
@@ -165,19 +168,34 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
   Partial a = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
                          : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
-  a = merge_block<STATS>(a, scratch, transform);
+  a = merge_warp<STATS>(a, transform);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   if (!one_block) dev::cluster_wait();  // the other blocks have started, so their memory may be written
-  if (threadIdx.x < p.blocks_per_row) {
-    if constexpr (STATS) find_column(a, x, slice);
-    if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
+  dev::sync_block();  // the warps' results are there
+  // What the row as a whole takes is one warp's work; the others wait. Without a gradient it is the first block's.
+  const unsigned receivers = GRAD ? p.blocks_per_row : 1;
+  if (first_warp) {
+    a = merge_warps<STATS>(scratch, transform);
+    if (threadIdx.x < receivers) {
+      if constexpr (STATS) find_column(a, x, slice);
+      if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
+    }
   }
-  if (!one_block) {
-    // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
-    dev::sync_cluster();
-    const unsigned lane = threadIdx.x % kMaxBlocksPerRow;
-    a = merge_warp<STATS, kMaxBlocksPerRow>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
+  // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
+  if (!one_block) dev::sync_cluster();
+  if (first_warp && (GRAD || rank == 0)) {
+    if (!one_block) {
+      const unsigned lane = threadIdx.x % kMaxBlocksPerRow;
+      a = merge_warp<STATS, kMaxBlocksPerRow>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
+    }
+    const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, early[0], transform, rank == 0 && threadIdx.x == 0);
+    if constexpr (GRAD) {
+      const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, early[1], transform);
+      if (threadIdx.x == 0) factors[0] = f;
+    }
   }
-  const float x_y = widen_one(target_logit);
-  const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, x_y, transform, rank == 0 && threadIdx.x == 0);
-  if constexpr (GRAD) write_slice<T, SOFTCAP>(p, row, image, phase, slice, in, state, scale, transform);
+  if constexpr (GRAD) {
+    dev::sync_block();  // the factors are there
+    write_slice<T, SOFTCAP>(p, row, image, phase, slice, in.target, factors[0], transform);
+  }
 }

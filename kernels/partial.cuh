@@ -171,20 +171,37 @@ template <bool STATS, bool SOFTCAP> DEVICE Partial merge(Partial a, Partial b, c
   return c;
 }
 
-// Adds a group of logits. `x` is -inf for masked classes, the target and elements beyond the row.
-template <bool STATS, bool SOFTCAP, int N>
-DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transform<SOFTCAP>& transform) {
+template <int N> DEVICE float largest_of(const float (&x)[N]) {
   float largest = x[0];
   UNROLL for (int k = 1; k < N; k++) largest = dev::max(largest, x[k]);
-  if (largest > a.largest) {  // rare after a thread's first groups
-    relate<STATS>(a, largest, transform.reference(largest), transform);
-    a.largest = largest;
-    a.at = static_cast<unsigned>(group);
+  return largest;
+}
+
+// Masks element `target` of a group; sums leave it out.
+template <int N> DEVICE void hide_target(float (&x)[N], int target) {
+  UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
+}
+
+// Adds a group of logits. `x` is -inf for masked classes and elements beyond the row. The target, in `target_group`, is
+// left out.
+template <bool STATS, bool SOFTCAP, int N>
+DEVICE void add_group(Partial& a, float (&x)[N], int group, int target_group, int target, const Transform<SOFTCAP>& transform) {
+  float largest = largest_of(x);
+  if (group == target_group || largest > a.largest) {  // rare after a thread's first groups: one branch for both
+    if (group == target_group) {
+      hide_target(x, target % N);
+      largest = largest_of(x);
+    }
+    if (largest > a.largest) {
+      relate<STATS>(a, largest, transform.reference(largest), transform);
+      a.largest = largest;
+      a.at = static_cast<unsigned>(group);
+    }
   }
   float exp = 0.f, linear = 0.f, weighted = 0.f, squares = 0.f;
   UNROLL for (int k = 0; k < N; k++) {
     const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
-    exp += e;
+    exp = k == 0 ? e : exp + e;
     linear = dev::fma(d, kUnit, linear);
     if constexpr (STATS) {
       weighted = dev::fma(d, e, weighted);
@@ -215,43 +232,49 @@ DEVICE void add_group(Partial& a, const float (&x)[N], int group, const Transfor
   a.squares += squares;
 }
 
-// Merges the results of each LANES lanes, a power of 2; every lane gets the result. First the largest logit, to which each
+// The largest of a warp's numbers, as integers in the same order. No NaN is among them, and -0 counts as 0.
+DEVICE float largest_of_warp(float x) {
+  const int bits = static_cast<int>(dev::bits_from_float(x + 0.f));
+  const int most = dev::reduce_max(bits ^ (bits >> 31 & 0x7fffffff));
+  return dev::float_from_bits(static_cast<unsigned>(most ^ (most >> 31 & 0x7fffffff)));
+}
+
+// Merges the results of LANES lanes, a power of 2, which all such lanes of the warp hold alike; every lane gets the result. First the largest logit, to which each
 // lane's sums are made relative once, then plain sums.
 template <bool STATS, int LANES = 32, bool SOFTCAP>
 DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
-  float largest = a.largest;
-  unsigned at = a.at;
-  UNROLL for (int lane = LANES / 2; lane > 0; lane >>= 1) {
-    const float other = dev::shuffle_xor(largest, lane);
-    const unsigned other_at = dev::shuffle_xor(at, lane);
-    const bool first = largest > other || (largest == other && at <= other_at);
-    largest = first ? largest : other;
-    at = first ? at : other_at;
-  }
+  const float largest = largest_of_warp(a.largest);
+  const unsigned at = dev::reduce_min(a.largest == largest ? a.at : ~0u);
   relate<STATS>(a, largest, transform.reference(largest), transform);
   a.largest = largest;
   a.at = at;
   UNROLL for (int lane = LANES / 2; lane > 0; lane >>= 1) {
     a.exp += dev::shuffle_xor(a.exp, lane);
     a.linear += dev::shuffle_xor(a.linear, lane);
-    a.classes += dev::shuffle_xor(a.classes, lane);
     if constexpr (STATS) {
       a.weighted += dev::shuffle_xor(a.weighted, lane);
       a.squares += dev::shuffle_xor(a.squares, lane);
     }
   }
+  a.classes = dev::reduce_add(a.classes) / (32 / LANES);
   return a;
 }
 
 constexpr int kMaxWarps = 8;  // a block's; src/kernels/select.rs launches no more
 
-// Merges all threads' results through `scratch`, one element a warp; every thread gets the result.
+// Merges the warps' results, one element of `scratch` each; every lane of a warp that calls it gets the result.
+template <bool STATS, bool SOFTCAP>
+DEVICE Partial merge_warps(const Partial* scratch, const Transform<SOFTCAP>& transform) {
+  const unsigned lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
+  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
+}
+
+// Merges all threads' results through `scratch`; every thread gets the result.
 template <bool STATS, bool SOFTCAP>
 DEVICE Partial merge_block(Partial a, Partial* scratch, const Transform<SOFTCAP>& transform) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
   a = merge_warp<STATS>(a, transform);
-  if (warps == 1) return a;
-  if (threadIdx.x % 32 == 0) scratch[warp] = a;
+  if (blockDim.x == 32) return a;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   dev::sync_block();
-  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
+  return merge_warps<STATS>(scratch, transform);
 }

@@ -5,7 +5,7 @@
 
 DEVICE uint64_t row_offset(const RowOffsets& rows, uint64_t row) {
   uint64_t offset = 0;
-  for (uint64_t d = 0; d + 1 < rows.dims; d++) {
+  ROLLED for (uint64_t d = 0; d + 1 < rows.dims; d++) {
     offset += row % rows.sizes[d] * rows.strides[d];
     row /= rows.sizes[d];
   }
@@ -147,11 +147,6 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
   }
 }
 
-// Masks element `target` of a group; sums leave it out.
-template <int N> DEVICE void hide_target(float (&x)[N], int target) {
-  UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
-}
-
 // Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
@@ -161,8 +156,7 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
   const int target_group = target / kGroup<T>;
   for_each_group<T, 4, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
-    if (group == target_group) hide_target(x, target % kGroup<T>);
-    add_group<STATS, SOFTCAP>(a, x, group, transform);
+    add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
   });
   return merge_block<STATS>(a, scratch, transform);
 }
@@ -201,8 +195,11 @@ template <class T> DEVICE void fill_gradient(const Params& p, uint64_t row, floa
   }
 }
 
+// How a row's gradient is formed: special where classes of it may be masked or it is far.
+enum class RowWay : unsigned { kUsual, kSpecial, kZero };
+
 // What a row's gradient takes beside its logits: dx = (2^d * factor - offset) * slope, and the target's own.
-struct GradientFactors {
+struct alignas(16) GradientFactors {
   float largest;
   float reference;
   float log2_sum;
@@ -214,6 +211,7 @@ struct GradientFactors {
   float lse_slope;
   float masked_value;  // 0, but NaN in a row that is NaN
   float affine[3];     // without a softcap, d = (x*[0] + [1])*[2], of near and far rows alike
+  RowWay way;
 };
 
 // The nearest value whose sum with another such is finite.
@@ -239,15 +237,12 @@ DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, co
   f.affine[0] = near ? transform.scale : 0.5f;
   f.affine[1] = near ? -f.reference : -0.5f * f.largest;
   f.affine[2] = near ? 1.f : fminf(p.logit_scale * (2.f * kLog2E), 3.4e38f);
+  const bool special = state.classes != p.vocab || (!SOFTCAP && !(f.reference < INFINITY));
+  f.way = in.weight == 0.f || state.classes == 0u ? RowWay::kZero : special ? RowWay::kSpecial : RowWay::kUsual;
   return f;
 }
 
-// Whether classes of the row may be masked or it is far: for the gradient's slower way.
-template <bool SOFTCAP> DEVICE bool is_special(const Params& p, const RowState& state, const GradientFactors& f) {
-  return state.classes != p.vocab || (!SOFTCAP && !(f.reference < INFINITY));
-}
-
-// Gradient of a group, wrong for the target's. SPECIAL is what `is_special` says of the row.
+// Gradient of a group, wrong for the target's. SPECIAL is the row's way.
 template <bool SOFTCAP, bool SPECIAL, int N>
 DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
                               const Transform<SOFTCAP>& transform) {
@@ -301,19 +296,18 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
   });
 }
 
-// Writes the gradient of a stretch with the classes at `x`; `scale` is everything that multiplies dz but the weight.
+// Writes the gradient of a stretch with the classes at `x`, of which the row's target may be one.
 // `x` may be the gradient's own memory: a thread reads the elements it writes and no others.
 template <class T, bool SOFTCAP, bool ON_CHIP>
-DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, const RowInputs& in,
-                           const RowState& state, float scale, const Transform<SOFTCAP>& transform) {
-  if (in.weight == 0.f || state.classes == 0u) {
+DEVICE void write_gradient(const Params& p, uint64_t row, const T* x, const Stretch& stretch, int row_target,
+                           const GradientFactors& f, const Transform<SOFTCAP>& transform) {
+  if (f.way == RowWay::kZero) {
     fill_gradient<T>(p, row, 0.f, stretch);
     return;
   }
   T* grad = gradient_at<T>(p, row, stretch);
-  const int target = in.target - stretch.begin;
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, scale, transform);
-  if (is_special<SOFTCAP>(p, state, f)) write_groups<T, SOFTCAP, true, ON_CHIP>(grad, x, stretch, target, f, transform);
+  const int target = row_target - stretch.begin;
+  if (f.way == RowWay::kSpecial) write_groups<T, SOFTCAP, true, ON_CHIP>(grad, x, stretch, target, f, transform);
   else write_groups<T, SOFTCAP, false, ON_CHIP>(grad, x, stretch, target, f, transform);
 }
 

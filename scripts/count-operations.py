@@ -41,15 +41,16 @@ RARE = [
     ("row_offset", r"offset \+= row %|row /="),
     ("hide_target", r"."),
     ("gradient_of_target", r"."),
-    ("add_group", r"relate<STATS>|a\.largest = largest|a\.at =|x\[k\] != -INFINITY|exact\(|in_units\(|if \(e > 0"),
+    ("largest_of|add_group", r"XXX"),
+    ("add_group", r"hide_target|if \(group|if \(largest|relate<STATS>|a\.largest = largest|a\.at =|x\[k\] != -INFINITY|exact\(|in_units\(|if \(e > 0"),
     ("count_masked", r"."),
     ("relate", r"exact\("),
     ("write_slice", r"write_gradient<|if \(special\)"),
-    ("write_gradient", r"if \(is_special|fill_gradient"),
+    ("write_gradient", r"if \(f\.way|fill_gradient"),
     ("write_words|write_groups|write_word|write_group", r"if \(start \+ k >= 0|if \(i >= 0"),
     ("load_edge", r"."),
 ]
-LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank")]
+LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank|merge_warps|finish_row|gradient_factors|gradient_scale|merge_warp<STATS, kMaxB")]
 WRITER = [("finish_row", r"(?s)if \(!writes\) return state;.*")]
 SECOND = [("copy_edges", r".")]
 CLUSTER = [("row_on_chip", r"if \(!one_block\)|sync_cluster|kMaxBlocksPerRow")]
@@ -189,8 +190,8 @@ class Code:
             opcodes = [text for _, text, _ in content]
             rare |= any("CALL" in text for text in opcodes)
             spins = block in self.loops.get(block, ()) and any("PHASECHK" in text for text in opcodes)
-            # No way round the work: a compiler may put a loop's guard down to another call of the same function.
-            works = not rare and block in self.innermost and any("MUFU.EX2" in text for text in opcodes)
+            # No way round the work: a compiler may put a branch down to another call of the same function.
+            works = not rare and any("MUFU" in text for text in opcodes)
             weight = (-1 if rare or spins else 10 if works else 0, len(content))
             ends = [((-1000, 0), [])] if not self.exits[block] else [((0, 0), [])]
             follow = max(ends + [best[to] for to in self.forward[block] if to in best], key=lambda known: known[0])
@@ -328,18 +329,15 @@ def faults(arch, kernel, code, sources):
     for path in paths:
         for head in {code.innermost.get(block) for block in path} - {None}:
             names = [opcode(text) for block in path if code.innermost.get(block) == head for _, text, _ in code.block(block)]
-            narrow = [name for name in names if re.match(r"(LDS|LDG|STG|STS)\b", name) and not name.endswith("128")]
+            narrow = [name for name in names if re.match(r"(LDG|STG|STS)\b|LDS\.U", name) and not name.endswith("128")]
             if "MUFU.EX2" in names and narrow:
                 yield f"{narrow[0]} in a loop over groups"
     # Nothing that waits for a division or for its divisor before the copies are on their way.
     leader = [instruction for block in code.path(sources, RARE + MISALIGNED + SECOND) for instruction in code.block(block)]
     copy = next((i for i, (_, text, _) in enumerate(leader) if "UBLKCP" in text), 0)
     uses = [text for _, text, frames in leader[:copy] if sources.matches(frames, (("gradient_scale", "."),))]
-    if CHECK_DIVISOR and any(re.match(r"MUFU|FCHK|BRA|FSETP", opcode(text)) for text in uses):
+    if any(re.match(r"MUFU|FCHK|BRA|FSETP", opcode(text)) for text in uses):
         yield "the gradient's scale is waited for before the first copy starts"
-
-
-CHECK_DIVISOR = False  # not yet so
 
 
 def disassemble(arch):

@@ -34,7 +34,7 @@ failed=()
 kernels=(general)
 capability=$(query compute_cap)
 if ((${capability%%.*} >= 9)); then
-  kernels+=(on-chip on-chip:2 on-chip:8 on-chip:16)
+  kernels+=(on-chip on-chip:2 on-chip:7 on-chip:8 on-chip:16)
 fi
 # Whether the program came to its end and all that failed did because the GPU allows no such clusters, in the words of
 # src/kernels/select.rs.

@@ -8,6 +8,7 @@
 #define DEVICE inline __attribute__((always_inline))
 #define KERNEL extern "C"
 #define UNROLL
+#define ROLLED
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define SHARED_ARRAY(T, name, n)                                                                                       \

@@ -86,6 +86,20 @@ template <class T> DEVICE T shuffle_xor(T value, int lane_mask, emu::Site site =
 template <class T> DEVICE T shuffle(T value, int lane, emu::Site site = emu::Site::current()) {
   return exchange(value, static_cast<unsigned>(lane), site);
 }
+// By exchanges: what a reduction instruction gives, and as strict about who takes part.
+template <class T, class Use> DEVICE T reduce(T x, emu::Site site, Use use) {
+  for (unsigned lane = 16; lane > 0; lane >>= 1) x = use(x, exchange(x, threadIdx.x % 32 ^ lane, site));
+  return x;
+}
+DEVICE int reduce_max(int x, emu::Site site = emu::Site::current()) {
+  return reduce(x, site, [](int a, int b) { return a > b ? a : b; });
+}
+DEVICE unsigned reduce_min(unsigned x, emu::Site site = emu::Site::current()) {
+  return reduce(x, site, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
+DEVICE unsigned reduce_add(unsigned x, emu::Site site = emu::Site::current()) {
+  return reduce(x, site, [](unsigned a, unsigned b) { return a + b; });
+}
 DEVICE void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
 DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { emu::atomic_min(p, v); }
 

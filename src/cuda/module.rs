@@ -92,6 +92,7 @@ fn describe(
         )?,
         max_cluster: 0,
         max_cluster_alone: 0,
+        uneven_clusters: 0,
     };
     for (kernel, function) in functions {
         if let Kernel::Fused { .. } = kernel {
@@ -101,6 +102,7 @@ fn describe(
     // A GPU or driver that refuses any of it has the general kernels.
     if let Ok((several, alone)) = largest_clusters(stream, functions, &gpu) {
         (gpu.max_cluster, gpu.max_cluster_alone) = (several, alone);
+        gpu.uneven_clusters = uneven_clusters(stream, functions, &gpu).unwrap_or(0);
     }
     Ok(gpu)
 }
@@ -156,6 +158,87 @@ fn largest_clusters(
         least = (least.0.min(several), least.1.min(alone));
     }
     Ok(least)
+}
+
+/// [`Gpu::uneven_clusters`]: those that leave at most a tenth of the places empty that the next power of two fills, of
+/// blocks of which several fit, whatever the kernel.
+fn uneven_clusters(
+    stream: &CudaStream,
+    functions: &HashMap<Kernel, CudaFunction>,
+    gpu: &Gpu,
+) -> std::result::Result<u16, DriverError> {
+    let shared = gpu.dynamic_shared_for(select::BLOCKS_A_MULTIPROCESSOR);
+    let mut sizes = 0;
+    for size in select::UNEVEN.into_iter().filter(|&n| n <= gpu.max_cluster) {
+        let power = size.next_power_of_two().min(gpu.max_cluster);
+        let mut busy = true;
+        for (_, function) in functions.iter().filter(|(kernel, _)| kernel.is_on_chip()) {
+            let blocks = active_blocks(stream, function, size, shared)?;
+            busy &= blocks * 10 >= active_blocks(stream, function, power, shared)? * 9;
+        }
+        sizes |= u16::from(busy) << size;
+    }
+    Ok(sizes)
+}
+
+/// Blocks at once in clusters of so many.
+fn active_blocks(
+    stream: &CudaStream,
+    function: &CudaFunction,
+    cluster: usize,
+    shared: usize,
+) -> std::result::Result<usize, DriverError> {
+    stream.context().bind_to_thread()?;
+    let mut attribute = cluster_of(cluster as u32);
+    let config = LaunchConfig {
+        grid_dim: (cluster as u32, 1, 1),
+        block_dim: (select::ON_CHIP_THREADS, 1, 1),
+        shared_mem_bytes: shared as u32,
+    };
+    let config = with_attribute(stream, config, &mut attribute);
+    let mut clusters = 0;
+    // SAFETY: reads the function's attributes and the configuration, and writes the number.
+    unsafe {
+        sys::cuOccupancyMaxActiveClusters(
+            &raw mut clusters,
+            function.cu_function(),
+            &raw const config,
+        )
+    }
+    .result()?;
+    Ok(clusters.max(0) as usize * cluster)
+}
+
+fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+    // SAFETY: an attribute of integers only, for which zeros are valid.
+    let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+        x: blocks,
+        y: 1,
+        z: 1,
+    };
+    cluster
+}
+
+/// The launch that the driver is asked for; it points to the attribute.
+fn with_attribute(
+    stream: &CudaStream,
+    config: LaunchConfig,
+    attribute: &mut sys::CUlaunchAttribute,
+) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: config.grid_dim.0,
+        gridDimY: config.grid_dim.1,
+        gridDimZ: config.grid_dim.2,
+        blockDimX: config.block_dim.0,
+        blockDimY: config.block_dim.1,
+        blockDimZ: config.block_dim.2,
+        sharedMemBytes: config.shared_mem_bytes,
+        hStream: stream.cu_stream(),
+        attrs: std::ptr::from_mut(attribute),
+        numAttrs: 1,
+    }
 }
 
 /// What the user chose in the environment, read once.
@@ -325,26 +408,8 @@ unsafe fn launch_clusters(
     config: LaunchConfig,
 ) -> std::result::Result<(), DriverError> {
     stream.context().bind_to_thread()?;
-    // SAFETY: an attribute of integers only, for which zeros are valid.
-    let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-        x: params.blocks_per_row,
-        y: 1,
-        z: 1,
-    };
-    let launch = sys::CUlaunchConfig {
-        gridDimX: config.grid_dim.0,
-        gridDimY: config.grid_dim.1,
-        gridDimZ: config.grid_dim.2,
-        blockDimX: config.block_dim.0,
-        blockDimY: config.block_dim.1,
-        blockDimZ: config.block_dim.2,
-        sharedMemBytes: config.shared_mem_bytes,
-        hStream: stream.cu_stream(),
-        attrs: &raw mut cluster,
-        numAttrs: 1,
-    };
+    let mut cluster = cluster_of(params.blocks_per_row);
+    let launch = with_attribute(stream, config, &mut cluster);
     let mut arguments = [std::ptr::from_ref(params).cast_mut().cast()];
     // SAFETY: the argument is what the kernel takes, and is copied before the call returns.
     unsafe {

@@ -17,6 +17,8 @@ pub struct Gpu {
     pub max_cluster: usize,
     /// The same for blocks so large that each has a multiprocessor to itself.
     pub max_cluster_alone: usize,
+    /// Bit n: clusters of n blocks, of [`UNEVEN`], keep the GPU as busy as those of a power of two do.
+    pub uneven_clusters: u16,
 }
 
 impl Gpu {
@@ -42,6 +44,7 @@ pub const H200: Gpu = Gpu {
     shared_reserved: 1 << 10,
     max_cluster: 16,
     max_cluster_alone: 16,
+    uneven_clusters: 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7,
 };
 
 /// A user's choice, for experiments.
@@ -56,7 +59,7 @@ impl Forced {
     /// From the value of [`OVERRIDE`]: `general`, `on-chip`, or `on-chip:4` for clusters of 4.
     pub fn parse(value: &str) -> Result<Self, String> {
         let cluster = |text: &str| match text.parse() {
-            Ok(blocks @ (1 | 2 | 4 | 8 | 16)) => Some(Self::OnChip(Some(blocks))),
+            Ok(blocks @ (1..=8 | 16)) => Some(Self::OnChip(Some(blocks))),
             _ => None,
         };
         match value {
@@ -65,7 +68,9 @@ impl Forced {
             _ => value.strip_prefix("on-chip:").and_then(cluster),
         }
         .ok_or_else(|| {
-            format!("{OVERRIDE}: {value:?}, must be general, on-chip, or on-chip:N with N 1, 2, 4, 8 or 16")
+            format!(
+                "{OVERRIDE}: {value:?}, must be general, on-chip, or on-chip:N with N 1 to 8 or 16"
+            )
         })
     }
 }
@@ -86,11 +91,13 @@ pub struct Geometry {
 /// Threads a block of the on-chip kernels.
 pub const ON_CHIP_THREADS: u32 = 256;
 /// Mbarriers and partial results before a slice in shared memory (`OnChip` in kernels/on_chip.cuh), and what the
-/// on-chip and the fused kernels have besides, to merge the warps' partial results.
+/// on-chip and the fused kernels have besides, at most: the warps' partial results, and what one warp finds for all.
 const ON_CHIP_HEADER: usize = 640;
-const STATIC_SHARED: usize = 256;
+const STATIC_SHARED: usize = 384;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
 pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
+/// Sizes of clusters that are no powers of two, for rows whose slices then still fit so often.
+pub const UNEVEN: [usize; 4] = [3, 5, 6, 7];
 /// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
 pub const SHORTEST_ON_CHIP: usize = 16 * 1024;
 /// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
@@ -214,11 +221,14 @@ fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> 
         } else {
             gpu.max_cluster_alone
         };
-        blocks <= largest
+        let even = !UNEVEN.contains(&blocks)
+            || gpu.uneven_clusters >> blocks & 1 == 1
+                && fit_at_once(blocks) >= BLOCKS_A_MULTIPROCESSOR;
+        even && blocks <= largest
             && block_size(blocks) - gpu.shared_reserved <= gpu.shared_per_block
             && slice(blocks) <= CHUNK_GROUPS * MAX_CHUNKS
     };
-    let mut possible = [1, 2, 4, 8, 16].into_iter().filter(allowed);
+    let mut possible = (1..=8).chain([16]).filter(allowed);
     let blocks = match blocks {
         Some(blocks) => possible.find(|&b| b == blocks)?,
         None => {
@@ -265,6 +275,7 @@ mod tests {
         shared_reserved: 1 << 10,
         max_cluster: 0,
         max_cluster_alone: 0,
+        uneven_clusters: 0,
     };
 
     fn choose(element: Element, vocab: usize, gpu: &Gpu) -> (Kernel, Geometry) {
@@ -285,8 +296,15 @@ mod tests {
             1000, 8191, 8192, 32000, 50257, 128256, 151936, 202048, 262144,
         ];
         let table = |element| vocabularies.map(|vocab| blocks(element, vocab, &H200));
-        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 4, 8, 8, 8]);
+        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 4, 5, 6, 7]);
         assert_eq!(table(Element::F16), table(Element::BF16));
+        assert_eq!(table(Element::F32), [0, 1, 1, 2, 3, 7, 16, 16, 16]);
+        let powers = Gpu {
+            uneven_clusters: 0,
+            ..H200
+        };
+        let table = |element| vocabularies.map(|vocab| blocks(element, vocab, &powers));
+        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 4, 8, 8, 8]);
         assert_eq!(table(Element::F32), [0, 1, 1, 2, 4, 8, 16, 16, 16]);
     }
 
@@ -394,7 +412,7 @@ mod tests {
         assert_eq!(force("on-chip", 100).expect("fits").1.blocks_per_row, 1);
         assert_eq!(force("on-chip:8", 50257).expect("fits").1.blocks_per_row, 8);
         assert!(force("on-chip:1", 262144).is_err_and(|error| error.contains("262144")));
-        for bad in ["", "fused", "on-chip:", "on-chip:3", "on-chip:32"] {
+        for bad in ["", "fused", "on-chip:", "on-chip:9", "on-chip:32"] {
             assert!(
                 force(bad, 100).is_err_and(|error| error.contains(OVERRIDE)),
                 "{bad}"

@@ -13,6 +13,7 @@ const RTX_5090: Gpu = Gpu {
     shared_reserved: 1 << 10,
     max_cluster: 8,
     max_cluster_alone: 8,
+    uneven_clusters: H200.uneven_clusters,
 };
 
 /// `UPDATE_GEOMETRY=1 cargo test --test emulation geometry` writes the file anew.

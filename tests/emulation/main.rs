@@ -406,7 +406,7 @@ fn clusters_of_every_size(build: Build) {
                 row(Kind::BadTarget, 0.1, 1.0),
             ];
             let mut problem = problem("clusters", element, vocab, &rows);
-            problem.on_chip = on_chip(&[1, 2, 4, 8, 16]);
+            problem.on_chip = on_chip(&[1, 2, 3, 4, 5, 6, 7, 8, 16]);
             let offset = offset / element.size() * element.size();
             (problem.logits_view.offset, problem.grad_view.offset) = (offset, offset);
             problem.seeds = vec![0, 1];
