@@ -239,8 +239,8 @@ DEVICE float largest_of_warp(float x) {
   return dev::float_from_bits(static_cast<unsigned>(most ^ (most >> 31 & 0x7fffffff)));
 }
 
-// Merges the results of LANES lanes, a power of 2, which all such lanes of the warp hold alike; every lane gets the result. First the largest logit, to which each
-// lane's sums are made relative once, then plain sums.
+// Merges the results of LANES lanes, a power of 2, which all such lanes of the warp hold alike; every lane gets the
+// result. First the largest logit, to which each lane's sums are made relative once, then plain sums.
 template <bool STATS, int LANES = 32, bool SOFTCAP>
 DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
   const float largest = largest_of_warp(a.largest);

@@ -41,7 +41,6 @@ RARE = [
     ("row_offset", r"offset \+= row %|row /="),
     ("hide_target", r"."),
     ("gradient_of_target", r"."),
-    ("largest_of|add_group", r"XXX"),
     ("add_group", r"hide_target|if \(group|if \(largest|relate<STATS>|a\.largest = largest|a\.at =|x\[k\] != -INFINITY|exact\(|in_units\(|if \(e > 0"),
     ("count_masked", r"."),
     ("relate", r"exact\("),

@@ -53,8 +53,6 @@ const MUTANTS: &[Mutant] = &[
         find: " / (32 / LANES)", replace: "" },
     Mutant { name: "a target's group without a new maximum keeps it", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "if (group == target_group || largest > a.largest) {", replace: "if (largest > a.largest) {" },
-    Mutant { name: "the target is the largest of its group", file: "partial.cuh", builds: PLAIN, times: 1,
-        find: "      largest = largest_of(x);\n", replace: "" },
     Mutant { name: "shared memory for one warp only", file: "row.cuh", builds: SANITIZED, times: 1,
         find: "SHARED_ARRAY(Partial, scratch, kMaxWarps)", replace: "SHARED_ARRAY(Partial, scratch, 1)" },
     Mutant { name: "the last element is not read", file: "vector.cuh", builds: PLAIN, times: 1,

@@ -410,6 +410,11 @@ CUresult cuOccupancyMaxPotentialClusterSize(int* size, CUfunction, const CUlaunc
   *size = 16;
   return CUDA_SUCCESS;
 }
+CUresult cuOccupancyMaxActiveClusters(int* count, CUfunction, const CUlaunchConfig* config) {
+  // Three blocks a multiprocessor, whatever the cluster.
+  *count = 3 * setting("EMULATED_GPU_MULTIPROCESSORS", 132) / static_cast<int>(config->attrs[0].value.clusterDim.x);
+  return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned grid_y, unsigned grid_z, unsigned block, unsigned block_y,
                         unsigned block_z, unsigned shared, CUstream, void** arguments, void**) {
   ENTRY;
