@@ -101,7 +101,7 @@ KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
     UNROLL for (int u = 0; u < kAhead; u++) {
       const uint64_t row = first + u * blockDim.x;
       target[u] = row < p.rows ? read_target(p, row) : p.ignore_index;
-      w[u] = row < p.rows && p.weights ? p.weights[row_offset(p.weight_rows, row)] : 1.f;
+      w[u] = row < p.rows && p.weights ? p.weights[value_offset(p.weight_rows, static_cast<unsigned>(row))] : 1.f;
       l[u] = row < p.rows && p.reduced ? p.loss[row] : 0.f;
     }
     UNROLL for (int u = 0; u < kAhead; u++) {

@@ -12,6 +12,17 @@ DEVICE uint64_t row_offset(const RowOffsets& rows, uint64_t row) {
   return offset + row * rows.strides[rows.dims - 1];
 }
 
+// The same of a value a row, in 32 bits: src/call.rs sees that they suffice.
+DEVICE unsigned value_offset(const RowOffsets& rows, unsigned row) {
+  unsigned offset = 0;
+  ROLLED for (unsigned d = 0; d + 1 < static_cast<unsigned>(rows.dims); d++) {
+    const unsigned size = static_cast<unsigned>(rows.sizes[d]);
+    offset += row % size * static_cast<unsigned>(rows.strides[d]);
+    row /= size;
+  }
+  return offset + row * static_cast<unsigned>(rows.strides[rows.dims - 1]);
+}
+
 enum class RowKind { kCounted, kIgnored, kBad };
 
 struct RowInputs {
@@ -30,8 +41,8 @@ DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   const long long target = read_target(p, row);
   // All loads before the first use.
   RowInputs in = {RowKind::kCounted, 0,
-                  p.smoothing ? p.smoothing[row_offset(p.smoothing_rows, row)] : p.uniform_smoothing,
-                  p.weights ? p.weights[row_offset(p.weight_rows, row)] : 1.f};
+                  p.smoothing ? p.smoothing[value_offset(p.smoothing_rows, static_cast<unsigned>(row))] : p.uniform_smoothing,
+                  p.weights ? p.weights[value_offset(p.weight_rows, static_cast<unsigned>(row))] : 1.f};
   if (target == p.ignore_index) {
     in.kind = RowKind::kIgnored;
     return in;

@@ -39,6 +39,7 @@ RARE = [
     ("finish_unused_row", r"."),
     ("fill_gradient", r"."),
     ("row_offset", r"offset \+= row %|row /="),
+    ("value_offset", r"offset \+= row %|row /=|size ="),
     ("hide_target", r"."),
     ("gradient_of_target", r"."),
     ("add_group", r"hide_target|if \(group|if \(largest|relate<STATS>|a\.largest = largest|a\.at =|x\[k\] != -INFINITY|exact\(|in_units\(|if \(e > 0"),

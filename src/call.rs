@@ -370,8 +370,13 @@ fn row_values(
         .to_dtype(dtype)?
         .broadcast_as(shape)?
         .unsqueeze(D::Minus1)?;
+    // Kernels count them in 32 bits.
+    let steps = values.dims().iter().zip(values.stride());
+    let last: usize = steps
+        .map(|(&size, &stride)| size.saturating_sub(1) * stride)
+        .sum();
     match row_offsets(values.layout()) {
-        Some(_) => Ok(values),
-        None => values.contiguous(),
+        Some(_) if u32::try_from(last).is_ok() => Ok(values),
+        _ => values.contiguous(),
     }
 }

@@ -225,7 +225,7 @@ impl Gguf {
 
     pub fn read(&mut self, name: &str) -> Result<Stored> {
         ensure!(self.has(name), "it is missing");
-        Ok(Stored::Quantised(self.tensor(name)?))
+        Ok(Stored::Quantised(self.tensor(name)?.into()))
     }
 
     /// That everything was read.

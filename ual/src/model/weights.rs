@@ -25,7 +25,7 @@ pub struct Parts {
 /// A tensor as it is stored, matrices (out, in).
 pub enum Stored {
     Full(Tensor),
-    Quantised(QTensor),
+    Quantised(Arc<QTensor>),
 }
 
 impl Stored {
@@ -72,7 +72,7 @@ pub fn collect(
             for name in rows {
                 let (tensor, stored) = stored(&format!("{prefix}{name}"))?;
                 match stored {
-                    Stored::Quantised(tensor) if quantised => kept.push(Arc::new(tensor)),
+                    Stored::Quantised(tensor) if quantised => kept.push(tensor),
                     _ => full.push(tensor),
                 }
             }
