@@ -405,7 +405,7 @@ def main():
         for (arch, kernel), count in measured.items():
             for what, n in count.items():
                 bound = bounds.get((arch, kernel, what), 0)
-                if n > bound:
+                if n > bound + 1:  # of paths of one length the walk takes any
                     complaints.append(f"sm_{arch} {kernel}: {what}: {n:g} instructions, {bound:g} allowed")
                 elif n < bound:
                     print(f"sm_{arch} {kernel}: {what}: {n:g} instructions, fewer than {bound:g}: --update lowers the bound")
