@@ -24,10 +24,7 @@ pub fn text(error: &Error) -> String {
         };
         all += &format!("\n    {number}{}", cause.replace('\n', "\n    "));
     }
-    let own = error.backtrace().to_string();
-    if std::env::var_os("RUST_BACKTRACE").is_some() {
-        frames.extend(parted(&own).1);
-    }
+    frames.extend(parted(&error.backtrace().to_string()).1); // none where nothing asked for them
     for (i, frames) in frames.iter().enumerate() {
         let title = if i == 0 { "\n\nStack backtrace:" } else { "" };
         all += &format!("{title}\n{frames}");

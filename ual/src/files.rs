@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions, TryLockError},
-    io::{BufWriter, Write},
+    io::{BufWriter, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,23 @@ pub fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<(
     file.flush()?;
     file.get_ref().sync_all()?;
     Ok(fs::rename(&partial, path)?)
+}
+
+/// Up to 64 bytes of a file. Fails for a [pointer](refuse_pointer).
+pub fn beginning(path: &Path) -> Result<Vec<u8>> {
+    let mut beginning = Vec::new();
+    File::open(path)?.take(64).read_to_end(&mut beginning)?;
+    refuse_pointer(&beginning)?;
+    Ok(beginning)
+}
+
+/// Fails for what a repository holds in place of a large file until that is fetched.
+pub fn refuse_pointer(beginning: &[u8]) -> Result<()> {
+    ensure!(
+        !beginning.starts_with(b"version https://git-lfs"),
+        "it is a pointer of git-lfs, not the file itself; `git lfs pull` brings that"
+    );
+    Ok(())
 }
 
 /// Writes tensors as safetensors. The library's own function writes a file of another name first, which a killed program

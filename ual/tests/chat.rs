@@ -63,7 +63,7 @@ fn frame(encoder: &Encoder) -> [String; 3] {
     [
         text(&encoder.before),
         text(&encoder.between),
-        text(&[encoder.end]),
+        text(&encoder.ending[encoder.ending.len() - 1..]),
     ]
 }
 

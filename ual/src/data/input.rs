@@ -7,9 +7,12 @@ use flate2::read::MultiGzDecoder;
 use serde::de::IgnoredAny;
 use serde_json::{Deserializer, Map, Value};
 
-use crate::data::{
-    form::{self, Form, Turn},
-    lines, parquet,
+use crate::{
+    data::{
+        form::{self, Form, Turn},
+        lines, parquet,
+    },
+    files::refuse_pointer,
 };
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
@@ -74,10 +77,7 @@ fn refuse_what_is_no_json(text: &[u8]) -> Result<()> {
     if text.starts_with(b"\xff\xfe") || text.starts_with(b"\xfe\xff") {
         bail!("it is UTF-16; save it as UTF-8");
     }
-    if text.starts_with(b"version https://git-lfs") {
-        bail!("it is a pointer of git-lfs, not the data; `git lfs pull` brings them");
-    }
-    Ok(())
+    refuse_pointer(text)
 }
 
 fn each_line(

@@ -1,10 +1,6 @@
 //! Models in GGUF files.
 
-use std::{
-    fs::File,
-    io::{BufReader, Read},
-    path::Path,
-};
+use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{
@@ -15,12 +11,15 @@ use candle_core::{
     },
 };
 
-use crate::model::{
-    decoder::Config,
-    names::{GGUF, bias},
-    weights::{Parts, Stored, Unread},
+use crate::{
+    files,
+    model::{
+        decoder::Config,
+        names::{GGUF, bias},
+        weights::{Parts, Stored, Unread},
+    },
+    text::gguf_tokenizer::integer,
 };
-use crate::text::gguf_tokenizer::integer;
 
 /// By how much slower each element of half a head turns, where Llama 3.1 and later say so.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -63,18 +62,15 @@ pub struct Gguf {
 impl Gguf {
     /// Fails for what is no GGUF file, and for other architectures.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut file = BufReader::new(File::open(path)?);
-        let mut beginning = Vec::new();
-        file.by_ref().take(64).read_to_end(&mut beginning)?;
+        let beginning = files::beginning(path)?;
         ensure!(!beginning.is_empty(), "it is empty");
-        refuse_pointer(&beginning)?;
         ensure!(
             beginning.starts_with(b"GGUF"),
             "it is no GGUF file (it begins with {:?}); a model is a GGUF file, or a folder with config.json, \
              tokenizer.json and safetensors",
             String::from_utf8_lossy(&beginning[..beginning.len().min(16)])
         );
-        file.seek_relative(-(beginning.len() as i64))?;
+        let mut file = BufReader::new(File::open(path)?);
         let content = Content::read(&mut file).context("it is a damaged GGUF file")?;
         let name = content.metadata.get("general.architecture");
         let name = name.context("general.architecture is missing")?;
@@ -233,13 +229,4 @@ impl Gguf {
         self.unread.check()?;
         Ok(self.content)
     }
-}
-
-/// What a repository holds in place of large files until they are fetched.
-pub fn refuse_pointer(beginning: &[u8]) -> Result<()> {
-    ensure!(
-        !beginning.starts_with(b"version https://git-lfs"),
-        "it is a pointer of git-lfs, not the file itself; `git lfs pull` brings that"
-    );
-    Ok(())
 }

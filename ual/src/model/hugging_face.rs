@@ -2,8 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs::{self, File},
-    io::Read,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -12,11 +11,13 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value as Json, json};
 
-use crate::model::{
-    decoder::Config,
-    gguf::refuse_pointer,
-    names::HUGGING_FACE,
-    weights::{Parts, Stored, Unread},
+use crate::{
+    files::{self, refuse_pointer},
+    model::{
+        decoder::Config,
+        names::HUGGING_FACE,
+        weights::{Parts, Stored, Unread},
+    },
 };
 
 const CONFIG: &str = "config.json";
@@ -401,12 +402,7 @@ impl Folder {
         let mut all = HashMap::new();
         for file in self.weight_files()? {
             let name = || file.display().to_string();
-            let mut beginning = Vec::new();
-            let open = File::open(&file).with_context(name)?;
-            open.take(64)
-                .read_to_end(&mut beginning)
-                .with_context(name)?;
-            refuse_pointer(&beginning).with_context(name)?;
+            files::beginning(&file).with_context(name)?;
             let read = candle_core::safetensors::load(&file, &Device::Cpu);
             all.extend(read.with_context(name)?);
         }

@@ -12,9 +12,10 @@ use tokenizers::Tokenizer;
 
 use crate::{
     digest,
+    files::refuse_pointer,
     model::{
         decoder::{Config, Weights},
-        gguf::{Gguf, refuse_pointer},
+        gguf::Gguf,
         hugging_face::Folder,
         linear::Affine,
         names::{GGUF, HUGGING_FACE},
@@ -53,8 +54,6 @@ pub struct Pretrained {
     pub config: Config,
     pub weights: Weights,
     pub encoder: Encoder,
-    /// A hash of the files with weights.
-    pub digest: String,
 }
 
 pub fn load(
@@ -227,7 +226,6 @@ fn load_gguf(
     weights.rope_factors = factors;
     file.finish()?;
     Ok(Pretrained {
-        digest: digest::of_files(&[path])?,
         config,
         weights,
         encoder,
@@ -256,7 +254,6 @@ fn load_folder(
     weights.rope_factors = factors;
     tensors.finish()?;
     Ok(Pretrained {
-        digest: digest::of_files(&folder.files()?)?,
         config,
         weights,
         encoder,

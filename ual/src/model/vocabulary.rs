@@ -45,7 +45,7 @@ pub fn check_rows(encoder: &Encoder, rows: usize) -> Result<()> {
     let of_text = encoder.tokenizer.get_vocab(true).into_values();
     let of_text = of_text.filter(|id| added.get(id).is_none_or(|token| !token.special));
     let of_template = encoder.before.iter().chain(&encoder.between);
-    let of_template = of_template.chain([&encoder.end]).copied();
+    let of_template = of_template.chain(&encoder.ending).copied();
     let largest = of_text.chain(of_template).max().unwrap_or(0) as usize;
     ensure!(
         largest < rows,

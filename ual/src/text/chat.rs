@@ -66,9 +66,8 @@ pub struct Encoder {
     pub offset: u32,
     pub before: Vec<u32>,
     pub between: Vec<u32>,
-    /// What follows a response and is learned with it; `end` is its last.
+    /// What follows a response and is learned with it, at least a token; the last ends a response.
     pub ending: Vec<u32>,
-    pub end: u32,
     /// Of prompt and response.
     leads: [Lead; 2],
     /// What says how conversations of any turns look. Without one they are `before`, and prompt, `between`, response and
@@ -96,7 +95,6 @@ impl Encoder {
             before: vec![before],
             between: vec![between],
             ending: vec![end],
-            end,
             leads: [Lead::Start; 2],
             template: None,
         }
@@ -210,7 +208,6 @@ impl Encoder {
             before: Vec::new(),
             between: Vec::new(),
             ending: Vec::new(),
-            end: 0,
             leads: [Lead::Start; 2],
             template,
         };
@@ -225,8 +222,10 @@ impl Encoder {
                 .into_iter()
                 .collect(),
         };
-        let end = encoder.ending.last();
-        encoder.end = *end.context("the tokenizer has no token that ends a response")?;
+        ensure!(
+            !encoder.ending.is_empty(),
+            "the tokenizer has no token that ends a response"
+        );
         ensure!(
             !(encoder.before.is_empty() && encoder.between.is_empty()),
             "nothing stands before a response"
@@ -296,7 +295,7 @@ impl Encoder {
         for part in parts {
             let (tokens, lead) = special.fixed(fixed, pieces.is_empty())?;
             let ends = tokens.iter().position(|id| control.contains_key(id));
-            let ends = ends.filter(|&at| after_response && tokens[at] == self.end);
+            let ends = ends.filter(|&at| after_response && Some(&tokens[at]) == self.ending.last());
             pieces.push(Piece::Template {
                 learned: ends.map_or(0, |at| at + 1),
                 tokens,

@@ -60,9 +60,21 @@ fn weighted(samples: &[Sample]) -> Vec<smoothing::Weighted> {
 }
 
 /// The model of `--model`.
-pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Pretrained>> {
+#[derive(Clone)]
+pub struct Loaded {
+    pub model: Pretrained,
+    /// A hash of the files with its weights.
+    digest: String,
+}
+
+pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Loaded>> {
     let purpose = Purpose::Training(args.max_tokens);
-    let load = |path: &PathBuf| pretrained::load(path, &args.overrides, purpose, device);
+    let load = |path: &PathBuf| {
+        Ok(Loaded {
+            model: pretrained::load(path, &args.overrides, purpose, device)?,
+            digest: pretrained::digest(path)?,
+        })
+    };
     args.model.as_ref().map(load).transpose()
 }
 
@@ -71,7 +83,7 @@ impl Setup {
     pub fn new(
         args: &Args,
         data: Dataset,
-        loaded: Option<Pretrained>,
+        loaded: Option<Loaded>,
         device: &Device,
     ) -> Result<Self> {
         let map = fit(&data.train, args)?;
@@ -156,7 +168,7 @@ impl Setup {
 }
 
 /// Loads or makes the data.
-pub fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
+pub fn dataset(args: &Args, loaded: Option<&Loaded>) -> Result<Dataset> {
     let &Args {
         seed,
         held_out,
@@ -176,12 +188,16 @@ pub fn dataset(args: &Args, loaded: Option<&Pretrained>) -> Result<Dataset> {
         limit,
         group: args.group.as_deref(),
     };
-    jsonl::load(path, loaded.map(|model| model.encoder.clone()), &options)
+    jsonl::load(
+        path,
+        loaded.map(|loaded| loaded.model.encoder.clone()),
+        &options,
+    )
 }
 
 fn decoder(
     args: &Args,
-    loaded: Option<Pretrained>,
+    loaded: Option<Loaded>,
     data: &Dataset,
     device: &Device,
 ) -> Result<Decoder> {
@@ -194,7 +210,7 @@ fn decoder(
         rank,
         scale: args.lora_alpha.unwrap_or(2.0 * rank as f64) / rank as f64,
     });
-    let (config, weights) = (loaded.config, loaded.weights);
+    let (config, weights) = (loaded.model.config, loaded.model.weights);
     Ok(Decoder::from_weights(
         config, weights, trained, args.seed, device,
     )?)

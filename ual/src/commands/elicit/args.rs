@@ -163,29 +163,20 @@ impl Args {
         Ok(())
     }
 
-    /// Ends the program where there is none: an empty one, as of a variable that is set but empty, is none.
+    /// The model to ask. Ends the program where there is none.
     pub fn model(&self) -> &str {
-        let model = self.model.as_deref().map(str::trim).unwrap_or_default();
-        if model.is_empty() {
+        set(self.model.as_deref()).unwrap_or_else(|| {
             let missing = "the model to ask is missing: --model MODEL, or OPENAI_MODEL; or --local MODEL.gguf\n";
-            clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit();
-        }
-        model
+            clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit()
+        })
     }
 
-    /// As of the model.
     pub fn base_url(&self) -> &str {
-        match self.base_url.trim() {
-            "" => DEFAULT_URL,
-            url => url,
-        }
+        set(Some(&self.base_url)).unwrap_or(DEFAULT_URL)
     }
 
     pub fn key(&self) -> Option<&str> {
-        self.key
-            .as_deref()
-            .map(str::trim)
-            .filter(|key| !key.is_empty())
+        set(self.key.as_deref())
     }
 
     pub fn key_header(&self) -> &str {
@@ -219,4 +210,9 @@ impl Args {
                 .with_context(|| format!("--prompt {}", path.display())),
         }
     }
+}
+
+/// What is empty, as of a variable that is set but empty, is not set.
+fn set(value: Option<&str>) -> Option<&str> {
+    value.map(str::trim).filter(|value| !value.is_empty())
 }

@@ -15,7 +15,7 @@ use crate::{
     },
     data::samples::{Dataset, Sample},
     files::Folder,
-    model::{decoder::Config, pretrained::Pretrained},
+    model::decoder::Config,
     report::{
         plots,
         run::{Run, save_json},
@@ -24,7 +24,7 @@ use crate::{
         self,
         args::device,
         plan::Plan,
-        setup::{self, Setup},
+        setup::{self, Loaded, Setup},
     },
 };
 
@@ -60,7 +60,7 @@ fn about(setup: &Setup, args: &training::args::Args) -> String {
 fn of_seed(
     args: &training::args::Args,
     data: Dataset,
-    loaded: Option<Pretrained>,
+    loaded: Option<Loaded>,
     device: &Device,
 ) -> Result<(Vec<Outcome>, First)> {
     let _locked = Folder::make(&args.out)?;
@@ -131,8 +131,8 @@ pub fn run(args: &Args) -> Result<()> {
     plots::reliability(&folder.join("reliability.svg"), &first.runs)?;
     pictures::smoothing(&folder.join("smoothing.svg"), &first.smoothing)?;
     let name = |token: u32| {
-        let text = |loaded: &Pretrained| {
-            let encoder = &loaded.encoder;
+        let text = |loaded: &Loaded| {
+            let encoder = &loaded.model.encoder;
             let id = token.checked_sub(encoder.offset)?;
             let text = encoder.tokenizer.decode(&[id], false).ok()?;
             (!text.contains('\u{fffd}')).then(|| format!("{text:?}"))
