@@ -37,7 +37,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
     return;
   }
   const Transform<SOFTCAP> transform(p);
-  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
+  const T* x = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, blockIdx.x);
   const int target = in.target - stored.begin;
   const bool has_target = target >= 0 && target < stored.classes;
   float x_y = has_target ? widen_one(x[target]) : NAN;
@@ -62,7 +62,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
     fill_gradient<T>(p, row, in.kind == RowKind::kIgnored ? 0.f : NAN, stored);
     return;
   }
-  const T* x = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, blockIdx.x);
+  const T* x = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, blockIdx.x);
   const Transform<SOFTCAP> transform(p);
   const GradientFactors f = gradient_factors<SOFTCAP>(p, in, p.state[row], gradient_scale(p, row), transform);
   write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, f, transform);
@@ -101,7 +101,7 @@ KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
     UNROLL for (int u = 0; u < kAhead; u++) {
       const uint64_t row = first + u * blockDim.x;
       target[u] = row < p.rows ? read_target(p, row) : p.ignore_index;
-      w[u] = row < p.rows && p.weights ? p.weights[value_offset(p.weight_rows, static_cast<unsigned>(row))] : 1.f;
+      w[u] = row < p.rows && p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f;
       l[u] = row < p.rows && p.reduced ? p.loss[row] : 0.f;
     }
     UNROLL for (int u = 0; u < kAhead; u++) {

@@ -146,7 +146,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     return;
   }
   OnChip* on_chip = reinterpret_cast<OnChip*>(memory);
-  const T* logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const T* logits = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, row);
   const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
   char* image = reinterpret_cast<char*>(memory) + sizeof(OnChip);
   T* x = reinterpret_cast<T*>(image + phase);

@@ -3,24 +3,15 @@
 #include "partial.cuh"
 #include "vector.cuh"
 
-DEVICE uint64_t row_offset(const RowOffsets& rows, uint64_t row) {
-  uint64_t offset = 0;
-  ROLLED for (uint64_t d = 0; d + 1 < rows.dims; d++) {
-    offset += row % rows.sizes[d] * rows.strides[d];
-    row /= rows.sizes[d];
-  }
-  return offset + row * rows.strides[rows.dims - 1];
-}
-
-// The same of a value a row, in 32 bits: src/call.rs sees that they suffice.
-DEVICE unsigned value_offset(const RowOffsets& rows, unsigned row) {
-  unsigned offset = 0;
-  ROLLED for (unsigned d = 0; d + 1 < static_cast<unsigned>(rows.dims); d++) {
-    const unsigned size = static_cast<unsigned>(rows.sizes[d]);
-    offset += row % size * static_cast<unsigned>(rows.strides[d]);
+// Counted in Offset, 64 bits for logits and gradients: src/call.rs sees that 32 suffice for smoothing and weights.
+template <class Offset> DEVICE Offset row_offset(const RowOffsets& rows, uint64_t number) {
+  Offset offset = 0, row = static_cast<Offset>(number);
+  ROLLED for (Offset d = 0; d + 1 < static_cast<Offset>(rows.dims); d++) {
+    const Offset size = static_cast<Offset>(rows.sizes[d]);
+    offset += row % size * static_cast<Offset>(rows.strides[d]);
     row /= size;
   }
-  return offset + row * static_cast<unsigned>(rows.strides[rows.dims - 1]);
+  return offset + row * static_cast<Offset>(rows.strides[rows.dims - 1]);
 }
 
 enum class RowKind { kCounted, kIgnored, kBad };
@@ -41,8 +32,8 @@ DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   const long long target = read_target(p, row);
   // All loads before the first use.
   RowInputs in = {RowKind::kCounted, 0,
-                  p.smoothing ? p.smoothing[value_offset(p.smoothing_rows, static_cast<unsigned>(row))] : p.uniform_smoothing,
-                  p.weights ? p.weights[value_offset(p.weight_rows, static_cast<unsigned>(row))] : 1.f};
+                  p.smoothing ? p.smoothing[row_offset<unsigned>(p.smoothing_rows, row)] : p.uniform_smoothing,
+                  p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f};
   if (target == p.ignore_index) {
     in.kind = RowKind::kIgnored;
     return in;
@@ -179,7 +170,7 @@ template <class T> DEVICE int store_lead(const T* grad) {
 }
 
 template <class T> DEVICE T* gradient_at(const Params& p, uint64_t row, const Stretch& stretch) {
-  return static_cast<T*>(p.grad) + row_offset(p.grad_rows, row - p.first_row) +
+  return static_cast<T*>(p.grad) + row_offset<uint64_t>(p.grad_rows, row - p.first_row) +
          (stretch.begin - static_cast<int>(p.first_column));
 }
 

@@ -7,9 +7,7 @@ use super::{
     problem::{Eps, OnChip, Problem, Tiles, View, to_bytes},
 };
 use crate::kernels::{
-    abi::{
-        Kernel, MAX_ROW_DIMS, Params, REDUCE_THREADS, RowOffsets, RowState, Running, inner_factors,
-    },
+    abi::{Kernel, Params, REDUCE_THREADS, RowState, Running, inner_factors},
     select::{self, Forced, Geometry, H200},
 };
 
@@ -306,8 +304,8 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
         }),
         logits_rows: p.logits_view.abi(),
         grad_rows: p.grad_view.abi(),
-        smoothing_rows: apart(3),
-        weight_rows: apart(2),
+        smoothing_rows: View::contiguous(p.rows(), 3).abi(),
+        weight_rows: View::contiguous(p.rows(), 2).abi(),
         rows: p.rows() as u64,
         ignore_index: p.ignore_index(),
         vocab: p.vocab as u32,
@@ -323,17 +321,6 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
             .map_or([f32::NAN; 2], |cap| inner_factors(p.logit_scale, cap)),
         result_scale: p.result_scale,
         ..Params::zeroed()
-    }
-}
-
-/// Where values are that stand so many elements apart.
-fn apart(elements: u64) -> RowOffsets {
-    let mut strides = [0; MAX_ROW_DIMS];
-    strides[0] = elements;
-    RowOffsets {
-        dims: 1,
-        sizes: [1; MAX_ROW_DIMS],
-        strides,
     }
 }
 
