@@ -61,6 +61,30 @@ template <> DEVICE unsigned pack<f16>(float low, float high) {
   unsigned word; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;
 }
 #endif
+// The larger of each of the elements that two words hold, one of f32, two of the others; NaN only where both are.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T> DEVICE unsigned max_packed(unsigned a, unsigned b) {
+  float a_low, a_high, b_low, b_high;
+  unpack<T>(a, a_low, a_high), unpack<T>(b, b_low, b_high);
+  return pack<T>(max(a_low, b_low), max(a_high, b_high));
+}
+#else
+template <class T> DEVICE unsigned max_packed(unsigned a, unsigned b);
+template <> DEVICE unsigned max_packed<bf16>(unsigned a, unsigned b) {
+  unsigned c; asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b)); return c;
+}
+template <> DEVICE unsigned max_packed<f16>(unsigned a, unsigned b) {
+  unsigned c; asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b)); return c;
+}
+#endif
+template <> DEVICE unsigned max_packed<float>(unsigned a, unsigned b) {
+  return __float_as_uint(max(__uint_as_float(a), __uint_as_float(b)));
+}
+// The same, but the compiler no longer knows what it computed of it before, and so keeps none of that in registers.
+DEVICE uint4 opaque(uint4 v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+  return v;
+}
 DEVICE float float_from_bits(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_from_float(float x) { return __float_as_uint(x); }
 // The high word's and low word's 64 bits shifted right by `bits` (0 to 31), low half.
@@ -92,6 +116,8 @@ DEVICE int reduce_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE unsigned reduce_min(unsigned x) { return __reduce_min_sync(0xffffffffu, x); }
 DEVICE unsigned reduce_add(unsigned x) { return __reduce_add_sync(0xffffffffu, x); }
 #endif
+// Threads a block of the kernels on chip, for the compiler to know (src/kernels/select.rs launches as many).
+DEVICE constexpr int on_chip_threads() { return 256; }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { atomicMin(p, v); }
 }  // namespace dev

@@ -11,8 +11,10 @@
 
 constexpr int kMaxBlocksPerRow = 16;
 constexpr int kMaxChunks = 16;
-// Groups a chunk. A multiple of the threads a block, or the order of sums would depend on it.
-constexpr int kChunkGroups = 1024;
+// Groups of a chunk that a thread adds up at once, so that few instructions go to anything but logits. With a softcap
+// those are so many that it does not matter.
+constexpr int kAtOnce = 4;
+DEVICE int chunk_groups() { return kAtOnce * dev::on_chip_threads(); }
 
 struct alignas(128) OnChip {
   uint64_t filled[kMaxChunks];         // one mbarrier a chunk
@@ -30,7 +32,7 @@ template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {
   return {begin, classes, last ? static_cast<int>(p.width) - begin : classes};
 }
 
-DEVICE int chunks_of(int groups) { return (groups + kChunkGroups - 1) / kChunkGroups; }
+DEVICE int chunks_of(int groups) { return (groups + chunk_groups() - 1) / chunk_groups(); }
 
 // Starts the copies of a slice into `image`, whose first word holds the 16 bytes that the slice starts in. One thread.
 //
@@ -45,7 +47,7 @@ template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const 
   dev::mbarrier_fence_init();
   int begin = phase == 0 ? 0 : 1;
   ROLLED for (int c = 0; c < chunks; c++) {
-    const int limit = (c + 1) * kChunkGroups + 1, end = limit < words ? limit : words;
+    const int limit = (c + 1) * chunk_groups() + 1, end = limit < words ? limit : words;
     const unsigned bytes = end > begin ? static_cast<unsigned>(end - begin) * 16 : 0;
     dev::mbarrier_arrive_expect(&on_chip->filled[c], bytes);
     if (bytes != 0) dev::bulk_copy(image + begin * 16, from + begin * 16, bytes, &on_chip->filled[c]);
@@ -64,50 +66,84 @@ template <class T> DEVICE void copy_edges(T* image, const T* x, int count, unsig
   if (lane < missing) image[count + lane] = narrow_one<T>(-INFINITY);
 }
 
+template <class T, bool STATS, bool SOFTCAP, bool ALIGNED, int U>
+DEVICE void add_from_image(ThreadSums& sums, const char* image, int group, int target, unsigned phase,
+                           const Transform<SOFTCAP>& transform) {
+  PATH("sums");
+  uint4 v[U];
+  const char* at = image + group * 16;
+  const auto load = [&](int u, int second) { return dev::load16(at + (u * dev::on_chip_threads() + second) * 16); };
+  if constexpr (ALIGNED) {
+    UNROLL for (int u = 0; u < U; u++) v[u] = load(u, 0);
+  } else {
+    load_straddling<T>(v, phase, load);
+  }
+  add_groups<T, STATS>(sums, v, group, dev::on_chip_threads(), target, transform);
+}
+
 // Sums over the classes of a slice as its chunks arrive.
 template <class T, bool STATS, bool SOFTCAP, bool ALIGNED>
-DEVICE Partial sum_slice(OnChip* on_chip, const char* image, int groups, int target, unsigned phase,
-                         const Transform<SOFTCAP>& transform) {
-  Partial a = empty_partial();
-  const int target_group = target >= 0 ? target / kGroup<T> : -1;
-  for (int c = 0; c < chunks_of(groups); c++) {
+DEVICE ThreadSums sum_slice(OnChip* on_chip, const char* image, int groups, int target, unsigned phase,
+                            const Transform<SOFTCAP>& transform) {
+  ThreadSums sums = empty_sums();
+  const int threads = dev::on_chip_threads();
+  int first = static_cast<int>(threadIdx.x);
+  for (int c = 0; c * chunk_groups() < groups; c++, first += chunk_groups()) {
     dev::mbarrier_wait(&on_chip->filled[c], 0);
-    const int end = (c + 1) * kChunkGroups < groups ? (c + 1) * kChunkGroups : groups;
-    for (int group = c * kChunkGroups + static_cast<int>(threadIdx.x); group < end;
-         group += static_cast<int>(blockDim.x)) {
-      PATH("sums");
-      float x[kGroup<T>];
-      const uint4 low = dev::load16(image + group * 16);
-      if constexpr (ALIGNED) widen<T>(low, x);
-      else widen<T>(straddle<T>(low, dev::load16(image + group * 16 + 16), phase), x);
-      add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
+    if constexpr (!SOFTCAP) {
+      if (first + (kAtOnce - 1) * threads < groups) {
+        add_from_image<T, STATS, SOFTCAP, ALIGNED, kAtOnce>(sums, image, first, target, phase, transform);
+        continue;
+      }
+    }
+    const int end = (c + 1) * chunk_groups() < groups ? (c + 1) * chunk_groups() : groups;
+    ROLLED for (int group = first; group < end; group += threads) {
+      add_from_image<T, STATS, SOFTCAP, ALIGNED, 1>(sums, image, group, target, phase, transform);
     }
   }
-  return a;
+  return sums;
+}
+
+template <class T, bool SOFTCAP, bool SPECIAL, int U>
+DEVICE void write_whole_words(char* grad, const char* image, int word, const GradientFactors& f,
+                              const Transform<SOFTCAP>& transform) {
+  PATH("whole");
+  const char* from = image + word * 16;
+  char* to = grad + static_cast<unsigned>(word) * 16u;
+  UNROLL for (int u = 0; u < U; u++) {
+    const int at = u * dev::on_chip_threads() * 16;
+    dev::store16_streaming(to + at, gradient_of_group<T, SOFTCAP, SPECIAL>(dev::load16(from + at), f, transform));
+  }
 }
 
 // Gradient of the slice's classes where its 16-byte words lie as the image's do.
 template <class T, bool SOFTCAP, bool SPECIAL>
 DEVICE void write_words(T* grad, const char* image, int count, int target, unsigned phase, const GradientFactors& f,
                         const Transform<SOFTCAP>& transform) {
-  const int lead = static_cast<int>(phase / sizeof(T)), words = (count + lead + kGroup<T> - 1) / kGroup<T>;
-  const int target_word = target >= 0 ? (target + lead) / kGroup<T> : -1;
-  for (int word = static_cast<int>(threadIdx.x); word < words; word += static_cast<int>(blockDim.x)) {
-    float x[kGroup<T>], g[kGroup<T>];
-    widen<T>(dev::load16(image + word * 16), x);
-    gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
-    if (word == target_word) gradient_of_target(x, g, (target + lead) % kGroup<T>, f, transform);
-    const int start = word * kGroup<T> - lead;
-    if (start >= 0 && start + kGroup<T> <= count) {
-      PATH("whole");
-      dev::store16_streaming(grad + start, narrow<T>(g));
-      continue;
-    }
-    PATH("edge");
-    UNROLL for (int k = 0; k < kGroup<T>; k++) {
-      if (start + k >= 0 && start + k < count) grad[start + k] = narrow_one<T>(g[k]);
-    }
+  constexpr int N = kGroup<T>, U = SOFTCAP || SPECIAL ? 1 : kAtOnce;
+  const T* x = reinterpret_cast<const T*>(image + phase);
+  const int lead = static_cast<int>(phase / sizeof(T)), threads = dev::on_chip_threads();
+  const int first = lead > 0 ? 1 : 0, end = (count + lead) / N;  // words wholly in the slice
+  char* words = reinterpret_cast<char*>(grad) - phase;
+  int word = first + static_cast<int>(threadIdx.x);
+  ROLLED for (; word + (U - 1) * threads < end; word += U * threads) {
+    write_whole_words<T, SOFTCAP, SPECIAL, U>(words, image, word, f, transform);
   }
+  if constexpr (U > 1) {
+    ROLLED for (; word < end; word += threads) write_whole_words<T, SOFTCAP, SPECIAL, 1>(words, image, word, f, transform);
+  }
+  // Fewer than a word's elements at either end: the last threads.
+  const int before = first * N - lead, head = before < count ? before : count;
+  const int after = end * N - lead, tail = after > head ? after : head;
+  const int last = threads - 1 - static_cast<int>(threadIdx.x);
+  const int edge = last < N ? last : tail + last - N;
+  const bool at_edge = edge < (last < N ? head : count);
+  if (at_edge) {
+    PATH("edge");
+    grad[edge] = gradient_of_one<T, SOFTCAP, SPECIAL>(x[edge], f, transform);
+  }
+  const bool in_word = target >= head && target < tail;
+  if (in_word ? is_own((target + lead) / N - first, threads) : at_edge && edge == target) write_target(grad + target, widen_one(x[target]), f, transform);
 }
 
 // Gradient of a slice from its image.
@@ -129,73 +165,90 @@ DEVICE void write_slice(const Params& p, uint64_t row, const char* image, unsign
   if (padding > 0) fill_gradient<T>(p, row, 0.f, {slice.begin + slice.classes, 0, padding});
 }
 
+// What is needed again after the sums, which need all registers.
+struct alignas(16) Kept {
+  RowInputs in;
+  Stretch slice;
+  float target_logit;
+  float gradient_scale;
+  int rank;
+  unsigned row;
+  unsigned phase;
+};
+
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(Partial, scratch, kMaxWarps);
   SHARED_ARRAY(GradientFactors, factors, 1);
-  SHARED_ARRAY(float, early, 2);  // the target's logit, the gradient's scale
-  const uint64_t row = blockIdx.x / p.blocks_per_row;
-  const int rank = static_cast<int>(blockIdx.x % p.blocks_per_row);
-  const bool one_block = p.blocks_per_row == 1;
-  const Stretch slice = slice_of_row<T>(p, rank);
-  const RowInputs in = read_inputs(p, row);
-  if (in.kind != RowKind::kCounted) {  // the whole cluster
-    const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
-    if (rank == 0) finish_unused_row<STATS>(p, row, value);
-    if constexpr (GRAD) fill_gradient<T>(p, row, value, slice);
-    return;
-  }
+  SHARED_ARRAY(Kept, kept, 1);
   OnChip* on_chip = reinterpret_cast<OnChip*>(memory);
-  const T* logits = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, row);
-  const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
   char* image = reinterpret_cast<char*>(memory) + sizeof(OnChip);
-  T* x = reinterpret_cast<T*>(image + phase);
-  const bool first_warp = threadIdx.x < 32;
-  // The two warps do this at once; only the second waits for the memory.
-  if (threadIdx.x == 0) {
-    start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
-    // Loaded behind the copies' start, which hide the wait; kept where it takes no register.
-    early[0] = widen_one(logits[in.target]);
-    if constexpr (GRAD) early[1] = gradient_scale(p, row);
-  }
-  if (threadIdx.x / 32 == 1) {
-    copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
-  }
+  const bool one_block = p.blocks_per_row == 1, first_warp = threadIdx.x < 32;
   const Transform<SOFTCAP> transform(p);
-  if (!one_block) dev::cluster_arrive_relaxed();
-  dev::sync_block();  // edges and mbarriers are there
+  ThreadSums sums;
+  {
+    const unsigned blocks = static_cast<unsigned>(p.blocks_per_row), row = blockIdx.x / blocks;
+    const int rank = static_cast<int>(blockIdx.x % blocks);
+    const Stretch slice = slice_of_row<T>(p, rank);
+    const RowInputs in = read_inputs(p, row);
+    if (in.kind != RowKind::kCounted) {  // the whole cluster
+      const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
+      if (rank == 0) finish_unused_row<STATS>(p, row, value);
+      if constexpr (GRAD) fill_gradient<T>(p, row, value, slice);
+      return;
+    }
+    const T* logits = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, row);
+    const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
+    // The two warps do this at once; only the second waits for the memory.
+    if (threadIdx.x == 0) {
+      start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
+      // Loaded behind the copies' start, which hide the wait.
+      const float target_logit = widen_one(logits[in.target]);
+      kept[0] = {in, slice, target_logit, GRAD ? gradient_scale(p, row) : 0.f, rank, row, phase};
+    }
+    if (threadIdx.x / 32 == 1) {
+      T* x = reinterpret_cast<T*>(image + phase);
+      copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
+    }
+    if (!one_block) dev::cluster_arrive_relaxed();
+    dev::sync_block();  // edges and mbarriers are there
 
-  const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, target = in.target - slice.begin;
-  Partial a = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
-                         : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
-  a = merge_warp<STATS>(a, transform);
+    const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, in_slice = in.target - slice.begin;
+    const int target = in_slice >= 0 && in_slice < slice.classes && is_own(in_slice / kGroup<T>, dev::on_chip_threads()) ? in_slice : -1;
+    sums = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
+                      : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
+  }
+  Partial a = merge_warp<STATS>(sums, transform);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   if (!one_block) dev::cluster_wait();  // the other blocks have started, so their memory may be written
   dev::sync_block();  // the warps' results are there
+  const Kept known = kept[0];
   // What the row as a whole takes is one warp's work; the others wait. Without a gradient it is the first block's.
   const unsigned receivers = GRAD ? p.blocks_per_row : 1;
   if (first_warp) {
     a = merge_warps<STATS>(scratch, transform);
     if (threadIdx.x < receivers) {
-      if constexpr (STATS) find_column(a, x, slice);
-      if (!one_block) *dev::map_to_rank(&on_chip->slices[rank], threadIdx.x) = a;
+      if constexpr (STATS) find_column(a, reinterpret_cast<const T*>(image + known.phase), known.slice);
+      if (!one_block) *dev::map_to_rank(&on_chip->slices[known.rank], threadIdx.x) = a;
     }
   }
   // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
   if (!one_block) dev::sync_cluster();
-  if (first_warp && (GRAD || rank == 0)) {
+  if (first_warp && (GRAD || known.rank == 0)) {
     if (!one_block) {
       const unsigned lane = threadIdx.x % kMaxBlocksPerRow;
-      a = merge_warp<STATS, kMaxBlocksPerRow>(lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial(), transform);
+      a = lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial();
+      a = merge_lanes<STATS, kMaxBlocksPerRow>(a, a.largest, transform);
     }
-    const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, a, early[0], transform, rank == 0 && threadIdx.x == 0);
+    const RowState state = finish_row<STATS, SOFTCAP>(p, known.row, known.in, a, known.target_logit, transform,
+                                                      known.rank == 0 && threadIdx.x == 0);
     if constexpr (GRAD) {
-      const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, early[1], transform);
+      const GradientFactors f = gradient_factors<SOFTCAP>(p, known.in, state, known.gradient_scale, transform);
       if (threadIdx.x == 0) factors[0] = f;
     }
   }
   if constexpr (GRAD) {
     dev::sync_block();  // the factors are there
-    write_slice<T, SOFTCAP>(p, row, image, phase, slice, in.target, factors[0], transform);
+    write_slice<T, SOFTCAP>(p, known.row, image, known.phase, known.slice, known.in.target, factors[0], transform);
   }
 }

@@ -1,8 +1,8 @@
 // Partial results of a stretch of a row and their merge: the one associative operation that combines threads, warps
 // and blocks (and, for sliced vocabularies, slices).
 #pragma once
-#include "device.cuh"
 #include "params.cuh"
+#include "vector.cuh"
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
@@ -91,6 +91,9 @@ template <bool SOFTCAP> struct Transform {
   // (x - largest) * logit_scale / 2, which overflows only where d does.
   DEVICE float half_nats(float x, float largest) const { return dev::fma(x, 0.5f, -0.5f * largest) * logit_scale; }
 
+  // How far a logit may exceed the one that sums are relative to: with a softcap not at all, else until d is about 16.
+  DEVICE float reach() const { return SOFTCAP ? 0.f : 11.f * dev::reciprocal_approx(logit_scale); }
+
   // A finite d in `kUnit`s, of a class that is not masked, even where `d` overflowed.
   DEVICE float in_units(float x, float largest, float d) const {
     if (SOFTCAP || d > -INFINITY) return d * kUnit;
@@ -171,60 +174,110 @@ template <bool STATS, bool SOFTCAP> DEVICE Partial merge(Partial a, Partial b, c
   return c;
 }
 
-template <int N> DEVICE float largest_of(const float (&x)[N]) {
-  float largest = x[0];
-  UNROLL for (int k = 1; k < N; k++) largest = dev::max(largest, x[k]);
-  return largest;
+// A thread's sums over its groups so far. They are relative to `partial.largest`, which was the largest: to follow every
+// new one would take longer than the sums. None exceeds it by more than the transform's reach, so no sum overflows.
+struct ThreadSums {
+  Partial partial;  // `at` is that of `largest`
+  float largest;
+  float limit;  // a logit beyond it becomes `partial.largest`
+};
+
+DEVICE ThreadSums empty_sums() { return {empty_partial(), -INFINITY, -INFINITY}; }
+
+// The largest of a group as a word: of 16-bit elements, in one half of it, beside another of the group.
+template <class T> DEVICE unsigned largest_word(uint4 v) {
+  return dev::max_packed<T>(dev::max_packed<T>(v.x, v.y), dev::max_packed<T>(v.z, v.w));
+}
+
+template <class T> DEVICE float largest_in(unsigned word) {
+  if constexpr (sizeof(T) == 4) {
+    return dev::float_from_bits(word);
+  } else {
+    float low, high;
+    dev::unpack<T>(word, low, high);
+    return dev::max(low, high);
+  }
+}
+
+template <class T, int U> DEVICE float largest_of(const uint4 (&v)[U]) {
+  unsigned word = largest_word<T>(v[0]);
+  UNROLL for (int u = 1; u < U; u++) word = dev::max_packed<T>(word, largest_word<T>(v[u]));
+  return largest_in<T>(word);
 }
 
 // Masks element `target` of a group; sums leave it out.
-template <int N> DEVICE void hide_target(float (&x)[N], int target) {
-  UNROLL for (int k = 0; k < N; k++) x[k] = k == target ? -INFINITY : x[k];
+template <class T> DEVICE uint4 without_target(uint4 v, int target) {
+  float x[kGroup<T>];
+  widen<T>(v, x);
+  UNROLL for (int k = 0; k < kGroup<T>; k++) x[k] = k == target ? -INFINITY : x[k];
+  return narrow<T>(x);
 }
 
-// Adds a group of logits. `x` is -inf for masked classes and elements beyond the row. The target, in `target_group`, is
-// left out.
-template <bool STATS, bool SOFTCAP, int N>
-DEVICE void add_group(Partial& a, float (&x)[N], int group, int target_group, int target, const Transform<SOFTCAP>& transform) {
-  float largest = largest_of(x);
-  if (group == target_group || largest > a.largest) {  // rare after a thread's first groups: one branch for both
-    if (group == target_group) {
-      hide_target(x, target % N);
-      largest = largest_of(x);
+// Adds U groups of logits, `group` and those `stride` groups after one another. They are -inf for masked classes and
+// elements beyond the row. The target, negative if it is in no group of this thread, is left out.
+template <class T, bool STATS, bool SOFTCAP, int U>
+DEVICE void add_groups(ThreadSums& sums, uint4 (&v)[U], int group, int stride, int target,
+                       const Transform<SOFTCAP>& transform) {
+  constexpr int N = kGroup<T>;
+  Partial& a = sums.partial;
+  float largest = largest_of<T>(v);
+  const bool has_target = static_cast<unsigned>((target >> kLogGroup<T>) - group) < static_cast<unsigned>(U * stride);
+  if (has_target || largest > sums.limit) {  // rare after a thread's first groups: one branch for both
+    if (has_target) {
+      UNROLL for (int u = 0; u < U; u++) {
+        if (group + u * stride == target / N) v[u] = without_target<T>(v[u], target % N);
+      }
+      largest = largest_of<T>(v);
     }
-    if (largest > a.largest) {
+    if (largest > sums.limit) {
       relate<STATS>(a, largest, transform.reference(largest), transform);
       a.largest = largest;
-      a.at = static_cast<unsigned>(group);
+      sums.limit = largest + transform.reach();
     }
   }
+  if constexpr (STATS) {
+    if (largest > sums.largest) {
+      UNROLL for (int u = U - 1; u >= 0; u--) {
+        if (U == 1 || largest_in<T>(largest_word<T>(v[u])) == largest) a.at = static_cast<unsigned>(group + u * stride);
+      }
+    }
+  }
+  sums.largest = dev::max(sums.largest, largest);
   float exp = 0.f, linear = 0.f, weighted = 0.f, squares = 0.f;
-  UNROLL for (int k = 0; k < N; k++) {
-    const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
-    exp = k == 0 ? e : exp + e;
-    linear = dev::fma(d, kUnit, linear);
-    if constexpr (STATS) {
-      weighted = dev::fma(d, e, weighted);
-      squares = dev::fma(e, e, squares);
+  UNROLL for (int u = 0; u < U; u++) {
+    float x[N];
+    widen<T>(v[u], x);
+    UNROLL for (int k = 0; k < N; k++) {
+      const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
+      exp = u + k == 0 ? e : exp + e;
+      linear = dev::fma(d, kUnit, linear);
+      if constexpr (STATS) {
+        weighted = dev::fma(d, e, weighted);
+        squares = dev::fma(e, e, squares);
+      }
     }
   }
-  if (linear == -INFINITY) {  // something is masked, or all is far: one comparison a group where nothing is
+  if (linear == -INFINITY) {  // something is masked, or all is far: one comparison where nothing is
     PATH("masked or far");
     exp = linear = weighted = squares = 0.f;
-    UNROLL for (int k = 0; k < N; k++) {
-      if (x[k] != -INFINITY) {
-        const float d = transform.exact(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
-        exp += e;
-        linear += transform.in_units(x[k], a.largest, d);
-        if constexpr (STATS) {
-          if (e > 0.f) weighted = dev::fma(d, e, weighted);
-          squares = dev::fma(e, e, squares);
+    UNROLL for (int u = 0; u < U; u++) {
+      float x[N];
+      widen<T>(dev::opaque(v[u]), x);
+      UNROLL for (int k = 0; k < N; k++) {
+        if (x[k] != -INFINITY) {
+          const float d = transform.exact(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
+          exp += e;
+          linear += transform.in_units(x[k], a.largest, d);
+          if constexpr (STATS) {
+            if (e > 0.f) weighted = dev::fma(d, e, weighted);
+            squares = dev::fma(e, e, squares);
+          }
+          a.classes++;
         }
-        a.classes++;
       }
     }
   } else {
-    a.classes += N;
+    a.classes += U * N;
   }
   a.exp += exp;
   a.linear += linear;
@@ -241,10 +294,10 @@ DEVICE float largest_of_warp(float x) {
 
 // Merges the results of LANES lanes, a power of 2, which all such lanes of the warp hold alike; every lane gets the
 // result. First the largest logit, to which each lane's sums are made relative once, then plain sums.
-template <bool STATS, int LANES = 32, bool SOFTCAP>
-DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
-  const float largest = largest_of_warp(a.largest);
-  const unsigned at = dev::reduce_min(a.largest == largest ? a.at : ~0u);
+template <bool STATS, int LANES, bool SOFTCAP>
+DEVICE Partial merge_lanes(Partial a, float own_largest, const Transform<SOFTCAP>& transform) {
+  const float largest = largest_of_warp(own_largest);
+  const unsigned at = dev::reduce_min(own_largest == largest ? a.at : ~0u);
   relate<STATS>(a, largest, transform.reference(largest), transform);
   a.largest = largest;
   a.at = at;
@@ -260,19 +313,24 @@ DEVICE Partial merge_warp(Partial a, const Transform<SOFTCAP>& transform) {
   return a;
 }
 
+template <bool STATS, bool SOFTCAP> DEVICE Partial merge_warp(const ThreadSums& sums, const Transform<SOFTCAP>& transform) {
+  return merge_lanes<STATS, 32>(sums.partial, sums.largest, transform);
+}
+
 constexpr int kMaxWarps = 8;  // a block's; src/kernels/select.rs launches no more
 
 // Merges the warps' results, one element of `scratch` each; every lane of a warp that calls it gets the result.
 template <bool STATS, bool SOFTCAP>
 DEVICE Partial merge_warps(const Partial* scratch, const Transform<SOFTCAP>& transform) {
   const unsigned lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
-  return merge_warp<STATS, kMaxWarps>(lane < warps ? scratch[lane] : empty_partial(), transform);
+  const Partial a = lane < warps ? scratch[lane] : empty_partial();
+  return merge_lanes<STATS, kMaxWarps>(a, a.largest, transform);
 }
 
 // Merges all threads' results through `scratch`; every thread gets the result.
 template <bool STATS, bool SOFTCAP>
-DEVICE Partial merge_block(Partial a, Partial* scratch, const Transform<SOFTCAP>& transform) {
-  a = merge_warp<STATS>(a, transform);
+DEVICE Partial merge_block(const ThreadSums& sums, Partial* scratch, const Transform<SOFTCAP>& transform) {
+  const Partial a = merge_warp<STATS>(sums, transform);
   if (blockDim.x == 32) return a;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   dev::sync_block();

@@ -1,7 +1,6 @@
 // One row: its inputs, its loss and statistics from the merged partial result, its gradient.
 #pragma once
 #include "partial.cuh"
-#include "vector.cuh"
 
 // Counted in Offset, 64 bits for logits and gradients: src/call.rs sees that 32 suffice for smoothing and weights.
 template <class Offset> DEVICE Offset row_offset(const RowOffsets& rows, uint64_t number) {
@@ -149,18 +148,21 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
   }
 }
 
+// Whether a group is one of this thread's, who has every `threads`-th, a power of 2.
+DEVICE bool is_own(int group, int threads) { return (group & (threads - 1)) == static_cast<int>(threadIdx.x); }
+
 // Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
   SHARED_ARRAY(Partial, scratch, kMaxWarps);
-  Partial a = empty_partial();
+  ThreadSums sums = empty_sums();
   const RowReader<T> reader(x, vocab, 0);
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
-  const int target_group = target / kGroup<T>;
-  for_each_group<T, 4, STREAMING, false>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool) {
-    add_group<STATS, SOFTCAP>(a, x, group, target_group, target, transform);
+  const int own_target = target >= 0 && target < vocab && is_own(target / kGroup<T>, static_cast<int>(blockDim.x)) ? target : -1;
+  for_each_group<T, 4, !SOFTCAP, STREAMING, false>(reader, groups, [&](auto& v, int group, int stride, bool) {
+    add_groups<T, STATS>(sums, v, group, stride, own_target, transform);
   });
-  return merge_block<STATS>(a, scratch, transform);
+  return merge_block<STATS>(sums, scratch, transform);
 }
 
 // Elements by which a row of gradients starts past a 16-byte boundary. Gradients are grouped by it: their 16-byte
@@ -244,10 +246,9 @@ DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, co
   return f;
 }
 
-// Gradient of a group, wrong for the target's. SPECIAL is the row's way.
+// Gradient of some logits, wrong for the target's. SPECIAL is the row's way.
 template <bool SOFTCAP, bool SPECIAL, int N>
-DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const GradientFactors& f,
-                              const Transform<SOFTCAP>& transform) {
+DEVICE void gradient_of(const float (&x)[N], float (&g)[N], const GradientFactors& f, const Transform<SOFTCAP>& transform) {
   UNROLL for (int k = 0; k < N; k++) {
     float slope, d;
     if (SPECIAL && !SOFTCAP) d = dev::fma(x[k], f.affine[0], f.affine[1]) * f.affine[2];
@@ -258,19 +259,33 @@ DEVICE void gradient_of_group(const float (&x)[N], float (&g)[N], const Gradient
   }
 }
 
-// Puts the gradient of the target, element `target` of the group, right.
-template <bool SOFTCAP, int N>
-DEVICE void gradient_of_target(const float (&x)[N], float (&g)[N], int target, const GradientFactors& f,
-                               const Transform<SOFTCAP>& transform) {
-  float x_y = -INFINITY, slope;
-  UNROLL for (int k = 0; k < N; k++) x_y = k == target ? x[k] : x_y;
+template <class T, bool SOFTCAP, bool SPECIAL>
+DEVICE uint4 gradient_of_group(uint4 v, const GradientFactors& f, const Transform<SOFTCAP>& transform) {
+  float x[kGroup<T>], g[kGroup<T>];
+  widen<T>(v, x);
+  gradient_of<SOFTCAP, SPECIAL>(x, g, f, transform);
+  return narrow<T>(g);
+}
+
+template <class T, bool SOFTCAP, bool SPECIAL>
+DEVICE T gradient_of_one(T x, const GradientFactors& f, const Transform<SOFTCAP>& transform) {
+  const float wide[1] = {widen_one(x)};
+  float g[1];
+  gradient_of<SOFTCAP, SPECIAL>(wide, g, f, transform);
+  return narrow_one<T>(g[0]);
+}
+
+// Puts the gradient of the target, whose logit is `x_y`, right: by the thread that wrote its group.
+template <class T, bool SOFTCAP>
+DEVICE void write_target(T* grad, float x_y, const GradientFactors& f, const Transform<SOFTCAP>& transform) {
   if (x_y == -INFINITY) return;
   PATH("target");
+  float slope;
   const float log2_p = transform.exact(x_y, f.largest, f.reference, slope) - f.log2_sum;
   const float p_minus_1 = dev::expm1(kLn2 * log2_p);
   float g_y = f.scale * (p_minus_1 + f.smoothing_but_share + f.lse_slope * dev::exp2_approx(log2_p));
   if constexpr (SOFTCAP) g_y *= slope * f.outer;
-  UNROLL for (int k = 0; k < N; k++) g[k] = k == target ? g_y : g[k];
+  *grad = narrow_one<T>(g_y);
 }
 
 template <class T, bool SOFTCAP, bool SPECIAL, bool ON_CHIP>
@@ -279,23 +294,30 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
   const int lead = store_lead(grad);
   const RowReader<T> reader(x, stretch.classes, lead);
   const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
+  const bool has_target =
+      target >= 0 && target < stretch.classes && is_own(groups - 1 - (target + lead) / kGroup<T>, static_cast<int>(blockDim.x));
+  const float x_y = has_target ? widen_one(x[target]) : -INFINITY;  // before this thread overwrites it
   // Descending: what the sums read last is still in the cache.
   // On chip, only gradients that do not lie as the logits do come here, so that every group straddles words.
-  for_each_group<T, ON_CHIP ? 1 : 4, !ON_CHIP, true, !ON_CHIP>(reader, groups, [&](int group, float (&x)[kGroup<T>], bool at_edge) {
-    const int start = reader.start(group);
-    float g[kGroup<T>];
-    gradient_of_group<SOFTCAP, SPECIAL>(x, g, f, transform);
-    if (target >= start && target < start + kGroup<T>) gradient_of_target(x, g, target - start, f, transform);
-    if (!at_edge) {  // whole and inside the vocabulary
+  for_each_group<T, ON_CHIP ? 1 : 4, !SOFTCAP, !ON_CHIP, true, !ON_CHIP>(reader, groups, [&](auto& v, int group, int stride, bool inside) {
+    constexpr int U = sizeof(v) / sizeof(v[0]);
+    UNROLL for (int u = 0; u < U; u++) v[u] = gradient_of_group<T, SOFTCAP, SPECIAL>(v[u], f, transform);
+    if (inside) {
       PATH("whole");
-      dev::store16_streaming(grad + start, narrow<T>(g));
+      UNROLL for (int u = 0; u < U; u++) dev::store16_streaming(grad + reader.start(group + u * stride), v[u]);
       return;
     }
-    UNROLL for (int k = 0; k < kGroup<T>; k++) {
-      const int i = start + k;
-      if (i >= 0 && i < stretch.width) grad[i] = narrow_one<T>(i < stretch.classes ? g[k] : 0.f);
+    UNROLL for (int u = 0; u < U; u++) {
+      const int start = reader.start(group + u * stride);
+      float g[kGroup<T>];
+      widen<T>(v[u], g);
+      UNROLL for (int k = 0; k < kGroup<T>; k++) {
+        const int i = start + k;
+        if (i >= 0 && i < stretch.width) grad[i] = narrow_one<T>(i < stretch.classes ? g[k] : 0.f);
+      }
     }
   });
+  write_target(grad + target, x_y, f, transform);
 }
 
 // Writes the gradient of a stretch with the classes at `x`, of which the row's target may be one.

@@ -6,7 +6,8 @@
 #pragma once
 #include "device.cuh"
 
-template <class T> constexpr int kGroup = 16 / sizeof(T);
+template <class T> constexpr int kLogGroup = sizeof(T) == 4 ? 2 : 3;
+template <class T> constexpr int kGroup = 1 << kLogGroup<T>;
 
 // The elements of a 16-byte word as f32.
 template <class T> DEVICE void widen(uint4 v, float (&x)[kGroup<T>]) {
@@ -52,21 +53,42 @@ template <class T> DEVICE T narrow_one(float x) {
   }
 }
 
-// The 16 bytes that start `phase` bytes (0 to 15, a multiple of the element's size) into `low`, `high`.
-template <class T> DEVICE uint4 straddle(uint4 low, uint4 high, unsigned phase) {
-  const bool by2 = phase & 8, by1 = phase & 4;
-  const unsigned a0 = by2 ? low.z : low.x, a1 = by2 ? low.w : low.y, a2 = by2 ? high.x : low.z;
-  const unsigned a3 = by2 ? high.y : low.w, a4 = by2 ? high.z : high.x, a5 = by2 ? high.w : high.y;
-  const unsigned b0 = by1 ? a1 : a0, b1 = by1 ? a2 : a1, b2 = by1 ? a3 : a2, b3 = by1 ? a4 : a3, b4 = by1 ? a5 : a4;
-  uint4 v;
-  if constexpr (sizeof(T) == 4) {
-    v.x = b0, v.y = b1, v.z = b2, v.w = b3;
-  } else {
-    const unsigned bits = (phase & 2) * 8;
-    v.x = dev::funnel_right(b0, b1, bits), v.y = dev::funnel_right(b1, b2, bits);
-    v.z = dev::funnel_right(b2, b3, bits), v.w = dev::funnel_right(b3, b4, bits);
+// 16 bytes of five consecutive 32-bit words, from `bits` (0, or 16 of 16-bit elements) on.
+template <class T> DEVICE uint4 shifted(unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned bits) {
+  if constexpr (sizeof(T) == 4) return {a, b, c, d};
+  return {dev::funnel_right(a, b, bits), dev::funnel_right(b, c, bits), dev::funnel_right(c, d, bits),
+          dev::funnel_right(d, e, bits)};
+}
+
+// U groups that each start `phase` bytes (1 to 15, a multiple of the element's size) into the first of the two 16-byte
+// words load(u, 0) and load(u, 1). One branch for all U: to select words would cost eleven instructions a group.
+template <class T, int U, class Load> DEVICE void load_straddling(uint4 (&v)[U], unsigned phase, Load load) {
+  const unsigned bits = (phase & 2u) * 8u;
+  switch (phase / 4) {
+    case 0:
+      UNROLL for (int u = 0; u < U; u++) {
+        const uint4 low = load(u, 0), high = load(u, 1);
+        v[u] = shifted<T>(low.x, low.y, low.z, low.w, high.x, bits);
+      }
+      break;
+    case 1:
+      UNROLL for (int u = 0; u < U; u++) {
+        const uint4 low = load(u, 0), high = load(u, 1);
+        v[u] = shifted<T>(low.y, low.z, low.w, high.x, high.y, bits);
+      }
+      break;
+    case 2:
+      UNROLL for (int u = 0; u < U; u++) {
+        const uint4 low = load(u, 0), high = load(u, 1);
+        v[u] = shifted<T>(low.z, low.w, high.x, high.y, high.z, bits);
+      }
+      break;
+    default:
+      UNROLL for (int u = 0; u < U; u++) {
+        const uint4 low = load(u, 0), high = load(u, 1);
+        v[u] = shifted<T>(low.w, high.x, high.y, high.z, high.w, bits);
+      }
   }
-  return v;
 }
 
 // The first `count` elements of a row, in groups that start at element `lead` before the first: group g holds
@@ -92,67 +114,83 @@ template <class T> struct RowReader {
   }
 };
 
-// The 16-byte words of a group, loaded ahead of their use.
-template <class T, bool ALIGNED> struct GroupWords {
-  uint4 low, high;
-
-  template <bool STREAMING> DEVICE void load(const RowReader<T>& reader, int group) {
-    const char* at = reinterpret_cast<const char*>(reader.row) + static_cast<long long>(reader.start(group)) * int(sizeof(T));
-    if constexpr (!ALIGNED) at -= reader.phase;
-    low = STREAMING ? dev::load16_streaming(at) : dev::load16(at);
-    if constexpr (!ALIGNED) high = dev::load16(at + 16);
-  }
-
-  DEVICE void widen_to(float (&x)[kGroup<T>], unsigned phase) const {
-    if constexpr (ALIGNED) widen<T>(low, x);
-    else widen<T>(straddle<T>(low, high, phase), x);
-  }
-};
-
-// A group at the row's edge, element by element; `outside` stands for those beyond it.
-template <class T> DEVICE void load_edge(const RowReader<T>& reader, int group, float outside, float (&x)[kGroup<T>]) {
+// A group at the row's edge, element by element; -inf stands for those beyond it.
+template <class T> DEVICE uint4 load_edge(const RowReader<T>& reader, int group) {
+  float x[kGroup<T>];
   UNROLL for (int k = 0; k < kGroup<T>; k++) {
     const int i = reader.start(group) + k;
-    x[k] = i >= 0 && i < reader.count ? widen_one(reader.row[i]) : outside;
+    x[k] = i >= 0 && i < reader.count ? widen_one(reader.row[i]) : -INFINITY;
+  }
+  return narrow<T>(x);
+}
+
+// Loads U groups, `stride` after one another, none of whose words reach beyond the row.
+template <class T, bool ALIGNED, bool STREAMING, int U>
+DEVICE void load_inside(const RowReader<T>& reader, int group, int stride, uint4 (&v)[U]) {
+  const char* at = reinterpret_cast<const char*>(reader.row) + static_cast<long long>(reader.start(group)) * int(sizeof(T));
+  if constexpr (ALIGNED) {
+    UNROLL for (int u = 0; u < U; u++) {
+      const char* word = at + static_cast<long long>(u * stride) * 16;
+      v[u] = STREAMING ? dev::load16_streaming(word) : dev::load16(word);
+    }
+  } else {
+    at -= reader.phase;
+    load_straddling<T>(v, reader.phase, [&](int u, int second) {
+      const char* word = at + static_cast<long long>(u * stride) * 16 + second * 16;
+      return STREAMING && second == 0 ? dev::load16_streaming(word) : dev::load16(word);
+    });
   }
 }
 
-// Calls use(group, x, at_edge) for every group of this thread, in ascending or descending order, with AHEAD loads in
-// flight. The order, and so every sum taken in it, does not depend on the alignment.
-template <class T, bool ALIGNED, int AHEAD, bool STREAMING, bool DESCENDING, class Use>
+// Calls use(v, group, stride, inside) for this thread's groups, in ascending or descending order, AHEAD at once where
+// there are as many and BATCHES, else one by one; AHEAD are loaded at once in any case. `inside`: they lie wholly in the
+// row. Neither the order nor what comes at once depends on the alignment, so no sum does.
+template <class T, bool ALIGNED, int AHEAD, bool BATCHES, bool STREAMING, bool DESCENDING, class Use>
 DEVICE void for_each_group_aligned(const RowReader<T>& reader, int groups, Use use) {
-  const int threads = static_cast<int>(blockDim.x);
+  const int threads = static_cast<int>(blockDim.x), stride = DESCENDING ? -threads : threads;
   for (int first = static_cast<int>(threadIdx.x); first < groups; first += AHEAD * threads) {
-    GroupWords<T, ALIGNED> words[AHEAD];
-    UNROLL for (int u = 0; u < AHEAD; u++) {
-      const int at = first + u * threads, group = DESCENDING ? groups - 1 - at : at;
-      if (at < groups && reader.template inside<ALIGNED>(group)) words[u].template load<STREAMING>(reader, group);
-    }
-    UNROLL for (int u = 0; u < AHEAD; u++) {
-      const int at = first + u * threads, group = DESCENDING ? groups - 1 - at : at;
-      if (at < groups) {
-        float x[kGroup<T>];
-        const bool inside = reader.template inside<ALIGNED>(group);
-        if (inside) {
-          PATH("inside");
-          words[u].widen_to(x, reader.phase);
+    const int group = DESCENDING ? groups - 1 - first : first, last = group + (AHEAD - 1) * stride;
+    const bool all = first + (AHEAD - 1) * threads < groups;
+    const bool inside = all && reader.template inside<ALIGNED>(group) && reader.template inside<ALIGNED>(last);
+    uint4 v[AHEAD];
+    if (inside) {
+      PATH("inside");
+      load_inside<T, ALIGNED, STREAMING>(reader, group, stride, v);
+    } else {
+      UNROLL for (int u = 0; u < AHEAD; u++) {
+        const int here = group + u * stride;
+        if (first + u * threads >= groups) continue;
+        if (reader.template inside<ALIGNED>(here)) {
+          uint4 one[1];
+          load_inside<T, ALIGNED, STREAMING>(reader, here, stride, one);
+          v[u] = one[0];
         } else {
           PATH("edge");
-          load_edge<T>(reader, group, -INFINITY, x);
+          v[u] = load_edge(reader, here);
         }
-        use(group, x, !inside);
       }
+    }
+    if constexpr (BATCHES) {
+      if (all) {
+        use(v, group, stride, inside);
+        continue;
+      }
+    }
+    UNROLL for (int u = 0; u < AHEAD; u++) {
+      const int here = group + u * stride;
+      uint4 one[1] = {v[u]};
+      if (first + u * threads < groups) use(one, here, stride, reader.template inside<ALIGNED>(here));
     }
   }
 }
 
-template <class T, int AHEAD, bool STREAMING, bool DESCENDING, bool MAY_ALIGN = true, class Use>
+template <class T, int AHEAD, bool BATCHES, bool STREAMING, bool DESCENDING, bool MAY_ALIGN = true, class Use>
 DEVICE void for_each_group(const RowReader<T>& reader, int groups, Use use) {
   if constexpr (MAY_ALIGN) {
     if (reader.phase == 0) {
-      for_each_group_aligned<T, true, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
+      for_each_group_aligned<T, true, AHEAD, BATCHES, STREAMING, DESCENDING>(reader, groups, use);
       return;
     }
   }
-  for_each_group_aligned<T, false, AHEAD, STREAMING, DESCENDING>(reader, groups, use);
+  for_each_group_aligned<T, false, AHEAD, BATCHES, STREAMING, DESCENDING>(reader, groups, use);
 }

@@ -54,6 +54,18 @@ template <class T> DEVICE unsigned pack(float low, float high);
 template <> DEVICE unsigned pack<bf16>(float low, float high) { return narrow_bf16(low) | narrow_bf16(high) << 16; }
 template <> DEVICE unsigned pack<f16>(float low, float high) { return narrow_f16(low) | narrow_f16(high) << 16; }
 
+template <class T> DEVICE unsigned max_packed(unsigned a, unsigned b) {
+  float a_low, a_high, b_low, b_high;
+  unpack<T>(a, a_low, a_high), unpack<T>(b, b_low, b_high);
+  return pack<T>(max(a_low, b_low), max(a_high, b_high));
+}
+
+template <> DEVICE unsigned max_packed<float>(unsigned a, unsigned b) {
+  return bits_from_float(max(float_from_bits(a), float_from_bits(b)));
+}
+
+DEVICE uint4 opaque(uint4 v) { return v; }
+
 DEVICE unsigned funnel_right(unsigned low, unsigned high, unsigned bits, emu::Site site = emu::Site::current()) {
   if (bits > 31) emu::fail(site, "a funnel shift by %u bits", bits);
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> bits);
@@ -100,6 +112,8 @@ DEVICE unsigned reduce_min(unsigned x, emu::Site site = emu::Site::current()) {
 DEVICE unsigned reduce_add(unsigned x, emu::Site site = emu::Site::current()) {
   return reduce(x, site, [](unsigned a, unsigned b) { return a + b; });
 }
+// Fewer are faster here, and make more chunks of a row.
+DEVICE int on_chip_threads() { return static_cast<int>(blockDim.x); }
 DEVICE void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
 DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { emu::atomic_min(p, v); }
 

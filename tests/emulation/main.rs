@@ -645,13 +645,21 @@ fn faults_are_reported(build: Build) {
 }
 
 /// Problems that together take every path through the kernels: each type with and without a softcap, at places where groups
-/// straddle words alike and differently for logits and gradients, and so long that the loops go round.
+/// straddle words alike and differently for logits and gradients, and so long that loops take several groups at once.
 fn problems_of_every_path() -> Vec<Problem> {
     let mut problems = Vec::new();
     for element in Element::ALL {
         for softcap in [None, Some(30.0)] {
-            for (vocab, offsets) in [(33, [0, 0]), (130, [4, 4]), (130, [4, 8]), (2100, [0, 8])] {
-                let rows = if vocab == 2100 { short_menu() } else { menu() };
+            let long = 256 * 16 / element.size();
+            let (alike, differently) = ([4, 4], [4, 8]);
+            for (vocab, offsets) in [
+                (33, [0, 0]),
+                (130, alike),
+                (130, differently),
+                (long, [0, 8]),
+                (long, alike),
+            ] {
+                let rows = if vocab == long { short_menu() } else { menu() };
                 let mut problem = problem("paths", element, vocab, &rows);
                 [problem.logits_view.offset, problem.grad_view.offset] = offsets;
                 problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");

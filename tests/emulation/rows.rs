@@ -116,7 +116,7 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
             .map(|(blocks_per_row, in_place)| OnChip {
                 blocks_per_row,
                 in_place,
-                threads: 64,
+                threads: if vocab > 8192 { 256 } else { 64 },
             })
             .to_vec(),
         tiles: vec![Tiles {
