@@ -151,6 +151,17 @@ template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t ro
 // Whether a group is one of this thread's, who has every `threads`-th, a power of 2.
 DEVICE bool is_own(int group, int threads) { return (group & (threads - 1)) == static_cast<int>(threadIdx.x); }
 
+// For for_each_group; no generic lambda, which CUDA 12's run-time compiler takes for a host function.
+template <class T, bool STATS, bool SOFTCAP> struct AddGroups {
+  ThreadSums& sums;
+  int own_target;
+  const Transform<SOFTCAP>& transform;
+
+  template <int U> DEVICE void operator()(uint4 (&v)[U], int group, int stride, bool) const {
+    add_groups<T, STATS>(sums, v, group, stride, own_target, transform);
+  }
+};
+
 // Sums over the classes at `x`, merged over the block. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
@@ -159,9 +170,8 @@ DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCA
   const RowReader<T> reader(x, vocab, 0);
   const int groups = (vocab + kGroup<T> - 1) / kGroup<T>;
   const int own_target = target >= 0 && target < vocab && is_own(target / kGroup<T>, static_cast<int>(blockDim.x)) ? target : -1;
-  for_each_group<T, 4, !SOFTCAP, STREAMING, false>(reader, groups, [&](auto& v, int group, int stride, bool) {
-    add_groups<T, STATS>(sums, v, group, stride, own_target, transform);
-  });
+  const AddGroups<T, STATS, SOFTCAP> add = {sums, own_target, transform};
+  for_each_group<T, 4, !SOFTCAP, STREAMING, false>(reader, groups, add);
   return merge_block<STATS>(sums, scratch, transform);
 }
 
@@ -288,19 +298,15 @@ DEVICE void write_target(T* grad, float x_y, const GradientFactors& f, const Tra
   *grad = narrow_one<T>(g_y);
 }
 
-template <class T, bool SOFTCAP, bool SPECIAL, bool ON_CHIP>
-DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target, const GradientFactors& f,
-                         const Transform<SOFTCAP>& transform) {
-  const int lead = store_lead(grad);
-  const RowReader<T> reader(x, stretch.classes, lead);
-  const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
-  const bool has_target =
-      target >= 0 && target < stretch.classes && is_own(groups - 1 - (target + lead) / kGroup<T>, static_cast<int>(blockDim.x));
-  const float x_y = has_target ? widen_one(x[target]) : -INFINITY;  // before this thread overwrites it
-  // Descending: what the sums read last is still in the cache.
-  // On chip, only gradients that do not lie as the logits do come here, so that every group straddles words.
-  for_each_group<T, ON_CHIP ? 1 : 4, !SOFTCAP, !ON_CHIP, true, !ON_CHIP>(reader, groups, [&](auto& v, int group, int stride, bool inside) {
-    constexpr int U = sizeof(v) / sizeof(v[0]);
+// For for_each_group.
+template <class T, bool SOFTCAP, bool SPECIAL> struct WriteGroups {
+  T* grad;
+  const RowReader<T>& reader;
+  const Stretch& stretch;
+  const GradientFactors& f;
+  const Transform<SOFTCAP>& transform;
+
+  template <int U> DEVICE void operator()(uint4 (&v)[U], int group, int stride, bool inside) const {
     UNROLL for (int u = 0; u < U; u++) v[u] = gradient_of_group<T, SOFTCAP, SPECIAL>(v[u], f, transform);
     if (inside) {
       PATH("whole");
@@ -316,7 +322,22 @@ DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target
         if (i >= 0 && i < stretch.width) grad[i] = narrow_one<T>(i < stretch.classes ? g[k] : 0.f);
       }
     }
-  });
+  }
+};
+
+template <class T, bool SOFTCAP, bool SPECIAL, bool ON_CHIP>
+DEVICE void write_groups(T* grad, const T* x, const Stretch& stretch, int target, const GradientFactors& f,
+                         const Transform<SOFTCAP>& transform) {
+  const int lead = store_lead(grad);
+  const RowReader<T> reader(x, stretch.classes, lead);
+  const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
+  const bool has_target = target >= 0 && target < stretch.classes &&
+                          is_own(groups - 1 - (target + lead) / kGroup<T>, static_cast<int>(blockDim.x));
+  const float x_y = has_target ? widen_one(x[target]) : -INFINITY;  // before this thread overwrites it
+  const WriteGroups<T, SOFTCAP, SPECIAL> write = {grad, reader, stretch, f, transform};
+  // Descending: what the sums read last is still in the cache.
+  // On chip, only gradients that do not lie as the logits do come here, so that every group straddles words.
+  for_each_group<T, ON_CHIP ? 1 : 4, !SOFTCAP, !ON_CHIP, true, !ON_CHIP>(reader, groups, write);
   write_target(grad + target, x_y, f, transform);
 }
 

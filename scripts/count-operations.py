@@ -44,7 +44,7 @@ RARE = [
     ("relate", r"exact\("),
     ("write_slice", r"write_gradient<|if \(special\)"),
     ("write_gradient", r"if \(f\.way|fill_gradient"),
-    ("write_groups", r"if \(i >= 0|widen<T>\(v\[u\], g\)"),
+    ("operator", r"if \(i >= 0|widen<T>\(v\[u\], g\)"),
     ("for_each_group_aligned", r"\(reader, here|one\[0\]|continue;"),
     ("load_edge", r"."),
 ]
@@ -66,7 +66,7 @@ class Sources:
         for name, lines in self.lines.items():
             current, written = None, False
             for number, line in enumerate(lines, 1):
-                if match := re.match(r"(?:template .*> )?\s*(?:ROW_KERNEL|DEVICE)\b.*?(\w+)\(", line):
+                if match := re.match(r"\s*(?:template .*> )?(?:ROW_KERNEL|DEVICE)\b.*?(\w+)\(", line):
                     current, written = match[1], False
                 self.function[name, number] = current
                 self.after[name, number] = written

@@ -283,7 +283,7 @@ fn rows_at_every_address(build: Build) {
 /// A slice of the vocabulary, a transposed batch, every second row, all at once with four dimensions.
 fn strided_rows(build: Build) {
     for element in Element::ALL {
-        let rows = [menu(), menu()].concat().split_off(20);
+        let rows = [menu(), menu()].concat().split_off(22);
         assert_eq!(rows.len(), 24);
         let vocab = 37;
         let view = |sizes: &[usize], strides: &[usize], offset: usize| View {

@@ -7,6 +7,7 @@ use super::{
     check::check_with,
     problem::{Problem, View},
     rows::{Kind, bad_menu, menu, problem, row},
+    short_menu,
 };
 use crate::kernels::abi::Element;
 
@@ -77,7 +78,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "the target's gradient is what the others' is", file: "row.cuh", builds: PLAIN, times: 1,
         find: "if (x_y == -INFINITY) return;\n  PATH", replace: "return;\n  PATH" },
     Mutant { name: "every thread writes the target's gradient", file: "row.cuh", builds: RACES, times: 1,
-        find: " && is_own(groups - 1 - (target + lead) / kGroup<T>, static_cast<int>(blockDim.x))", replace: "" },
+        find: "is_own(groups - 1 - (target + lead) / kGroup<T>, static_cast<int>(blockDim.x))", replace: "true" },
     Mutant { name: "the target's logit after its gradient is written", file: "row.cuh", builds: PLAIN, times: 1,
         find: "write_target(grad + target, x_y, f, transform);", replace: "write_target(grad + target, has_target ? widen_one(x[target]) : -INFINITY, f, transform);" },
     Mutant { name: "shared memory for one warp only", file: "row.cuh", builds: SANITIZED, times: 1,
@@ -288,11 +289,18 @@ fn problems() -> Vec<Problem> {
         grad_view: View { offset: 4, ..view },
         ..problem("strided and padded", Element::F32, 41, &rows)
     };
-    // Two chunks, and words that groups straddle.
-    let mut chunks = problem("chunks", Element::F32, 4200, &rows[..1]);
+    // Two chunks, words that groups straddle, and a target in the last of the groups taken at once.
+    let rising = row(Kind::Rising, 0.1, 1.0);
+    let mut chunks = problem("chunks", Element::F32, 2047, &[rows[0], rising]);
     (chunks.logits_view.offset, chunks.grad_view.offset) = (4, 4);
     chunks.seeds = vec![0, 1, 2, 3];
-    vec![small, precise, softcap, far, cap, warps, padded, chunks]
+    let several = Problem {
+        softcap: Some(30.0),
+        ..problem("several groups, softcap", Element::F32, 1023, &short_menu())
+    };
+    vec![
+        small, precise, softcap, far, cap, warps, padded, chunks, several,
+    ]
 }
 
 /// The first complaint, if any.
@@ -328,9 +336,12 @@ fn write_mutant(mutant: &Mutant, folder: &Path) {
     fs::write(&file, source.replace(mutant.find, mutant.replace)).expect("a writable file");
 }
 
+/// `MUTANTS=part-of-a-name cargo test …` tries those alone.
 fn every_mutant_is_found(part: usize) {
     let mut survivors = Vec::new();
-    for mutant in MUTANTS.iter().skip(part).step_by(2) {
+    let named = std::env::var("MUTANTS").unwrap_or_default();
+    let chosen = MUTANTS.iter().filter(|mutant| mutant.name.contains(&named));
+    for mutant in chosen.skip(part).step_by(2) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         write_mutant(mutant, folder.path());
         match mutant

@@ -15,6 +15,8 @@ pub enum Kind {
     Confident,
     /// All logits equal: the lowest index is predicted.
     Flat,
+    /// Along the row by 300 in all, so that what sums are relative to changes again and again.
+    Rising,
     /// Most probabilities underflow.
     Spread,
     /// So far from 0 that a rounding error of one is larger than any exponent; the largest twice.
@@ -65,6 +67,7 @@ pub fn menu() -> Vec<Row> {
         row(Confident, 0.1, 1.0),
         row(Flat, 0.05, 1.0),
         row(Spread, 0.05, 1.0),
+        row(Rising, 0.1, 1.0),
         row(Normal, 0.1, 0.0),
         row(Nan, 0.1, 0.0),
         row(AllMasked, 0.1, 0.0),
@@ -167,6 +170,10 @@ fn values(kind: Kind, vocab: usize, target: usize, i: usize, rng: &mut StdRng) -
     let somewhere = i * 7919 % vocab;
     match kind {
         Kind::Confident => x[target] = 25.0,
+        Kind::Rising => {
+            let rise = |(k, x): (usize, &mut f32)| *x += 300.0 * k as f32 / vocab as f32;
+            x.iter_mut().enumerate().for_each(rise);
+        }
         Kind::Far(_) => {
             let largest = x.iter().copied().fold(f32::MIN, f32::max);
             x[somewhere] = largest;
