@@ -10,11 +10,11 @@ constexpr float kLn2 = 0.69314718055994531f;
 // Sums of d are kept in this unit: a power of 2, so that it rounds nothing, and so small that no sum overflows.
 constexpr float kUnit = 0x1p-40f;
 
-// Exponents: differences d = z - z' of a logit's z and the largest one's, in units of log 2, so that exponentials are
-// powers of 2 and one instruction computes them.
+// Exponents: differences d = z - z' of a logit's z and that of the one which sums are relative to, the largest or one
+// near it, in units of log 2, so that exponentials are powers of 2 and one instruction computes them.
 //
-// Without a softcap, d = x*scale - reference with the largest logit's x'*scale for a reference, one operation and one
-// rounding. Where x'*scale is so large that its own rounding is no longer small beside 1, the row is *far*: its
+// Without a softcap, d = x*scale - reference with that one's x'*scale for a reference, one operation and one rounding.
+// Where x'*scale is so large that its own rounding is no longer small beside 1, the row is *far*: its
 // reference is +inf, which `near` makes -inf of and `exact` knows how to part.
 template <bool SOFTCAP> struct Transform {
   float scale;        // log2 e times the logit scale, or the softcap
@@ -111,7 +111,7 @@ template <bool SOFTCAP> struct Transform {
   }
 };
 
-// Sums over classes that are neither masked nor the target, relative to the largest logit.
+// Sums over classes that are neither masked nor the target, relative to the largest logit (a thread's: see ThreadSums).
 //
 // The target is left out so that a probability near 1 keeps its digits: 1 - p_y is then a sum, not a difference.
 struct alignas(16) Partial {

@@ -8,7 +8,7 @@ runs at the speed of a copy:
     count-operations.py --self-test                 # needs nothing
 
 A warp's usual path is the longest one through the machine code that avoids what is rare (RARE below, by the source line
-that an instruction comes from) and what other warps do (LEADER, SECOND). Instructions outside loops are counted once; a
+that an instruction comes from) and what other warps do (LEADER, SECOND, EDGES). Instructions outside loops are counted once; a
 loop over 16-byte groups once a group; a loop over a slice's chunks once a chunk. Predicated instructions take a slot
 whether they do anything or not. Which blocks a row has is in geometry.tsv, which a test compares with select.rs.
 """
