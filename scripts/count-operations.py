@@ -8,9 +8,9 @@ runs at the speed of a copy:
     count-operations.py --self-test                 # needs nothing
 
 A warp's usual path is the longest one through the machine code that avoids what is rare (RARE below, by the source line
-that an instruction comes from) and what other warps do (LEADER, SECOND, EDGES). Instructions outside loops are counted once; a
-loop over 16-byte groups once a group; a loop over a slice's chunks once a chunk. Predicated instructions take a slot
-whether they do anything or not. Which blocks a row has is in geometry.tsv, which a test compares with select.rs.
+that an instruction comes from) and what other warps do (LEADER, SECOND, EDGES). Instructions outside loops are counted
+once; a loop over 16-byte groups once a group; a loop over a slice's chunks once a chunk. Predicated instructions take a
+slot whether they do anything or not. Which blocks a row has is in geometry.tsv, which a test compares with select.rs.
 """
 import argparse
 import math
@@ -255,7 +255,7 @@ def element_size(kernel):
 def counts(kernel, code, sources):
     """What bounds are on: {what: instructions}."""
     result = {}
-    on_chip, gradient = "onchip" in kernel, "fused" in kernel or "backward" in kernel
+    on_chip = "onchip" in kernel
     each = 16 // element_size(kernel) * (3 if "softcap" in kernel else 1)
     batches = "softcap" not in kernel
     for phase, other in (("aligned", MISALIGNED), ("misaligned", ALIGNED)):
