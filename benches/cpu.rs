@@ -90,6 +90,14 @@ fn bench(c: &mut Criterion) {
                         .expect("loss")
                 });
             });
+            group.bench_function(id("loss_and_grad_inplace_without_stats"), |b| {
+                let logits = case.logits.copy().expect("copy");
+                let loss = case.loss();
+                b.iter(|| {
+                    loss.loss_and_grad_inplace_without_stats(logits.clone(), &case.targets)
+                        .expect("loss")
+                });
+            });
             group.bench_function(id("loss_and_grad"), |b| {
                 b.iter(|| {
                     case.loss()

@@ -72,6 +72,10 @@ fn entry_points(c: &mut Criterion, v: usize, device: &Device) -> Result<()> {
         loss.loss_and_grad_inplace(other.clone(), &targets)
             .map(drop)
     });
+    bench("loss_and_grad_inplace_without_stats", 2, &|| {
+        loss.loss_and_grad_inplace_without_stats(other.clone(), &targets)
+            .map(drop)
+    });
     bench("loss_and_grad", 2, &|| {
         loss.loss_and_grad(&logits, &targets).map(drop)
     });

@@ -3,7 +3,7 @@
 //
 //   ce_forward_*   row losses (and statistics) from one read of the logits, or of a slice of the vocabulary after another
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
-//   ce_fused_*     both, with statistics, in one launch: the second read of a row finds it in the cache
+//   ce_fused_*     both in one launch: the second read of a row finds it in the cache
 //   ce_onchip_*    forward and fused from sm_90 on, a cluster of blocks a row: no second read (on_chip.cuh)
 //   ce_reduce      row losses to the result, in a fixed order
 //
@@ -45,10 +45,14 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
   const bool writes = threadIdx.x == 0;
   if (STATS && writes) find_column(others, x, stored);
   if constexpr (GRAD) {
-    const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
-    dev::sync_block();  // in place, nothing may be overwritten before it is read
-    const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, gradient_scale(p, row), transform);
-    write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, f, transform);
+    SHARED_ARRAY(GradientFactors, factors, 1);
+    if (threadIdx.x < 32) {
+      const RowState state = finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, writes);
+      const GradientFactors f = gradient_factors<SOFTCAP>(p, in, state, gradient_scale(p, row), transform);
+      if (writes) factors[0] = f;
+    }
+    dev::sync_block();  // the factors are there; and in place, nothing may be overwritten before it is read
+    write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, factors[0], transform);
   } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target, transform))) {
     finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
@@ -64,22 +68,30 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
   }
   const T* x = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, blockIdx.x);
   const Transform<SOFTCAP> transform(p);
-  const GradientFactors f = gradient_factors<SOFTCAP>(p, in, p.state[row], gradient_scale(p, row), transform);
-  write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, f, transform);
+  SHARED_ARRAY(GradientFactors, factors, 1);
+  if (threadIdx.x < 32) {
+    const GradientFactors f = gradient_factors<SOFTCAP>(p, in, p.state[row], gradient_scale(p, row), transform);
+    if (threadIdx.x == 0) factors[0] = f;
+  }
+  dev::sync_block();  // the factors are there
+  write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, factors[0], transform);
 }
 
 // Threads a row at the most (src/kernels/select.rs chooses), and how many such blocks an SM must hold.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
+#define GRADIENT_KERNEL KERNEL void __launch_bounds__(256, 3)
 #define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 4)
 
 #define INSTANTIATE_SOFTCAP(TYPE, SUFFIX, SOFTCAP)                                                                 \
   ROW_KERNEL ce_forward_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, false>(p); }                    \
   ROW_KERNEL ce_forward_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, false>(p); }             \
-  ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                        \
+  ROW_KERNEL ce_fused_##TYPE##SUFFIX(Params p) { row_loss<TYPE, false, SOFTCAP, true>(p); }                       \
+  ROW_KERNEL ce_fused_##TYPE##_stats##SUFFIX(Params p) { row_loss<TYPE, true, SOFTCAP, true>(p); }                \
   ON_CHIP_KERNEL ce_onchip_forward_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, false, SOFTCAP, false>(p); }       \
   ON_CHIP_KERNEL ce_onchip_forward_##TYPE##_stats##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, false>(p); } \
-  ON_CHIP_KERNEL ce_onchip_fused_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, true>(p); }           \
-  ROW_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
+  ON_CHIP_KERNEL ce_onchip_fused_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, false, SOFTCAP, true>(p); }          \
+  ON_CHIP_KERNEL ce_onchip_fused_##TYPE##_stats##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, true>(p); }   \
+  GRADIENT_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
 #define INSTANTIATE(TYPE)              \
   INSTANTIATE_SOFTCAP(TYPE, , false)   \
   INSTANTIATE_SOFTCAP(TYPE, _softcap, true)

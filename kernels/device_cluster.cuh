@@ -3,47 +3,46 @@
 
 namespace dev {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-DEVICE void sync_cluster() { __trap(); }
 DEVICE void cluster_arrive_relaxed() { __trap(); }
 DEVICE void cluster_wait() { __trap(); }
-template <class T> DEVICE T* map_to_rank(T* shared, unsigned) { __trap(); return shared; }
 DEVICE void mbarrier_init(uint64_t*, unsigned) { __trap(); }
 DEVICE void mbarrier_fence_init() { __trap(); }
 DEVICE void mbarrier_arrive_expect(uint64_t*, unsigned) { __trap(); }
 DEVICE void mbarrier_wait(uint64_t*, unsigned) { __trap(); }
+DEVICE void mbarrier_wait_cluster(uint64_t*, unsigned) { __trap(); }
 DEVICE void bulk_copy(void*, const void*, unsigned, uint64_t*) { __trap(); }
+template <class T> DEVICE void send(T*, const T&, unsigned, uint64_t*) { __trap(); }
 #else
 DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// All threads of the cluster; orders shared memory among them.
-DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// The same in two halves, which order no memory: they only say that all have started.
+// A barrier of the cluster's threads in two halves. It orders no memory but the mbarriers that `mbarrier_fence_init`
+// released: it says that all blocks have started.
 DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// The same place in the shared memory of another block of the cluster.
-template <class T> DEVICE T* map_to_rank(T* shared, unsigned rank) {
-  uint64_t mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
-  return reinterpret_cast<T*>(mapped);
-}
 DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(arrivals) : "memory");
 }
-// Lets bulk copies see the mbarriers that this thread initialised.
+// Lets bulk copies, and blocks behind the cluster's barrier, see the mbarriers that this thread initialised.
 DEVICE void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 }
 DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended.
+// Until the phase of this parity has ended; the second form sees what other blocks of the cluster sent.
 DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
   asm volatile(
       "{\n\t.reg .pred ended;\n"
       "again_%=:\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n\t@!ended bra again_%=;\n\t}" ::"r"(
           shared_address(mbarrier)),
+      "r"(parity)
+      : "memory");
+}
+DEVICE void mbarrier_wait_cluster(uint64_t* mbarrier, unsigned parity) {
+  asm volatile(
+      "{\n\t.reg .pred ended;\n"
+      "again_%=:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n\t"
+      "@!ended bra again_%=;\n\t}" ::"r"(shared_address(mbarrier)),
       "r"(parity)
       : "memory");
 }
@@ -56,6 +55,22 @@ DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t
           shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(mbarrier)), "l"(policy)
       : "memory");
+}
+// Sends a value to the same place in the shared memory of block `rank` of the cluster; its bytes complete on the mbarrier
+// of that block. Whoever waits there sees what this thread did before.
+template <class T> DEVICE void send(T* place, const T& value, unsigned rank, uint64_t* mbarrier) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16, "sent 16 bytes at once");
+  unsigned to, completes;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(completes) : "r"(shared_address(mbarrier)), "r"(rank));
+  UNROLL for (unsigned i = 0; i < sizeof(T) / 16; i++) {
+    uint4 v;
+    memcpy(&v, reinterpret_cast<const char*>(&value) + i * 16, 16);
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     to + i * 16),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(completes)
+                 : "memory");
+  }
 }
 #endif
 }  // namespace dev

@@ -4,21 +4,22 @@
 // Bulk copies bring a slice in chunks, and sums start with the first. The image of a slice keeps its distance from a
 // 16-byte boundary, its phase, so that copies and, later, the gradient's 16-byte stores need no shifting; only sums,
 // whose groups are counted from the row's first element, straddle words. Behind its end the image is filled up with
-// masked classes, so that loops over groups meet no edge. Partial results of the blocks are exchanged through each
-// other's shared memory.
+// masked classes, so that loops over groups meet no edge. Each block sends its partial result to the others' shared
+// memory, where an mbarrier counts what has arrived.
 #pragma once
 #include "row.cuh"
 
 constexpr int kMaxBlocksPerRow = 16;
-constexpr int kMaxChunks = 16;
+constexpr int kMaxChunks = 15;
 // Groups of a chunk that a thread adds up at once, so that few instructions go to anything but logits. With a softcap
 // those are so many that it does not matter.
 constexpr int kAtOnce = 4;
 DEVICE int chunk_groups() { return kAtOnce * dev::on_chip_threads(); }
 
 struct alignas(128) OnChip {
-  uint64_t filled[kMaxChunks];         // one mbarrier a chunk
-  Partial slices[kMaxBlocksPerRow];    // every block has all of them
+  uint64_t filled[kMaxChunks];       // one mbarrier a chunk
+  uint64_t received;                 // the mbarrier of `slices`
+  Partial slices[kMaxBlocksPerRow];  // the blocks' partial results
 };
 static_assert(sizeof(OnChip) == 640, "src/kernels/select.rs counts it");
 
@@ -34,17 +35,20 @@ template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {
 
 DEVICE int chunks_of(int groups) { return (groups + chunk_groups() - 1) / chunk_groups(); }
 
-// Starts the copies of a slice into `image`, whose first word holds the 16 bytes that the slice starts in. One thread.
+// Starts the copies of a slice into `image`, whose first word holds the 16 bytes that the slice starts in, and gets ready
+// for partial results of `senders` blocks. One thread.
 //
 // Chunk c brings what its groups need that earlier chunks did not: as a group may straddle two words, the word after
 // its last group too. Words that are not wholly in the slice are left out.
-template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const T* x, int count, unsigned phase) {
+template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const T* x, int count, unsigned phase, unsigned senders) {
   const int groups = (count + kGroup<T> - 1) / kGroup<T>;
   const int words = static_cast<int>((phase + count * sizeof(T)) / 16);
   const char* from = reinterpret_cast<const char*>(x) - phase;
   const int chunks = chunks_of(groups);
   ROLLED for (int c = 0; c < chunks; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
+  if (senders != 0) dev::mbarrier_init(&on_chip->received, 1);
   dev::mbarrier_fence_init();
+  if (senders != 0) dev::mbarrier_arrive_expect(&on_chip->received, senders * static_cast<unsigned>(sizeof(Partial)));
   int begin = phase == 0 ? 0 : 1;
   ROLLED for (int c = 0; c < chunks; c++) {
     const int limit = (c + 1) * chunk_groups() + 1, end = limit < words ? limit : words;
@@ -201,7 +205,8 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
     // The two warps do this at once; only the second waits for the memory.
     if (threadIdx.x == 0) {
-      start_copies(on_chip, image, logits + slice.begin, slice.classes, phase);
+      const unsigned senders = one_block || (!GRAD && rank != 0) ? 0 : blocks;
+      start_copies(on_chip, image, logits + slice.begin, slice.classes, phase, senders);
       // Loaded behind the copies' start, which hide the wait.
       const float target_logit = widen_one(logits[in.target]);
       kept[0] = {in, slice, target_logit, GRAD ? gradient_scale(p, row) : 0.f, rank, row, phase};
@@ -220,7 +225,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   }
   Partial a = merge_warp<STATS>(sums, transform);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
-  if (!one_block) dev::cluster_wait();  // the other blocks have started, so their memory may be written
+  if (!one_block) dev::cluster_wait();  // the other blocks have started, and their mbarriers count
   dev::sync_block();  // the warps' results are there
   const Kept known = kept[0];
   // What the row as a whole takes is one warp's work; the others wait. Without a gradient it is the first block's.
@@ -229,13 +234,14 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     a = merge_warps<STATS>(scratch, transform);
     if (threadIdx.x < receivers) {
       if constexpr (STATS) find_column(a, reinterpret_cast<const T*>(image + known.phase), known.slice);
-      if (!one_block) *dev::map_to_rank(&on_chip->slices[known.rank], threadIdx.x) = a;
+      if (!one_block) dev::send(&on_chip->slices[known.rank], a, threadIdx.x, &on_chip->received);
     }
   }
-  // After this the whole row is on chip, so that in place it may be overwritten, and no block needs another's memory.
-  if (!one_block) dev::sync_cluster();
+  // A block that others send to ends only when all of it is there, and by then the whole row is on chip, so that in place
+  // it may be overwritten.
   if (first_warp && (GRAD || known.rank == 0)) {
     if (!one_block) {
+      dev::mbarrier_wait_cluster(&on_chip->received, 0);
       const unsigned lane = threadIdx.x % kMaxBlocksPerRow;
       a = lane < p.blocks_per_row ? on_chip->slices[lane] : empty_partial();
       a = merge_lanes<STATS, kMaxBlocksPerRow>(a, a.largest, transform);

@@ -327,12 +327,12 @@ DEVICE Partial merge_warps(const Partial* scratch, const Transform<SOFTCAP>& tra
   return merge_lanes<STATS, kMaxWarps>(a, a.largest, transform);
 }
 
-// Merges all threads' results through `scratch`; every thread gets the result.
+// Merges all threads' results through `scratch`; the first warp gets the result.
 template <bool STATS, bool SOFTCAP>
 DEVICE Partial merge_block(const ThreadSums& sums, Partial* scratch, const Transform<SOFTCAP>& transform) {
   const Partial a = merge_warp<STATS>(sums, transform);
   if (blockDim.x == 32) return a;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
   dev::sync_block();
-  return merge_warps<STATS>(scratch, transform);
+  return threadIdx.x < 32 ? merge_warps<STATS>(scratch, transform) : a;
 }

@@ -162,7 +162,7 @@ template <class T, bool STATS, bool SOFTCAP> struct AddGroups {
   }
 };
 
-// Sums over the classes at `x`, merged over the block. The target may be outside.
+// Sums over the classes at `x`, merged over the block for its first warp. The target may be outside.
 template <class T, bool STATS, bool SOFTCAP, bool STREAMING>
 DEVICE Partial sum_row(const T* x, int vocab, int target, const Transform<SOFTCAP>& transform) {
   SHARED_ARRAY(Partial, scratch, kMaxWarps);

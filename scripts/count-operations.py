@@ -49,10 +49,10 @@ RARE = [
     ("load_edge", r"."),
 ]
 EDGES = [("gradient_of_one", r"."), ("write_words", r"at_edge|edge|last")]
-LEADER = [("start_copies", r"."), ("find_column", r"."), ("row_on_chip", r"find_column|map_to_rank|merge_warps|finish_row|gradient_factors|gradient_scale|known.rank == 0|kept\[0\] = |merge_lanes<STATS, kMaxB")]
+LEADER = [("start_copies|find_column|send", r"."), ("merge_block", r"merge_warps"), ("row_loss|row_gradient", r"find_column|finish_row|gradient_factors|factors\[0\] ="), ("row_on_chip", r"find_column|dev::send|mbarrier_wait_cluster|senders|merge_warps|finish_row|gradient_factors|gradient_scale|known.rank == 0|kept\[0\] = |merge_lanes<STATS, kMaxB")]
 WRITER = [("finish_row", r"(?s)if \(!writes\) return state;.*")]
 SECOND = [("copy_edges", r".")]
-CLUSTER = [("row_on_chip", r"if \(!one_block\)|sync_cluster|kMaxBlocksPerRow")]
+CLUSTER = [("send", r"."), ("start_copies", r"senders"), ("row_on_chip", r"if \(!one_block\)|mbarrier_wait_cluster|kMaxBlocksPerRow")]
 ALIGNED = [("row_on_chip", r"SOFTCAP, true>\(on_chip"), ("for_each_group", r"<T, true,")]
 MISALIGNED = [("row_on_chip", r"SOFTCAP, false>\(on_chip"), ("for_each_group", r"<T, false,")]
 
@@ -261,9 +261,10 @@ def counts(kernel, code, sources):
     for phase, other in (("aligned", MISALIGNED), ("misaligned", ALIGNED)):
         avoid = RARE + other
         warps = {"warp": avoid + LEADER + WRITER + SECOND + EDGES}
+        warps |= {"leader": avoid + SECOND + WRITER + EDGES, "writer": avoid + SECOND + EDGES}
         if on_chip:
             # The last warp's edges are counted with the second's.
-            warps |= {"leader": avoid + SECOND + WRITER + EDGES, "writer": avoid + SECOND + EDGES, "second": avoid + LEADER + WRITER}
+            warps |= {"second": avoid + LEADER + WRITER}
         if on_chip and batches:
             warps["one by one"] = warps["warp"]
         for cluster in (False, True) if on_chip else (False,):

@@ -19,6 +19,7 @@ import sys
 LARGE = [
     ("copy", "device", "a device copy"),
     ("loss_and_grad_inplace", "ours", "**`loss_and_grad_inplace`**"),
+    ("loss_and_grad_inplace_without_stats", "ours", "**`loss_and_grad_inplace_without_stats`**"),
     ("loss_and_grad_inplace", "Liger", "Liger, in place"),
     ("loss_and_grad_inplace", "Liger, kernel alone", "Liger, its kernel alone"),
     ("loss_and_grad_inplace", "QuACK", "QuACK, in place, no smoothing"),

@@ -47,6 +47,7 @@ pub(crate) trait Backend {
         call: &Call,
         logits: &Self::Storage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<(Self::Storage, Fused)>;
 
     /// The same over the logits, whose rows share no element.
@@ -54,6 +55,7 @@ pub(crate) trait Backend {
         call: &Call,
         logits: &mut Self::Storage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<Fused>;
 }
 
@@ -102,7 +104,7 @@ pub(crate) struct Forward<Storage, Saved> {
 /// What forward and backward at once return beside the gradient.
 pub(crate) struct Fused {
     pub loss: Tensor,
-    pub stats: RowStats,
+    pub stats: Option<RowStats>,
 }
 
 /// Storages of the arguments: hidden (N, D), weight (V, D), bias (V).

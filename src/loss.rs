@@ -32,14 +32,36 @@ impl CrossEntropy {
 
     /// Loss, gradient and statistics in one pass, outside candle's graph.
     pub fn loss_and_grad(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
-        op::loss_and_grad(Call::new(self, logits, targets)?, logits)
+        op::loss_and_grad(Call::new(self, logits, targets)?, logits, true).map(with_stats)
     }
 
     /// [`loss_and_grad`](Self::loss_and_grad) that writes the gradient over the logits and returns their memory as
     /// `grad`. Every tensor that shares it sees the change. Rows that overlap, or whose elements are not adjacent,
     /// are an error.
     pub fn loss_and_grad_inplace(&self, logits: Tensor, targets: &Tensor) -> Result<LossAndGrad> {
-        op::loss_and_grad_inplace(Call::new(self, &logits, targets)?, logits)
+        op::loss_and_grad_inplace(Call::new(self, &logits, targets)?, logits, true).map(with_stats)
+    }
+
+    /// Loss and gradient, bit for bit those of [`loss_and_grad`](Self::loss_and_grad), without the statistics, for
+    /// trainers that look at none: on CUDA a third fewer instructions for the sums, and fewer bytes a row.
+    pub fn loss_and_grad_without_stats(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let call = Call::new(self, logits, targets)?;
+        op::loss_and_grad(call, logits, false).map(|(loss, grad, _)| (loss, grad))
+    }
+
+    /// [`loss_and_grad_inplace`](Self::loss_and_grad_inplace) without the statistics: loss, and the logits' memory with
+    /// the gradient.
+    pub fn loss_and_grad_inplace_without_stats(
+        &self,
+        logits: Tensor,
+        targets: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let call = Call::new(self, &logits, targets)?;
+        op::loss_and_grad_inplace(call, logits, false).map(|(loss, grad, _)| (loss, grad))
     }
 
     /// The loss of the logits hidden·weightᵀ + bias, which never are in memory as a whole: hidden states (…, D), output
@@ -86,6 +108,11 @@ impl CrossEntropy {
     pub fn reference(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
         reference::loss_and_grad(self, logits, targets)
     }
+}
+
+fn with_stats((loss, grad, stats): op::LossGradStats) -> LossAndGrad {
+    let stats = stats.expect("asked for");
+    LossAndGrad { loss, grad, stats }
 }
 
 /// Mean cross-entropy of logits (…, V) and targets (…): takes the place of `candle_nn::loss::cross_entropy`, and of

@@ -16,7 +16,7 @@ use crate::{
     backend::{Backend, Fused, Past},
     call::Call,
     cpu::Cpu,
-    results::{LossAndGrad, RowStats},
+    results::RowStats,
     rows::row_offsets,
 };
 
@@ -36,16 +36,23 @@ pub(crate) fn forward(
     Ok((loss, state.past.stats()))
 }
 
-pub(crate) fn loss_and_grad(call: Call, logits: &Tensor) -> Result<LossAndGrad> {
-    let op = FusedOp::new(call);
+/// Loss, gradient and, if asked for, statistics.
+pub(crate) type LossGradStats = (Tensor, Tensor, Option<RowStats>);
+
+pub(crate) fn loss_and_grad(call: Call, logits: &Tensor, stats: bool) -> Result<LossGradStats> {
+    let op = FusedOp::new(call, stats);
     let grad = with_readable_rows(&logits.detach())?.apply_op1_no_bwd(&op)?;
     Ok(op.finish(grad))
 }
 
-pub(crate) fn loss_and_grad_inplace(call: Call, logits: Tensor) -> Result<LossAndGrad> {
+pub(crate) fn loss_and_grad_inplace(
+    call: Call,
+    logits: Tensor,
+    stats: bool,
+) -> Result<LossGradStats> {
     let logits = logits.detach();
     if call.rows == 0 {
-        return loss_and_grad(call, &logits); // candle has no in-place operation on nothing
+        return loss_and_grad(call, &logits, stats); // candle has no in-place operation on nothing
     }
     let dims = logits.dims();
     let Some(rows) = row_offsets(logits.layout()) else {
@@ -60,7 +67,7 @@ pub(crate) fn loss_and_grad_inplace(call: Call, logits: Tensor) -> Result<LossAn
             logits.stride()
         );
     }
-    let op = FusedOp::new(call);
+    let op = FusedOp::new(call, stats);
     logits.inplace_op1(&op)?;
     Ok(op.finish(logits))
 }
@@ -175,32 +182,34 @@ impl InplaceOp1 for BackwardOp<'_> {
 
 struct FusedOp {
     call: Call,
+    stats: bool,
     result: OnceLock<Fused>,
 }
 
 impl FusedOp {
-    fn new(call: Call) -> Self {
+    fn new(call: Call, stats: bool) -> Self {
         Self {
             call,
+            stats,
             result: OnceLock::new(),
         }
     }
 
     fn run<B: Backend>(&self, logits: &B::Storage, layout: &Layout) -> Result<(B::Storage, Shape)> {
-        let (grad, result) = B::loss_and_grad(&self.call, logits, layout)?;
+        let (grad, result) = B::loss_and_grad(&self.call, logits, layout, self.stats)?;
         let _ = self.result.set(result);
         Ok((grad, layout.shape().clone()))
     }
 
     fn run_inplace<B: Backend>(&self, logits: &mut B::Storage, layout: &Layout) -> Result<()> {
-        let result = B::loss_and_grad_inplace(&self.call, logits, layout)?;
+        let result = B::loss_and_grad_inplace(&self.call, logits, layout, self.stats)?;
         let _ = self.result.set(result);
         Ok(())
     }
 
-    fn finish(self, grad: Tensor) -> LossAndGrad {
+    fn finish(self, grad: Tensor) -> LossGradStats {
         let Fused { loss, stats } = self.result.into_inner().expect("the operation ran");
-        LossAndGrad { loss, grad, stats }
+        (loss, grad, stats)
     }
 }
 

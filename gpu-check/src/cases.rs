@@ -417,6 +417,14 @@ impl Case {
         see_loss(&mut worst, "loss_and_grad loss", &both.loss)?;
         see_grad(&mut worst, "loss_and_grad gradient", &both.grad, &one)?;
         see_stats(&mut worst, "loss_and_grad", &both.stats)?;
+        let (value, grad) = loss.loss_and_grad_without_stats(&logits.view, &targets)?;
+        see_loss(&mut worst, "loss_and_grad_without_stats loss", &value)?;
+        see_grad(
+            &mut worst,
+            "loss_and_grad_without_stats gradient",
+            &grad,
+            &one,
+        )?;
         see_loss(
             &mut worst,
             "forward",
@@ -442,6 +450,22 @@ impl Case {
             &one,
         )?;
         logits.ensure_surroundings_as_before("loss_and_grad_inplace")?;
+
+        let logits = self.place(device)?;
+        let (value, grad) =
+            loss.loss_and_grad_inplace_without_stats(logits.view.clone(), &targets)?;
+        see_loss(
+            &mut worst,
+            "loss_and_grad_inplace_without_stats loss",
+            &value,
+        )?;
+        see_grad(
+            &mut worst,
+            "loss_and_grad_inplace_without_stats gradient",
+            &grad,
+            &one,
+        )?;
+        logits.ensure_surroundings_as_before("loss_and_grad_inplace_without_stats")?;
 
         // Through candle's graph, with an upstream gradient that is not 1 and, without reduction, not the same.
         for over_logits in [false, true] {

@@ -1,20 +1,11 @@
-// Clusters of blocks (sm_90): their barrier, each other's shared memory, and bulk copies that complete on an mbarrier.
+// Clusters of blocks (sm_90): their barrier, bulk copies, and messages to each other's shared memory, which complete on an
+// mbarrier.
 #pragma once
 #include "race.h"
 #include "scheduler.h"
 #include "shared_memory.h"
 
 namespace emu {
-
-void sync_cluster(Site site) {
-  unsigned all = static_cast<unsigned>(machine.threads.size());
-  if (arrive(machine.cluster_rendezvous, all, Wait::kClusterBarrier, site)) {
-    machine.cluster_epoch++;
-    for (Block& block : machine.blocks) block.epoch++;
-  }
-  yield();
-  machine.current->met_cluster = true;
-}
 
 void cluster_arrive_relaxed(Site site) {
   if (machine.current->arrived) fail(site, "a second arrival at the cluster's barrier without a wait");
@@ -36,17 +27,6 @@ void cluster_wait(Site site) {
   }
   self.arrived = false;
   self.met_cluster = true;
-}
-
-void* map_to_rank(const void* shared, unsigned rank, Site site) {
-  const SharedArray& own = machine.blocks[machine.current->block].dynamic;
-  size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(shared) - own.begin);
-  if (offset >= own.bytes) fail(site, "only dynamic shared memory has a twin in another block");
-  if (rank != machine.current->block && !machine.current->met_cluster) {
-    fail(site, "another block's memory, before that block is known to have started");
-  }
-  if (rank >= machine.blocks.size()) fail(site, "rank %u of %zu blocks", rank, machine.blocks.size());
-  return machine.blocks[rank].dynamic.begin + offset;
 }
 
 // What the opaque 64-bit word of an mbarrier holds here. Not valid unless initialised: memory starts as all ones.
@@ -83,6 +63,16 @@ void mbarrier_init(uint64_t* mbarrier, unsigned arrivals, Site site) {
   machine.blocks[machine.current->block].mbarrier_unfenced = true;
 }
 
+// The same place in another block of the cluster.
+inline unsigned char* twin(const void* shared, unsigned bytes, unsigned rank, Site site) {
+  const SharedArray& own = machine.blocks[machine.current->block].dynamic;
+  size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(shared) - own.begin);
+  if (offset >= own.bytes || bytes > own.bytes - offset) {
+    fail(site, "only dynamic shared memory has a twin in another block");
+  }
+  return machine.blocks[rank].dynamic.begin + offset;
+}
+
 void mbarrier_fence_init() { machine.blocks[machine.current->block].mbarrier_unfenced = false; }
 
 void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes, Site site) {
@@ -103,6 +93,11 @@ void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Site site) {
   }
 }
 
+void mbarrier_wait_cluster(uint64_t* mbarrier, unsigned parity, Site site) {
+  mbarrier_wait(mbarrier, parity, site);
+  learn(machine.current->known, machine.delivered[mbarrier]);
+}
+
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier, Site site) {
   const Block& block = machine.blocks[machine.current->block];
   size_t alignment = reinterpret_cast<size_t>(shared) | reinterpret_cast<size_t>(global) | bytes;
@@ -115,18 +110,46 @@ void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarr
   load(mbarrier, site);
   check_access(global, bytes, false);
   check_access(shared, bytes, true);
-  machine.copies.push_back({shared, global, bytes, mbarrier});
+  machine.transfers.push_back({static_cast<unsigned char*>(shared), global, bytes, mbarrier, {}, {}});
 }
 
-inline void complete_bulk_copy(size_t which) {
-  BulkCopy copy = machine.copies[which];
-  machine.copies.erase(machine.copies.begin() + static_cast<ptrdiff_t>(which));
-  memcpy(copy.to, copy.from, copy.bytes);
-  forget_accesses(copy.to, copy.bytes);
+void send(void* place, const void* value, unsigned bytes, unsigned rank, uint64_t* mbarrier, Site site) {
+  const Thread& self = *machine.current;
+  if (rank >= machine.blocks.size()) fail(site, "rank %u of %zu blocks", rank, machine.blocks.size());
+  if (!self.met_cluster) fail(site, "a message to a block before it is known to have started");
+  const Block& receiver = machine.blocks[rank];
+  if (receiver.running == 0) fail(site, "a message to a block that has ended");
+  if (receiver.mbarrier_unfenced) fail(site, "a message, and no fence since the mbarrier was initialised");
+  unsigned char* to = twin(place, bytes, rank, site);
+  auto* completes = reinterpret_cast<uint64_t*>(twin(mbarrier, sizeof *mbarrier, rank, site));
+  load(completes, site);
+  check_access(to, bytes, true);
+  const auto* from = static_cast<const unsigned char*>(value);
+  Transfer message{to, nullptr, bytes, completes, {from, from + bytes}, self.known};
+  const Block& sender = machine.blocks[self.block];
+  learn(message.known, sender.known_to_all);
+  message.known[self.block] = sender.epoch;
+  machine.transfers.push_back(std::move(message));
+}
+
+inline void complete_transfer(size_t which) {
+  Transfer transfer = std::move(machine.transfers[which]);
+  machine.transfers.erase(machine.transfers.begin() + static_cast<ptrdiff_t>(which));
+  memcpy(transfer.to, transfer.from ? transfer.from : transfer.message.data(), transfer.bytes);
+  forget_accesses(transfer.to, transfer.bytes);
+  if (!transfer.from) learn(machine.delivered[transfer.mbarrier], transfer.known);
   Mbarrier value;
-  memcpy(&value, copy.mbarrier, sizeof value);
-  value.bytes_expected -= static_cast<int32_t>(copy.bytes);
-  store(copy.mbarrier, value);
+  memcpy(&value, transfer.mbarrier, sizeof value);
+  value.bytes_expected -= static_cast<int32_t>(transfer.bytes);
+  store(transfer.mbarrier, value);
+}
+
+// Whether something is still to come to a block.
+inline bool expects(const Block& block) {
+  for (const Transfer& transfer : machine.transfers) {
+    if (static_cast<size_t>(transfer.to - block.dynamic.begin) < block.dynamic.bytes) return true;
+  }
+  return false;
 }
 
 }  // namespace emu

@@ -34,10 +34,9 @@ Dim3 block_index();
 Dim3 block_dim();
 Dim3 grid_dim();
 
-// Blocks until all threads of the block, or of the cluster, have come to the same place in the source.
+// Blocks until all threads of the block have come to the same place in the source.
 void sync_block(Site site);
-void sync_cluster(Site site);
-// The same in two halves, which order no memory: says that the calling thread has started; waits until all have.
+// Says that the calling thread has started; waits until all threads of the cluster have. Orders no memory.
 void cluster_arrive_relaxed(Site site);
 void cluster_wait(Site site);
 
@@ -47,15 +46,15 @@ uint64_t exchange(uint64_t value, unsigned source_lane, Site site);
 // Shared memory of the calling thread's block. Static arrays are told apart by the address of a key.
 void* shared_array(const void* key, size_t bytes, size_t alignment);
 unsigned char* dynamic_shared();
-// The same place in another block of the cluster.
-void* map_to_rank(const void* shared, unsigned rank, Site site);
 
 void mbarrier_init(uint64_t* mbarrier, unsigned arrivals, Site site);
 void mbarrier_fence_init();
 void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes, Site site);
 void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Site site);
-// Completes at a moment of the schedule's choice.
+void mbarrier_wait_cluster(uint64_t* mbarrier, unsigned parity, Site site);
+// They complete at a moment of the schedule's choice.
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier, Site site);
+void send(void* place, const void* value, unsigned bytes, unsigned rank, uint64_t* mbarrier, Site site);
 
 void atomic_min(unsigned long long* address, unsigned long long value);
 

@@ -6,8 +6,9 @@
 #define ENTRIES_FOR_VARIANT(element, softcap)                                                                          \
   ENTRY(ce_forward_##element##softcap), ENTRY(ce_forward_##element##_stats##softcap),                                  \
       ENTRY(ce_backward_##element##softcap), ENTRY(ce_fused_##element##softcap),                                       \
+      ENTRY(ce_fused_##element##_stats##softcap),                                                                      \
       ENTRY(ce_onchip_forward_##element##softcap), ENTRY(ce_onchip_forward_##element##_stats##softcap),                \
-      ENTRY(ce_onchip_fused_##element##softcap)
+      ENTRY(ce_onchip_fused_##element##softcap), ENTRY(ce_onchip_fused_##element##_stats##softcap)
 #define ENTRIES_FOR(element) ENTRIES_FOR_VARIANT(element, ), ENTRIES_FOR_VARIANT(element, _softcap)
 
 const KernelEntry kKernels[] = {ENTRIES_FOR(f32), ENTRIES_FOR(f16), ENTRIES_FOR(bf16), ENTRY(ce_reduce), {nullptr, nullptr}};

@@ -13,8 +13,7 @@ namespace emu {
 struct Access {
   uint32_t cluster_number = 0;  // 0: none
   uint32_t thread = 0;
-  uint32_t cluster_epoch = 0;
-  uint32_t block_epoch = 0;
+  uint32_t epoch = 0;  // of its block
 };
 
 struct Place {
@@ -75,7 +74,10 @@ inline bool ordered(const Access& earlier, const Access& now) {
   if (earlier.cluster_number == 0) return true;
   if (earlier.cluster_number != now.cluster_number) return false;
   if (earlier.thread == now.thread) return true;
-  return same_block(earlier, now) ? earlier.block_epoch < now.block_epoch : earlier.cluster_epoch < now.cluster_epoch;
+  if (same_block(earlier, now)) return earlier.epoch < now.epoch;
+  const Thread& self = machine.threads[now.thread];
+  const unsigned other = earlier.thread / machine.shape.block;
+  return earlier.epoch < std::max(self.known[other], machine.blocks[self.block].known_to_all[other]);
 }
 
 [[noreturn]] inline void report_race(const Watched& memory, const void* address, const char* what, const char* before,
@@ -88,7 +90,7 @@ inline bool ordered(const Access& earlier, const Access& now) {
   } else {
     text += "another block";
   }
-  end_launch(text + " that no barrier orders before it");
+  end_launch(text + " that nothing orders before it");
 }
 
 inline void record(Place& place, const Access& now, bool write, const Watched& memory, const void* address) {
@@ -115,7 +117,7 @@ inline void check_access(const void* address, size_t bytes, bool write) {
   Watched* memory = find_watched(address);
   if (!memory) return;
   const Thread& thread = *machine.current;
-  const Access now{machine.cluster_number, thread.index, machine.cluster_epoch, machine.blocks[thread.block].epoch};
+  const Access now{machine.cluster_number, thread.index, machine.blocks[thread.block].epoch};
   // Counted from an even address, so that no access shares a place with its neighbour.
   size_t odd_begin = reinterpret_cast<size_t>(memory->begin) % kPlaceBytes;
   size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(address) - memory->begin) + odd_begin;
@@ -125,7 +127,7 @@ inline void check_access(const void* address, size_t bytes, bool write) {
   }
 }
 
-// A bulk copy has arrived: the mbarrier that threads wait for orders it.
+// A copy or a message has arrived: the mbarrier that threads wait for orders it.
 inline void forget_accesses(const void* begin, size_t bytes) {
   Watched* memory = find_watched(begin);
   if (!memory) return;

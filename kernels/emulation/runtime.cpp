@@ -23,14 +23,17 @@ static void run_thread() {
   self.wait = Wait::kExited;
   machine.running--;
   Block& block = machine.blocks[self.block];
-  if (--block.running == 0) close_shared(block);
+  if (--block.running == 0) {
+    if (expects(block)) end_launch("a block ended before a copy or a message to it arrived");
+    close_shared(block);
+  }
   yield(true);
   abort();
 }
 
 static void check(const LaunchShape& shape) {
   bool good = shape.grid > 0 && shape.block > 0 && shape.block <= 1024 && shape.block % kWarp == 0;
-  good = good && shape.cluster >= 1 && shape.cluster <= 16 && shape.grid % shape.cluster == 0;
+  good = good && shape.cluster >= 1 && shape.cluster <= kMaxCluster && shape.grid % shape.cluster == 0;
   if (!good || shape.dynamic_shared_bytes > 227 * 1024) {
     throw std::runtime_error("launch of " + std::to_string(shape.grid) + " blocks of " + std::to_string(shape.block) +
                              " threads in clusters of " + std::to_string(shape.cluster));
@@ -45,10 +48,9 @@ static void set_up_cluster(unsigned cluster) {
   const LaunchShape& shape = machine.shape;
   unsigned threads = shape.block * shape.cluster;
   machine.cluster_number++;
-  machine.cluster_epoch = 0;
-  machine.cluster_rendezvous = {};
   machine.cluster_arrivals = 0;
-  machine.copies.clear();
+  machine.transfers.clear();
+  machine.delivered.clear();
   machine.runnable.clear();
   machine.running = threads;
   machine.warps.assign(threads / kWarp, {});
@@ -66,6 +68,7 @@ static void set_up_cluster(unsigned cluster) {
       thread.index = i;
       thread.block = i / shape.block;
       thread.arrived = thread.met_cluster = false;
+      thread.known = {};
       thread.thread_index = {i % shape.block, 0, 0};
       thread.block_index = {cluster * shape.cluster + thread.block, 0, 0};
       prepare(thread.fiber, machine.stacks[i], run_thread);
@@ -79,9 +82,6 @@ static void run_cluster(unsigned cluster) {
   machine.current = next_thread();
   switch_fiber(machine.launcher, machine.current->fiber);
   machine.current = nullptr;
-  if (machine.error.empty() && !machine.copies.empty()) {
-    machine.error = "the cluster ended before one of its bulk copies";
-  }
   for (Block& block : machine.blocks) free_shared(block);
   forget_shared_memory();
   if (!machine.error.empty()) {

@@ -4,6 +4,8 @@
 #pragma once
 #include "emulator.h"
 #include "fiber.h"
+#include <algorithm>
+#include <array>
 #include <deque>
 #include <map>
 #include <stdarg.h>
@@ -16,6 +18,14 @@
 namespace emu {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxCluster = 16;
+
+// For each block of the cluster: what its threads did before they had passed so many of its barriers is known to be over.
+using Known = std::array<uint32_t, kMaxCluster>;
+
+inline void learn(Known& known, const Known& more) {
+  for (unsigned b = 0; b < kMaxCluster; b++) known[b] = std::max(known[b], more[b]);
+}
 
 enum class Wait { kNothing, kBlockBarrier, kClusterBarrier, kWarp, kMbarrier, kExited };
 
@@ -30,6 +40,7 @@ struct Thread {
   const uint64_t* mbarrier;
   bool arrived;      // at the cluster's barrier, and has not waited yet
   bool met_cluster;  // all threads of the cluster are known to have started
+  Known known;
 };
 
 // A point that a group of threads leaves only together.
@@ -54,16 +65,20 @@ struct Block {
   Rendezvous rendezvous;
   unsigned running;
   uint32_t epoch;  // barriers passed
+  Known coming, known_to_all;  // of the threads that arrived at the next barrier, of all by the last
   SharedArray dynamic;
   std::map<const void*, SharedArray> arrays;
   bool mbarrier_unfenced;
 };
 
-struct BulkCopy {
-  void* to;
+// To the shared memory of a block, under way: a bulk copy from `from`, or a message.
+struct Transfer {
+  unsigned char* to;
   const void* from;
   unsigned bytes;
   uint64_t* mbarrier;
+  std::vector<unsigned char> message;
+  Known known;  // to its sender
 };
 
 // One of it: threads of the operating system would gain nothing that processes do not.
@@ -76,12 +91,11 @@ struct Machine {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
-  Rendezvous cluster_rendezvous;
   unsigned cluster_arrivals;
-  uint32_t cluster_epoch;
   uint32_t cluster_number;  // over all launches, for the race detector
   std::deque<unsigned> runnable;
-  std::vector<BulkCopy> copies;
+  std::vector<Transfer> transfers;
+  std::map<const uint64_t*, Known> delivered;  // with the messages that completed on an mbarrier
   Thread* current;
   unsigned running;
   uint64_t seed;
@@ -129,12 +143,12 @@ inline void wake(unsigned thread) {
   machine.runnable.push_back(thread);
 }
 
-inline void complete_bulk_copy(size_t which);
+inline void complete_transfer(size_t which);
 
 inline Thread* next_thread() {
   auto& runnable = machine.runnable;
-  while (!machine.copies.empty() && (runnable.empty() || (machine.seed != 0 && random_below(64) == 0))) {
-    complete_bulk_copy(machine.seed ? random_below(machine.copies.size()) : 0);
+  while (!machine.transfers.empty() && (runnable.empty() || (machine.seed != 0 && random_below(64) == 0))) {
+    complete_transfer(machine.seed ? random_below(machine.transfers.size()) : 0);
   }
   if (runnable.empty()) return nullptr;
   unsigned chosen;
@@ -152,7 +166,7 @@ inline Thread* next_thread() {
 }
 
 inline std::string describe_deadlock() {
-  static const char* const kWaits[] = {"running", "at sync_block", "at sync_cluster", "at a shuffle",
+  static const char* const kWaits[] = {"running", "at sync_block", "at cluster_wait", "at a shuffle",
                                        "waiting for an mbarrier", "exited"};
   std::map<std::string, unsigned> groups;
   for (const Thread& thread : machine.threads) {
@@ -196,7 +210,11 @@ inline bool arrive(Rendezvous& rendezvous, unsigned group, Wait wait, const Site
 // Threads that have returned do not count as arrived: on a GPU that is undefined.
 void sync_block(Site site) {
   Block& block = machine.blocks[machine.current->block];
-  if (arrive(block.rendezvous, machine.shape.block, Wait::kBlockBarrier, site)) block.epoch++;
+  learn(block.coming, machine.current->known);
+  if (arrive(block.rendezvous, machine.shape.block, Wait::kBlockBarrier, site)) {
+    block.epoch++;
+    block.known_to_all = block.coming;
+  }
   yield();
 }
 

@@ -55,21 +55,28 @@ void block_kernel(const Arguments& a) {
   if (threadIdx.x == 0) a.output[row] = twice;
 }
 
-struct alignas(128) Shared {
-  uint64_t mbarrier;
+struct alignas(16) Message {
   float sum;
+};
+struct alignas(128) Shared {
+  uint64_t mbarrier, received;
+  Message sums[kCluster];
 };
 constexpr size_t kDynamicBytes = sizeof(Shared) + kSlice * sizeof(float);
 
-// The same for the numbers of each cluster, copied on chip and summed through each other's shared memory.
+// The same for the numbers of each cluster, copied on chip and sent from each block to all.
 void cluster_kernel(const Arguments& a) {
   DYNAMIC_SHARED(memory);
   Shared* shared = reinterpret_cast<Shared*>(memory);
   float* slice = reinterpret_cast<float*>(memory + sizeof(Shared));
   if (threadIdx.x == 0) {
     if (!has("no_mbarrier")) dev::mbarrier_init(&shared->mbarrier, 1);
+    dev::mbarrier_init(&shared->received, 1);
     if (!has("no_fence")) dev::mbarrier_fence_init();
+    const unsigned senders = has("too_few_senders") ? kCluster - 1 : has("too_many_senders") ? kCluster + 1 : kCluster;
+    dev::mbarrier_arrive_expect(&shared->received, senders * sizeof(Message));
   }
+  if (!has("no_cluster_arrival")) dev::cluster_arrive_relaxed();
   if (!has("no_barrier_after_init")) dev::sync_block();
   if (threadIdx.x == 0) {
     unsigned bytes = kSlice * sizeof(float);
@@ -81,14 +88,14 @@ void cluster_kernel(const Arguments& a) {
   float x = 0;
   for (unsigned i = threadIdx.x; i < kSlice; i += blockDim.x) x += slice[i];
   x = sum_of_block(x);
-  if (threadIdx.x == 0) shared->sum = x;
-  if (!has("no_cluster_barrier")) dev::sync_cluster();
+  if (!has("no_cluster_barrier")) dev::cluster_wait();
+  const unsigned own = blockIdx.x % kCluster, to = has("wrong_rank") ? threadIdx.x + 1 : threadIdx.x;
+  if (threadIdx.x < kCluster) dev::send(&shared->sums[own], {x}, to, &shared->received);
+  if (has("block_ends_early")) return;
+  if (!has("no_wait_for_messages")) dev::mbarrier_wait_cluster(&shared->received, 0);
   float sum = 0;
-  for (unsigned rank = 0; rank < kCluster; rank++) {
-    sum += dev::map_to_rank(shared, has("wrong_rank") ? rank + 1 : rank)->sum;
-  }
+  for (unsigned rank = 0; rank < kCluster; rank++) sum += shared->sums[rank].sum;
   if (threadIdx.x == 0) a.output[blockIdx.x] = 2 * sum + 1;
-  if (!has("block_exits_early")) dev::sync_cluster();
 }
 
 struct Data {

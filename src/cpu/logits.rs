@@ -94,6 +94,7 @@ impl Backend for Cpu {
         call: &Call,
         logits: &CpuStorage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<(CpuStorage, Fused)> {
         let rows = call.read_rows()?;
         let dtype = result_type(logits.dtype());
@@ -101,8 +102,8 @@ impl Backend for Cpu {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
             let logits = Logits::Separate(x, readable(layout)?);
-            let results = evaluate_and_differentiate(call, &rows, logits, &out);
-            Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype)?))
+            let results = evaluate_and_differentiate(call, &rows, logits, &out, stats);
+            Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype, stats)?))
         })
     }
 
@@ -110,13 +111,14 @@ impl Backend for Cpu {
         call: &Call,
         logits: &mut CpuStorage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<Fused> {
         let rows = call.read_rows()?;
         let dtype = result_type(logits.dtype());
         let results = with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
-            evaluate_and_differentiate(call, &rows, Logits::InPlace, &out)
+            evaluate_and_differentiate(call, &rows, Logits::InPlace, &out, stats)
         });
-        fused_result(call, &rows, &results, dtype)
+        fused_result(call, &rows, &results, dtype, stats)
     }
 }

@@ -253,13 +253,15 @@ pub(super) fn evaluate_and_differentiate<T: Element>(
     rows: &[Option<Row>],
     logits: Logits<T>,
     out: &GradRows<T>,
+    stats: bool,
 ) -> Vec<RowResult> {
-    with_form!(call, FORM => {
-        evaluate_and_differentiate_with::<T, FORM>(call, rows, logits, out)
+    with_form!(call, FORM => match stats {
+        true => evaluate_and_differentiate_with::<T, FORM, true>(call, rows, logits, out),
+        false => evaluate_and_differentiate_with::<T, FORM, false>(call, rows, logits, out),
     })
 }
 
-fn evaluate_and_differentiate_with<T: Element, const FORM: Form>(
+fn evaluate_and_differentiate_with<T: Element, const FORM: Form, const STATS: bool>(
     call: &Call,
     rows: &[Option<Row>],
     logits: Logits<T>,
@@ -280,12 +282,12 @@ fn evaluate_and_differentiate_with<T: Element, const FORM: Form>(
                 // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
                 let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
                 let others = if keep {
-                    row_partial::<T, FORM, true, true>(x, row.target, transforms, scratch, shared)
+                    row_partial::<T, FORM, STATS, true>(x, row.target, transforms, scratch, shared)
                 } else {
-                    row_partial::<T, FORM, true, false>(x, row.target, transforms, scratch, shared)
+                    row_partial::<T, FORM, STATS, false>(x, row.target, transforms, scratch, shared)
                 };
                 let (row_result, normaliser) =
-                    finish_row::<T, FORM, true>(call, &row, x, &others, &exact);
+                    finish_row::<T, FORM, STATS>(call, &row, x, &others, &exact);
                 *result = row_result;
                 (
                     row.target,

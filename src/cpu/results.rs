@@ -74,12 +74,13 @@ pub(super) fn fused_result(
     rows: &[Option<Row>],
     results: &[RowResult],
     dtype: DType,
+    stats: bool,
 ) -> Result<Fused> {
     let loss = Tensor::from_vec(reduce(call, rows, results), call.loss_shape(), &Device::Cpu)?
         .to_dtype(dtype)?;
     Ok(Fused {
         loss,
-        stats: row_stats(call, results, dtype)?,
+        stats: stats.then(|| row_stats(call, results, dtype)).transpose()?,
     })
 }
 

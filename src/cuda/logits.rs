@@ -80,13 +80,14 @@ impl Backend for Cuda {
         call: &Call,
         logits: &CudaStorage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<(CudaStorage, Fused)> {
         let mut grad = alloc_gradient(call, logits)?;
         let gradient = Gradient::Apart {
             logits,
             grad: &mut grad,
         };
-        let result = run_fused(call, layout, gradient)?;
+        let result = run_fused(call, layout, gradient, stats)?;
         Ok((grad, result))
     }
 
@@ -94,8 +95,9 @@ impl Backend for Cuda {
         call: &Call,
         logits: &mut CudaStorage,
         layout: &Layout,
+        stats: bool,
     ) -> Result<Fused> {
-        run_fused(call, layout, Gradient::InPlace(logits))
+        run_fused(call, layout, Gradient::InPlace(logits), stats)
     }
 }
 
@@ -124,11 +126,11 @@ fn run_backward(
     unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }
 }
 
-fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> {
+fn run_fused(call: &Call, layout: &Layout, gradient: Gradient, stats: bool) -> Result<Fused> {
     let device = gradient.device().clone();
     let stream = device.cuda_stream();
     let inputs = Inputs::of(call)?;
-    let mut rows = Rows::alloc(call, &device, false, true)?;
+    let mut rows = Rows::alloc(call, &device, false, stats)?;
     let mut first_error = FirstError::alloc(call, &device)?;
     if call.rows > 0 {
         let mean = call.reduction == Reduction::Mean;
@@ -142,7 +144,13 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> 
         first_error.set(&mut launch);
         // SAFETY: logits and gradient cover their layouts, and all other memory has an element for each of
         // `call.rows`, but for the scalar divisor.
-        unsafe { launch.start(Work::LossAndGradient, element, call.softcap.is_some()) }?;
+        unsafe {
+            launch.start(
+                Work::LossAndGradient { stats },
+                element,
+                call.softcap.is_some(),
+            )
+        }?;
     }
     first_error.check(call, &device)?;
     rows.reduce(call, &device, &inputs)?;
@@ -154,7 +162,7 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient) -> Result<Fused> 
             BackpropOp::none(),
             false,
         ),
-        stats: stats.expect("they were asked for"),
+        stats,
     })
 }
 

@@ -262,7 +262,9 @@ pub(super) enum Work {
         stats: bool,
     },
     Backward,
-    LossAndGradient,
+    LossAndGradient {
+        stats: bool,
+    },
 }
 
 fn choose(
@@ -281,8 +283,8 @@ fn choose(
             Ok(select::forward_of_tile((element, stats, softcap), shape.1))
         }
         Work::Backward => Ok(select::backward(element, softcap, shape.1)),
-        Work::LossAndGradient => {
-            select::loss_and_gradient((element, softcap), shape, gpu, forced()?)
+        Work::LossAndGradient { stats } => {
+            select::loss_and_gradient((element, stats, softcap), shape, gpu, forced()?)
         }
     }
     .map_err(|error| Error::Msg(error).bt())

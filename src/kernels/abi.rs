@@ -174,13 +174,11 @@ pub enum Kernel {
         softcap: bool,
     },
     /// Gradient of every row from its [`RowState`]; one block a row.
-    Backward {
-        element: Element,
-        softcap: bool,
-    },
-    /// Loss, statistics and gradient of every row; one block a row.
+    Backward { element: Element, softcap: bool },
+    /// Loss and gradient of every row; one block a row.
     Fused {
         element: Element,
+        stats: bool,
         softcap: bool,
     },
     /// The same two, a cluster of blocks a row, which stays on chip. They need sm_90.
@@ -191,6 +189,7 @@ pub enum Kernel {
     },
     OnChipFused {
         element: Element,
+        stats: bool,
         softcap: bool,
     },
     /// Row losses to a scalar, or total weight; one block.
@@ -212,13 +211,21 @@ impl Kernel {
                 softcap,
             } => name("forward", element, stats, softcap),
             Self::Backward { element, softcap } => name("backward", element, false, softcap),
-            Self::Fused { element, softcap } => name("fused", element, false, softcap),
+            Self::Fused {
+                element,
+                stats,
+                softcap,
+            } => name("fused", element, stats, softcap),
             Self::OnChipForward {
                 element,
                 stats,
                 softcap,
             } => name("onchip_forward", element, stats, softcap),
-            Self::OnChipFused { element, softcap } => name("onchip_fused", element, false, softcap),
+            Self::OnChipFused {
+                element,
+                stats,
+                softcap,
+            } => name("onchip_fused", element, stats, softcap),
             Self::Reduce => "ce_reduce".into(),
         }
     }
@@ -233,15 +240,23 @@ impl Kernel {
         for element in Element::ALL {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });
-                all.push(Self::Fused { element, softcap });
-                all.push(Self::OnChipFused { element, softcap });
                 for stats in [false, true] {
                     all.push(Self::Forward {
                         element,
                         stats,
                         softcap,
                     });
+                    all.push(Self::Fused {
+                        element,
+                        stats,
+                        softcap,
+                    });
                     all.push(Self::OnChipForward {
+                        element,
+                        stats,
+                        softcap,
+                    });
+                    all.push(Self::OnChipFused {
                         element,
                         stats,
                         softcap,

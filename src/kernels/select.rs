@@ -102,13 +102,13 @@ pub const UNEVEN: [usize; 4] = [3, 5, 6, 7];
 pub const SHORTEST_ON_CHIP: usize = 16 * 1024;
 /// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
 const CHUNK_GROUPS: usize = 1024;
-const MAX_CHUNKS: usize = 16;
+const MAX_CHUNKS: usize = 15;
 
-/// Threads a block of the general kernels for a row of `width` elements of `element_size` bytes: enough for about four
-/// 16-byte vectors a thread, a whole number of warps.
+/// Threads a block of the general kernels for a row of `width` elements of `element_size` bytes: a whole number of warps,
+/// and no more than leave each the four 16-byte vectors that it takes at once.
 fn threads_per_row(width: usize, element_size: usize) -> u32 {
     let vectors = (width * element_size).div_ceil(16);
-    (vectors.div_ceil(4).next_power_of_two() as u32).clamp(32, 256)
+    (vectors.div_ceil(8).next_power_of_two() as u32).clamp(32, 256)
 }
 
 /// For loss and statistics of rows of `width` elements, `vocab` of them classes. An error where the forced kernel cannot
@@ -157,17 +157,28 @@ pub fn backward(element: Element, softcap: bool, width: usize) -> (Kernel, Geome
     (Kernel::Backward { element, softcap }, once(element, width))
 }
 
-/// For loss, statistics and gradient, as [`forward`].
+/// For loss and gradient, as [`forward`].
 pub fn loss_and_gradient(
-    (element, softcap): (Element, bool),
+    (element, stats, softcap): (Element, bool, bool),
     (vocab, width): (usize, usize),
     gpu: &Gpu,
     forced: Option<Forced>,
 ) -> Result<(Kernel, Geometry), String> {
     Ok(match on_chip_if_chosen(element, vocab, gpu, forced)? {
-        Some(geometry) => (Kernel::OnChipFused { element, softcap }, geometry),
+        Some(geometry) => (
+            Kernel::OnChipFused {
+                element,
+                stats,
+                softcap,
+            },
+            geometry,
+        ),
         None => (
-            Kernel::Fused { element, softcap },
+            Kernel::Fused {
+                element,
+                stats,
+                softcap,
+            },
             twice(element, width, gpu),
         ),
     })
@@ -279,7 +290,8 @@ mod tests {
     };
 
     fn choose(element: Element, vocab: usize, gpu: &Gpu) -> (Kernel, Geometry) {
-        loss_and_gradient((element, false), (vocab, vocab), gpu, None).expect("nothing is forced")
+        loss_and_gradient((element, true, false), (vocab, vocab), gpu, None)
+            .expect("nothing is forced")
     }
 
     /// Blocks a row; 0 for the general kernel.
@@ -403,7 +415,7 @@ mod tests {
     fn forced() {
         let force = |value: &str, vocab| {
             let forced = Some(Forced::parse(value)?);
-            loss_and_gradient((Element::BF16, false), (vocab, vocab), &H200, forced)
+            loss_and_gradient((Element::BF16, true, false), (vocab, vocab), &H200, forced)
         };
         assert!(matches!(
             force("general", 50257),

@@ -30,13 +30,13 @@ fn counted_shapes_are_those_chosen() {
     ];
     let element = Element::BF16;
     for (name, gpu) in gpus {
-        for fused in [true, false] {
+        for (gradient, stats) in [(true, true), (true, false), (false, false)] {
             for vocab in vocabularies {
-                let shape = (vocab, vocab);
-                let choice = if fused {
-                    select::loss_and_gradient((element, false), shape, &gpu, None)
+                let (kind, shape) = ((element, stats, false), (vocab, vocab));
+                let choice = if gradient {
+                    select::loss_and_gradient(kind, shape, &gpu, None)
                 } else {
-                    select::forward((element, false, false), shape, &gpu, None)
+                    select::forward(kind, shape, &gpu, None)
                 };
                 let (kernel, geometry) = choice.expect("nothing is forced");
                 table += &format!(

@@ -613,12 +613,27 @@ fn faults_are_reported(build: Build) {
         ),
         (
             "no_cluster_barrier",
-            everywhere("before that block is known to have started"),
+            everywhere("before it is known to have started"),
         ),
+        ("no_cluster_arrival", everywhere("without an arrival")),
         ("wrong_rank", everywhere("rank 4 of 4 blocks")),
+        ("block_ends_early", everywhere("a block ended before")),
+        ("too_many_senders", everywhere("waiting for an mbarrier")),
         (
-            "block_exits_early",
-            ["wrong result", "use-after-poison", "wrong result"],
+            "too_few_senders",
+            [
+                "a block ended before",
+                "a block ended before",
+                "race in shared memory",
+            ],
+        ),
+        (
+            "no_wait_for_messages",
+            [
+                "a block ended before",
+                "a block ended before",
+                "race in shared memory",
+            ],
         ),
     ];
     let run = |fault: &str| {

@@ -124,8 +124,20 @@ impl Runs {
             );
         }
         for (label, in_place) in [("fused", false), ("fused in place", true)] {
-            let (run, params) = fused(&mut case, label, p, in_place, Params { divisor, ..params });
-            launch(&mut case, Kernel::Fused { element, softcap }, params, run);
+            let stats = fused_has_stats(p, in_place);
+            let (run, params) = fused(
+                &mut case,
+                label,
+                p,
+                (stats, in_place),
+                Params { divisor, ..params },
+            );
+            let kernel = Kernel::Fused {
+                element,
+                stats,
+                softcap,
+            };
+            launch(&mut case, kernel, params, run);
         }
         for run in &p.on_chip {
             on_chip(&mut case, p, run, Params { divisor, ..params }, &mut rows);
@@ -173,9 +185,10 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
 
     let place = if run.in_place { " in place" } else { "" };
     let label = format!("on chip, {} blocks a row{place}", run.blocks_per_row);
-    let (row_run, fused_params) = fused(case, &label, p, run.in_place, params);
+    let stats = fused_has_stats(p, run.in_place);
+    let (row_run, fused_params) = fused(case, &label, p, (stats, run.in_place), params);
     rows.push(row_run);
-    let kernel = select::loss_and_gradient((element, softcap), shape, &H200, forced);
+    let kernel = select::loss_and_gradient((element, stats, softcap), shape, &H200, forced);
     launch(case, chosen(kernel), fused_params);
     // One of the two forwards, in turn.
     let stats = run.in_place;
@@ -263,15 +276,20 @@ fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
     row_run
 }
 
-/// Outputs of loss, statistics and gradient in one launch.
+/// Which of the two kernels: in turn, in place and apart, from problem to problem.
+fn fused_has_stats(p: &Problem, in_place: bool) -> bool {
+    p.vocab.is_multiple_of(2) == in_place
+}
+
+/// Outputs of loss and gradient in one launch.
 fn fused(
     case: &mut Case,
     label: &str,
     p: &Problem,
-    in_place: bool,
+    (stats, in_place): (bool, bool),
     params: Params,
 ) -> (RowRun, Params) {
-    let (mut run, params) = row_outputs(case, label, p, true, params);
+    let (mut run, params) = row_outputs(case, label, p, stats, params);
     let (grad, params) = gradient(case, p, in_place, params);
     run.grad = Some(grad);
     (run, params)

@@ -16,6 +16,11 @@ fn refused(loss: &CrossEntropy, logits: &Tensor, targets: &Tensor, parts: &[&str
     assert_error(loss.forward(logits, targets), parts);
     assert_error(loss.forward_with_stats(logits, targets), parts);
     assert_error(loss.loss_and_grad(logits, targets), parts);
+    assert_error(loss.loss_and_grad_without_stats(logits, targets), parts);
+    assert_error(
+        loss.loss_and_grad_inplace_without_stats(logits.clone(), targets),
+        parts,
+    );
     assert_error(loss.loss_and_grad_inplace(logits.clone(), targets), parts);
     assert_error(loss.reference(logits, targets), parts);
     assert_error(

@@ -325,7 +325,36 @@ impl Problem {
         accuracy.all(self, &actual, &expected, || {
             format!("loss_and_grad, {}", context())
         });
+        let (value, grad) = loss.loss_and_grad_without_stats(logits, targets).unwrap();
+        let same = |value: &Tensor, grad: &Tensor, entry_point: &str| {
+            assert_eq!(
+                bits(value),
+                bits(&actual.loss),
+                "{entry_point}: {}",
+                context()
+            );
+            assert_eq!(
+                bits(grad),
+                bits(&actual.grad),
+                "{entry_point}: {}",
+                context()
+            );
+        };
+        same(&value, &grad, "loss_and_grad_without_stats");
         assert_eq!(bits(logits), untouched, "logits written: {}", context());
+        let memory = logits.copy().unwrap();
+        let (value, grad) = loss
+            .loss_and_grad_inplace_without_stats(memory.clone(), targets)
+            .unwrap();
+        same(&value, &grad, "loss_and_grad_inplace_without_stats");
+        if logits.elem_count() > 0 {
+            assert_eq!(
+                address(&grad),
+                address(&memory),
+                "the logits' memory: {}",
+                context()
+            );
+        }
 
         let memory = logits.copy().unwrap();
         let actual = loss.loss_and_grad_inplace(memory.clone(), targets).unwrap();

@@ -136,6 +136,11 @@ impl Inputs {
             &expected.grad,
             grad_tolerance,
         )?;
+        let (value, grad) =
+            loss.loss_and_grad_inplace_without_stats(self.logits.copy()?, &self.targets)?;
+        let what = "loss_and_grad_inplace_without_stats";
+        compare(what, &value, &expected.loss, loss_tolerance)?;
+        compare(what, &grad, &expected.grad, grad_tolerance)?;
         Ok(worst)
     }
 }
@@ -172,6 +177,10 @@ fn time_shape(timer: &Timer, inputs: &Inputs, timings: &mut Vec<Value>) -> Resul
         loss.loss_and_grad_inplace(logits.clone(), targets)?;
         Ok(())
     };
+    let in_place_alone = || {
+        loss.loss_and_grad_inplace_without_stats(logits.clone(), targets)?;
+        Ok(())
+    };
     let out_of_place = || {
         loss.loss_and_grad(pristine, targets)?;
         Ok(())
@@ -184,13 +193,20 @@ fn time_shape(timer: &Timer, inputs: &Inputs, timings: &mut Vec<Value>) -> Resul
         loss.forward_with_stats(pristine, targets)?;
         Ok(())
     };
-    let entry_points: [(_, _, _, Work, Work); 4] = [
+    let entry_points: [(_, _, _, Work, Work); 5] = [
         (
             "loss_and_grad_inplace",
             "loss_and_grad_inplace, host",
             2 * bytes,
             &restore,
             &in_place,
+        ),
+        (
+            "loss_and_grad_inplace_without_stats",
+            "loss_and_grad_inplace_without_stats, host",
+            2 * bytes,
+            &restore,
+            &in_place_alone,
         ),
         (
             "loss_and_grad",
