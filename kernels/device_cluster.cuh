@@ -1,7 +1,20 @@
-// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies. Below, a kernel that uses it traps.
+// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies, kernels that overlap. Below, a kernel
+// that uses it traps, but for begin_kernel, which every kernel does.
 #pragma once
 
 namespace dev {
+// The first thing in every kernel, in all its threads: waits until the kernels before it in the stream have ended and what
+// they wrote can be seen, then lets the next one start, whose blocks come to wait here (programmatic dependent launch).
+//
+// No access to global memory comes before it, and no block leaves without it: a kernel waits for the one before it alone,
+// so one that had not waited could end, and let the next one go on, while its own predecessor still runs. The next one
+// may start after the wait only: so one that reads before it waits, as others' may, runs beside no other kernel than this.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+DEVICE void begin_kernel() {}
+#else
+DEVICE void begin_kernel() { asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory"); }
+#endif
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 DEVICE void sync_cluster() { __trap(); }
 DEVICE void cluster_arrive_relaxed() { __trap(); }

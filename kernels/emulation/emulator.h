@@ -34,6 +34,9 @@ Dim3 block_index();
 Dim3 block_dim();
 Dim3 grid_dim();
 
+// Earlier kernels have ended: from here on the calling thread may touch global memory. It must not end before.
+void begin_kernel();
+
 // Blocks until all threads of the block, or of the cluster, have come to the same place in the source.
 void sync_block(Site site);
 void sync_cluster(Site site);
@@ -57,7 +60,7 @@ void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Site site);
 // Completes at a moment of the schedule's choice.
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier, Site site);
 
-void atomic_min(unsigned long long* address, unsigned long long value);
+void atomic_min(unsigned long long* address, unsigned long long value, Site site);
 
 // A path through the kernels, one for each instantiation of the function that has it.
 struct Path {
