@@ -3,19 +3,8 @@
 #pragma once
 
 namespace dev {
-// The first thing in every kernel, in all its threads: waits until the kernels before it in the stream have ended and what
-// they wrote can be seen, then lets the next one start, whose blocks come to wait here (programmatic dependent launch).
-//
-// No access to global memory comes before it, and no block leaves without it: a kernel waits for the one before it alone,
-// so one that had not waited could end, and let the next one go on, while its own predecessor still runs. The next one
-// may start after the wait only: so one that reads before it waits, as others' may, runs beside no other kernel than this.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 DEVICE void begin_kernel() {}
-#else
-DEVICE void begin_kernel() { asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory"); }
-#endif
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 DEVICE void sync_cluster() { __trap(); }
 DEVICE void cluster_arrive_relaxed() { __trap(); }
 DEVICE void cluster_wait() { __trap(); }
@@ -26,6 +15,14 @@ DEVICE void mbarrier_arrive_expect(uint64_t*, unsigned) { __trap(); }
 DEVICE void mbarrier_wait(uint64_t*, unsigned) { __trap(); }
 DEVICE void bulk_copy(void*, const void*, unsigned, uint64_t*) { __trap(); }
 #else
+// The first thing in every kernel, in all its threads: waits until the kernels before it in the stream have ended and what
+// they wrote can be seen, then lets the next one start, whose blocks come to wait here (programmatic dependent launch).
+//
+// No access to global memory comes before it, and no block leaves without it: a kernel waits for the one before it alone,
+// so one that had not waited could end, and let the next one go on, while its own predecessor still runs. The next one
+// may start after the wait only: so one that reads before it waits, as others' may, runs beside no other kernel than this.
+DEVICE void begin_kernel() { asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory"); }
+
 DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 // All threads of the cluster; orders shared memory among them.
