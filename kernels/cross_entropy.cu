@@ -27,6 +27,7 @@ DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Pa
 }
 
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(const Params& p) {
+  dev::begin_kernel();
   const uint64_t row = p.first_row + blockIdx.x;
   const Stretch stored = stored_row(p);
   const RowInputs in = read_inputs(p, row);
@@ -59,6 +60,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
 }
 
 template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
+  dev::begin_kernel();
   const uint64_t row = p.first_row + blockIdx.x;
   const Stretch stored = stored_row(p);
   const RowInputs in = read_inputs(p, row);
@@ -103,6 +105,7 @@ INSTANTIATE(bf16)
 
 // The sums of loss and of w over rows in f64, every thread's rows and all merges in a fixed order. One block.
 KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
+  dev::begin_kernel();
   SHARED_ARRAY(double, losses, 32);
   SHARED_ARRAY(double, weights, 32);
   double loss = 0.0, weight = 0.0;

@@ -1,8 +1,10 @@
-// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies. Below, a kernel that uses it traps.
+// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies, kernels that overlap. Below, a kernel
+// that uses it traps, but for begin_kernel, which every kernel does.
 #pragma once
 
 namespace dev {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+DEVICE void begin_kernel() {}
 DEVICE void cluster_arrive_relaxed() { __trap(); }
 DEVICE void cluster_wait() { __trap(); }
 DEVICE void mbarrier_init(uint64_t*, unsigned) { __trap(); }
@@ -13,6 +15,14 @@ DEVICE void mbarrier_wait_cluster(uint64_t*, unsigned) { __trap(); }
 DEVICE void bulk_copy(void*, const void*, unsigned, uint64_t*) { __trap(); }
 template <class T> DEVICE void send(T*, const T&, unsigned, uint64_t*) { __trap(); }
 #else
+// The first thing in every kernel, in all its threads: waits until the kernels before it in the stream have ended and what
+// they wrote can be seen, then lets the next one start, whose blocks come to wait here (programmatic dependent launch).
+//
+// No access to global memory comes before it, and no block leaves without it: a kernel waits for the one before it alone,
+// so one that had not waited could end, and let the next one go on, while its own predecessor still runs. The next one
+// may start after the wait only: so one that reads before it waits, as others' may, runs beside no other kernel than this.
+DEVICE void begin_kernel() { asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory"); }
+
 DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 // A barrier of the cluster's threads in two halves. It orders no memory but the mbarriers that `mbarrier_fence_init`

@@ -181,6 +181,7 @@ struct alignas(16) Kept {
 };
 
 template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(const Params& p) {
+  dev::begin_kernel();
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(Partial, scratch, kMaxWarps);
   SHARED_ARRAY(GradientFactors, factors, 1);

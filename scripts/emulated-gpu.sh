@@ -4,8 +4,9 @@
 #
 #   scripts/emulated-gpu.sh DIR PROGRAM [ARGUMENT …]     # DIR keeps the libraries
 #
-# EMULATED_GPU_SM (90) and EMULATED_GPU_MULTIPROCESSORS (132) say what GPU it is, EMULATED_GPU_SEED (1) in which order
-# threads run; EMULATED_GPU_CALLS names a file for the number of calls of the driver's functions.
+# EMULATED_GPU_SM (90) and EMULATED_GPU_MULTIPROCESSORS (132) say what GPU it is, EMULATED_GPU_PTX (the same as SM) what PTX
+# the code was made from, EMULATED_GPU_SEED (1) in which order threads run; EMULATED_GPU_CALLS names a file for the number
+# of calls of the driver's functions.
 set -euo pipefail
 emulation=$(cd "$(dirname "$0")/../kernels/emulation" && pwd)
 dir=$1

@@ -106,6 +106,7 @@ void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarr
   if (offset >= block.dynamic.bytes || bytes > block.dynamic.bytes - offset) {
     fail(site, "a bulk copy of %u bytes ends outside the block's dynamic shared memory", bytes);
   }
+  if (!machine.current->begun) fail(site, "a bulk copy before earlier kernels have ended");
   if (block.mbarrier_unfenced) fail(site, "a bulk copy, and no fence since the mbarrier was initialised");
   load(mbarrier, site);
   check_access(global, bytes, false);

@@ -1,9 +1,10 @@
-// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies.
+// The part of `namespace dev` that needs sm_90: clusters, mbarriers, bulk copies, kernels that overlap.
 #pragma once
 #include "emulator.h"
 
 namespace dev {
 
+DEVICE void begin_kernel() { emu::begin_kernel(); }
 DEVICE void cluster_arrive_relaxed(emu::Site site = emu::Site::current()) { emu::cluster_arrive_relaxed(site); }
 DEVICE void cluster_wait(emu::Site site = emu::Site::current()) { emu::cluster_wait(site); }
 DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals, emu::Site site = emu::Site::current()) {

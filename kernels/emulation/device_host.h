@@ -115,6 +115,8 @@ DEVICE unsigned reduce_add(unsigned x, emu::Site site = emu::Site::current()) {
 // Fewer are faster here, and make more chunks of a row.
 DEVICE int on_chip_threads() { return static_cast<int>(blockDim.x); }
 DEVICE void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
-DEVICE void atomic_min(unsigned long long* p, unsigned long long v) { emu::atomic_min(p, v); }
+DEVICE void atomic_min(unsigned long long* p, unsigned long long v, emu::Site site = emu::Site::current()) {
+  emu::atomic_min(p, v, site);
+}
 
 }  // namespace dev

@@ -34,6 +34,9 @@ Dim3 block_index();
 Dim3 block_dim();
 Dim3 grid_dim();
 
+// Earlier kernels have ended: from here on the calling thread may touch global memory. It must not end before.
+void begin_kernel();
+
 // Blocks until all threads of the block have come to the same place in the source.
 void sync_block(Site site);
 // Says that the calling thread has started; waits until all threads of the cluster have. Orders no memory.
@@ -56,7 +59,7 @@ void mbarrier_wait_cluster(uint64_t* mbarrier, unsigned parity, Site site);
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier, Site site);
 void send(void* place, const void* value, unsigned bytes, unsigned rank, uint64_t* mbarrier, Site site);
 
-void atomic_min(unsigned long long* address, unsigned long long value);
+void atomic_min(unsigned long long* address, unsigned long long value, Site site);
 
 // A path through the kernels, one for each instantiation of the function that has it.
 struct Path {

@@ -117,6 +117,7 @@ inline void check_access(const void* address, size_t bytes, bool write) {
   Watched* memory = find_watched(address);
   if (!memory) return;
   const Thread& thread = *machine.current;
+  if (memory->global && !thread.begun) end_launch(memory->name + " before earlier kernels have ended (" + name(thread) + ")");
   const Access now{machine.cluster_number, thread.index, machine.blocks[thread.block].epoch};
   // Counted from an even address, so that no access shares a place with its neighbour.
   size_t odd_begin = reinterpret_cast<size_t>(memory->begin) % kPlaceBytes;

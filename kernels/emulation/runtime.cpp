@@ -11,8 +11,11 @@ Dim3 block_index() { return machine.current->block_index; }
 Dim3 block_dim() { return {machine.shape.block, 1, 1}; }
 Dim3 grid_dim() { return {machine.shape.grid, 1, 1}; }
 
+void begin_kernel() { machine.current->begun = true; }
+
 // Compiled here, without instrumentation: atomic accesses do not race.
-void atomic_min(unsigned long long* address, unsigned long long value) {
+void atomic_min(unsigned long long* address, unsigned long long value, Site site) {
+  if (!machine.current->begun) fail(site, "an atomic operation before earlier kernels have ended");
   if (value < *address) *address = value;
 }
 
@@ -20,6 +23,7 @@ static void run_thread() {
   landed(nullptr);
   machine.body(machine.argument);
   Thread& self = *machine.current;
+  if (!self.begun) end_launch(name(self) + " did not wait for earlier kernels");
   self.wait = Wait::kExited;
   machine.running--;
   Block& block = machine.blocks[self.block];
@@ -67,7 +71,7 @@ static void set_up_cluster(unsigned cluster) {
       Thread& thread = machine.threads[i];
       thread.index = i;
       thread.block = i / shape.block;
-      thread.arrived = thread.met_cluster = false;
+      thread.begun = thread.arrived = thread.met_cluster = false;
       thread.known = {};
       thread.thread_index = {i % shape.block, 0, 0};
       thread.block_index = {cluster * shape.cluster + thread.block, 0, 0};

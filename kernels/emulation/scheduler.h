@@ -38,6 +38,7 @@ struct Thread {
   Wait wait;
   Site site;  // of the wait
   const uint64_t* mbarrier;
+  bool begun;        // has waited for earlier kernels
   bool arrived;      // at the cluster's barrier, and has not waited yet
   bool met_cluster;  // all threads of the cluster are known to have started
   Known known;

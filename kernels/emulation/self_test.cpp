@@ -41,6 +41,7 @@ DEVICE float sum_of_block(float x) {
 
 // Twice the sum of each block's numbers plus 1, through the same scratch memory both times.
 void block_kernel(const Arguments& a) {
+  if (!has("no_wait_for_kernels")) dev::begin_kernel();
   if (has("early_return") && threadIdx.x >= 32) return;
   const float* slice = a.input + blockIdx.x * kSlice;
   float x = 0;
@@ -66,6 +67,7 @@ constexpr size_t kDynamicBytes = sizeof(Shared) + kSlice * sizeof(float);
 
 // The same for the numbers of each cluster, copied on chip and sent from each block to all.
 void cluster_kernel(const Arguments& a) {
+  if (!has("copy_before_wait")) dev::begin_kernel();
   DYNAMIC_SHARED(memory);
   Shared* shared = reinterpret_cast<Shared*>(memory);
   float* slice = reinterpret_cast<float*>(memory + sizeof(Shared));
@@ -84,6 +86,7 @@ void cluster_kernel(const Arguments& a) {
     float* to = slice + (has("copy_too_far") ? 4 : 0);
     dev::bulk_copy(to, a.input + blockIdx.x * kSlice, bytes, &shared->mbarrier);
   }
+  if (has("copy_before_wait")) dev::begin_kernel();
   if (!has("no_wait")) dev::mbarrier_wait(&shared->mbarrier, 0);
   float x = 0;
   for (unsigned i = threadIdx.x; i < kSlice; i += blockDim.x) x += slice[i];

@@ -9,7 +9,7 @@ use candle_core::{Error, Result, cuda_backend::WrapErr};
 use cudarc::{
     driver::{
         CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
-        DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+        DriverError, LaunchConfig, SyncOnDrop,
         sys::{
             self, CUdevice_attribute as DeviceAttribute,
             CUfunction_attribute_enum as FunctionAttribute,
@@ -28,13 +28,14 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cross_entropy.f
 const ARCHS: &str = env!("CROSS_ENTROPY_ARCHS");
 
 // SAFETY: `repr(C)` structs of integers and floats with twins in kernels/params.cuh.
-unsafe impl DeviceRepr for Params {}
 unsafe impl DeviceRepr for RowState {}
 unsafe impl DeviceRepr for Running {}
 
 struct Loaded {
     functions: HashMap<Kernel, CudaFunction>,
     gpu: Gpu,
+    /// Whether a kernel may start while the one before it in the stream runs, for whose end its code waits.
+    overlap: bool,
 }
 
 /// All kernels in the stream's context. Loading a module may synchronise the context, so the first step must not be
@@ -64,7 +65,13 @@ fn loaded(stream: &CudaStream) -> Result<Arc<Loaded>> {
         .map(function)
         .collect::<Result<HashMap<_, _>>>()?;
     let gpu = describe(stream, &functions).w()?;
-    let loaded = Arc::new(Loaded { functions, gpu });
+    // A driver that refuses to tell has kernels one after the other.
+    let overlap = may_overlap(context, &functions).unwrap_or(false);
+    let loaded = Arc::new(Loaded {
+        functions,
+        gpu,
+        overlap,
+    });
     all.push((context.clone(), loaded.clone()));
     Ok(loaded)
 }
@@ -107,6 +114,30 @@ fn describe(
     Ok(gpu)
 }
 
+fn may_overlap(
+    context: &CudaContext,
+    functions: &HashMap<Kernel, CudaFunction>,
+) -> std::result::Result<bool, DriverError> {
+    let mut driver = 0;
+    // SAFETY: writes the number.
+    unsafe { sys::cuDriverGetVersion(&raw mut driver) }.result()?;
+    // Graphs have edges between kernels that overlap since CUDA 12.3.
+    let known = driver >= 12030 && context.compute_capability()?.0 >= 9;
+    Ok(known && is_for_sm_90(functions)?)
+}
+
+/// Code made from PTX of an older architecture traps where it needs a cluster, and does not wait for earlier kernels.
+fn is_for_sm_90(
+    functions: &HashMap<Kernel, CudaFunction>,
+) -> std::result::Result<bool, DriverError> {
+    for function in functions.values() {
+        if function.get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? < 90 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn allow_shared_memory(function: &CudaFunction, gpu: &Gpu) -> std::result::Result<(), DriverError> {
     function.set_attribute(
         FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -122,15 +153,11 @@ fn largest_clusters(
     gpu: &Gpu,
 ) -> std::result::Result<(usize, usize), DriverError> {
     let clusters = DeviceAttribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH;
-    if stream.context().attribute(clusters)? == 0 {
+    if stream.context().attribute(clusters)? == 0 || !is_for_sm_90(functions)? {
         return Ok((0, 0));
     }
     let mut least = (16, 16);
     for (_, function) in functions.iter().filter(|(kernel, _)| kernel.is_on_chip()) {
-        // Code made from PTX of an older architecture holds a trap instead.
-        if function.get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? < 90 {
-            return Ok((0, 0));
-        }
         allow_shared_memory(function, gpu)?;
         for (attribute, value) in [
             (
@@ -189,13 +216,13 @@ fn active_blocks(
     shared: usize,
 ) -> std::result::Result<usize, DriverError> {
     stream.context().bind_to_thread()?;
-    let mut attribute = cluster_of(cluster as u32);
+    let mut attributes = [cluster_of(cluster as u32)];
     let config = LaunchConfig {
         grid_dim: (cluster as u32, 1, 1),
         block_dim: (select::ON_CHIP_THREADS, 1, 1),
         shared_mem_bytes: shared as u32,
     };
-    let config = with_attribute(stream, config, &mut attribute);
+    let config = with_attributes(stream, config, &mut attributes);
     let mut clusters = 0;
     // SAFETY: reads the function's attributes and the configuration, and writes the number.
     unsafe {
@@ -209,10 +236,15 @@ fn active_blocks(
     Ok(clusters.max(0) as usize * cluster)
 }
 
-fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+fn attribute(id: sys::CUlaunchAttributeID) -> sys::CUlaunchAttribute {
     // SAFETY: an attribute of integers only, for which zeros are valid.
-    let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = id;
+    attribute
+}
+
+fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+    let mut cluster = attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
     cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
         x: blocks,
         y: 1,
@@ -221,11 +253,19 @@ fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     cluster
 }
 
-/// The launch that the driver is asked for; it points to the attribute.
-fn with_attribute(
+/// Programmatic dependent launch.
+fn overlapping() -> sys::CUlaunchAttribute {
+    let mut overlap =
+        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+    overlap.value.programmaticStreamSerializationAllowed = 1;
+    overlap
+}
+
+/// The launch that the driver is asked for; it points to the attributes.
+fn with_attributes(
     stream: &CudaStream,
     config: LaunchConfig,
-    attribute: &mut sys::CUlaunchAttribute,
+    attributes: &mut [sys::CUlaunchAttribute],
 ) -> sys::CUlaunchConfig {
     sys::CUlaunchConfig {
         gridDimX: config.grid_dim.0,
@@ -236,8 +276,8 @@ fn with_attribute(
         blockDimZ: config.block_dim.2,
         sharedMemBytes: config.shared_mem_bytes,
         hStream: stream.cu_stream(),
-        attrs: std::ptr::from_mut(attribute),
-        numAttrs: 1,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     }
 }
 
@@ -377,52 +417,43 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// # Safety
+    ///
+    /// As of [`start`](Self::start).
     unsafe fn launch(self, loaded: &Loaded, kernel: Kernel, config: LaunchConfig) -> Result<()> {
         let Self {
-            params,
+            mut params,
             stream,
             uses,
         } = self;
         #[cfg(feature = "nvtx")]
         let _range = nvtx::LocalRange::new(nvtx::Str::from_str_lossy(&label(kernel, &params)));
-        let function = &loaded.functions[&kernel];
-        if params.blocks_per_row > 1 {
-            // SAFETY: as below.
-            unsafe { launch_clusters(stream, function, &params, config) }.w()?;
-        } else {
-            // SAFETY: every kernel takes one `Params` by value; the caller vouches for the addresses in it.
-            unsafe { stream.launch_builder(function).arg(&params).launch(config) }.w()?;
+        let mut attributes = Vec::with_capacity(2);
+        if loaded.overlap {
+            attributes.push(overlapping());
         }
+        if params.blocks_per_row > 1 {
+            attributes.push(cluster_of(params.blocks_per_row));
+        }
+        let launch = with_attributes(stream, config, &mut attributes);
+        let mut arguments = [(&raw mut params).cast()];
+        stream.context().bind_to_thread().w()?;
+        // cudarc has no safe function for launches with attributes.
+        // SAFETY: every kernel takes one `Params` by value, which is copied before the call returns; the caller vouches
+        // for the addresses in it.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const launch,
+                loaded.functions[&kernel].cu_function(),
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .w()?;
         drop(uses);
         Ok(())
     }
-}
-
-/// Launches clusters of `blocks_per_row` blocks, for which cudarc has no safe function.
-///
-/// # Safety
-///
-/// `function` takes one `Params` by value, and the addresses in it are good.
-unsafe fn launch_clusters(
-    stream: &CudaStream,
-    function: &CudaFunction,
-    params: &Params,
-    config: LaunchConfig,
-) -> std::result::Result<(), DriverError> {
-    stream.context().bind_to_thread()?;
-    let mut cluster = cluster_of(params.blocks_per_row);
-    let launch = with_attribute(stream, config, &mut cluster);
-    let mut arguments = [std::ptr::from_ref(params).cast_mut().cast()];
-    // SAFETY: the argument is what the kernel takes, and is copied before the call returns.
-    unsafe {
-        sys::cuLaunchKernelEx(
-            &raw const launch,
-            function.cu_function(),
-            arguments.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
-    }
-    .result()
 }
 
 /// What a timeline shows, such as "cross-entropy forward bf16 8192×50257".

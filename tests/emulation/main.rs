@@ -578,6 +578,18 @@ fn faults_are_reported(build: Build) {
             "divergent_barrier",
             everywhere("threads meet at different places"),
         ),
+        (
+            "no_wait_for_kernels",
+            [
+                "did not wait for earlier kernels",
+                "did not wait for earlier kernels",
+                "input before earlier kernels have ended",
+            ],
+        ),
+        (
+            "copy_before_wait",
+            everywhere("a bulk copy before earlier kernels have ended"),
+        ),
         ("early_return", everywhere("deadlock")),
         (
             "misaligned",

@@ -37,6 +37,15 @@ const MUTANTS: &[Mutant] = &[
         find: "  dev::sync_block();  // the factors are there\n", replace: "" },
     Mutant { name: "no barrier in the reduction", file: "cross_entropy.cu", builds: PLAIN, times: 1,
         find: "  dev::sync_block();\n  if (threadIdx.x != 0) return;", replace: "  if (threadIdx.x != 0) return;" },
+    Mutant { name: "earlier kernels are not waited for", file: "cross_entropy.cu", builds: PLAIN, times: 1,
+        find: "row_loss(const Params& p) {\n  dev::begin_kernel();", replace: "row_loss(const Params& p) {" },
+    Mutant { name: "earlier kernels are waited for by the first warp", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "dev::begin_kernel();", replace: "if (threadIdx.x < 32) dev::begin_kernel();" },
+    Mutant { name: "earlier kernels are waited for behind the first read", file: "cross_entropy.cu", builds: RACES, times: 2,
+        find: "  dev::begin_kernel();\n  const uint64_t row = p.first_row + blockIdx.x;\n  const Stretch stored = stored_row(p);\n  \
+               const RowInputs in = read_inputs(p, row);",
+        replace: "  const uint64_t row = p.first_row + blockIdx.x;\n  const Stretch stored = stored_row(p);\n  \
+                  const RowInputs in = read_inputs(p, row);\n  dev::begin_kernel();" },
     Mutant { name: "some lanes skip the barrier", file: "partial.cuh", builds: PLAIN, times: 1,
         find: "if (blockDim.x == 32) return a;", replace: "if (blockDim.x == 32 || threadIdx.x % 32 == 31) return a;" },
     Mutant { name: "early return", file: "cross_entropy.cu", builds: PLAIN, times: 1,

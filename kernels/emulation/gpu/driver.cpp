@@ -41,6 +41,8 @@ int setting(const char* name, int usual) {
   return text ? atoi(text) : usual;
 }
 int capability() { return setting("EMULATED_GPU_SM", 90); }
+// What this crate's code was made from.
+int ptx_version() { return setting("EMULATED_GPU_PTX", capability()); }
 
 void on_bad_access(int, siginfo_t* info, void*) {
   char text[256];
@@ -184,6 +186,10 @@ CUresult cuInit(unsigned) {
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);
   sigaction(SIGBUS, &action, nullptr);
+  return CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult error, const char** text) {
@@ -399,7 +405,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* symbol)
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
   if (attribute != CU_FUNC_ATTRIBUTE_PTX_VERSION) gpu::fail("attribute %d of a function is not known here", attribute);
-  *value = capability();
+  *value = ptx_version();
   return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
@@ -425,7 +431,15 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   ENTRY;
   emu::LaunchShape shape{config->gridDimX, config->blockDimX, 1, config->sharedMemBytes};
   for (unsigned i = 0; i < config->numAttrs; i++) {
-    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) shape.cluster = config->attrs[i].value.clusterDim.x;
+    const CUlaunchAttribute& attribute = config->attrs[i];
+    switch (attribute.id) {
+      case CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: shape.cluster = attribute.value.clusterDim.x; break;
+      case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION:
+        // A GPU would start it, and nothing would make it wait.
+        if (ptx_version() < 90) gpu::fail("a kernel that overlaps with earlier ones, from code that does not wait for them");
+        break;
+      default: gpu::fail("attribute %d of a launch is not known here", static_cast<int>(attribute.id));
+    }
   }
   return launch(*reinterpret_cast<Function*>(function), shape, arguments);
 }
