@@ -29,6 +29,27 @@ DEVICE float log1p(float x) { return log1pf(x); }
 DEVICE float expm1(float x) { return expm1f(x); }
 DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// Two numbers: on sm_100 and sm_103 one instruction computes with both.
+struct Pair {
+  float low, high;
+};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+DEVICE uint64_t join(Pair a) { uint64_t x; asm("mov.b64 %0, {%1, %2};" : "=l"(x) : "f"(a.low), "f"(a.high)); return x; }
+DEVICE Pair part(uint64_t x) { Pair a; asm("mov.b64 {%0, %1}, %2;" : "=f"(a.low), "=f"(a.high) : "l"(x)); return a; }
+DEVICE Pair fma(Pair a, Pair b, Pair c) {
+  uint64_t x;
+  asm("fma.rn.f32x2 %0, %1, %2, %3;" : "=l"(x) : "l"(join(a)), "l"(join(b)), "l"(join(c)));
+  return part(x);
+}
+DEVICE Pair add(Pair a, Pair b) {
+  uint64_t x;
+  asm("add.rn.f32x2 %0, %1, %2;" : "=l"(x) : "l"(join(a)), "l"(join(b)));
+  return part(x);
+}
+#else
+DEVICE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+DEVICE Pair add(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
+#endif
 // The larger; NaN only where both are.
 DEVICE float max(float a, float b) { return fmaxf(a, b); }
 

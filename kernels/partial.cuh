@@ -76,6 +76,10 @@ template <bool SOFTCAP> struct Transform {
     float slope;
     return near(x, largest, reference, slope);
   }
+  // The same of two, without a softcap.
+  DEVICE dev::Pair near_pair(dev::Pair x, float reference) const {
+    return dev::fma(x, {scale, scale}, {-reference, -reference});
+  }
 
   // d; -inf for a masked class.
   DEVICE float exact(float x, float largest, float reference, float& slope) const {
@@ -244,18 +248,38 @@ DEVICE void add_groups(ThreadSums& sums, uint4 (&v)[U], int group, int stride, i
   }
   sums.largest = dev::max(sums.largest, largest);
   float exp = 0.f, linear = 0.f, weighted = 0.f, squares = 0.f;
-  UNROLL for (int u = 0; u < U; u++) {
-    float x[N];
-    widen<T>(v[u], x);
-    UNROLL for (int k = 0; k < N; k++) {
-      const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
-      exp = u + k == 0 ? e : exp + e;
-      linear = dev::fma(d, kUnit, linear);
-      if constexpr (STATS) {
-        weighted = dev::fma(d, e, weighted);
-        squares = dev::fma(e, e, squares);
+  if constexpr (SOFTCAP || N == 4) {  // no pairs: f32 has no registers left for them
+    UNROLL for (int u = 0; u < U; u++) {
+      float x[N];
+      widen<T>(v[u], x);
+      UNROLL for (int k = 0; k < N; k++) {
+        const float d = transform.near(x[k], a.largest, a.reference), e = dev::exp2_approx(d);
+        exp = u + k == 0 ? e : exp + e;
+        linear = dev::fma(d, kUnit, linear);
+        if constexpr (STATS) {
+          weighted = dev::fma(d, e, weighted);
+          squares = dev::fma(e, e, squares);
+        }
       }
     }
+  } else {
+    dev::Pair exps = {0.f, 0.f}, linears = exps, weighteds = exps, squareds = exps;
+    UNROLL for (int u = 0; u < U; u++) {
+      float x[N];
+      widen<T>(v[u], x);
+      UNROLL for (int k = 0; k < N; k += 2) {
+        const dev::Pair d = transform.near_pair({x[k], x[k + 1]}, a.reference);
+        const dev::Pair e = {dev::exp2_approx(d.low), dev::exp2_approx(d.high)};
+        exps = u + k == 0 ? e : dev::add(exps, e);
+        linears = dev::fma(d, {kUnit, kUnit}, linears);
+        if constexpr (STATS) {
+          weighteds = dev::fma(d, e, weighteds);
+          squareds = dev::fma(e, e, squareds);
+        }
+      }
+    }
+    exp = exps.low + exps.high, linear = linears.low + linears.high;
+    weighted = weighteds.low + weighteds.high, squares = squareds.low + squareds.high;
   }
   if (linear == -INFINITY) {  // something is masked, or all is far: one comparison where nothing is
     PATH("masked or far");

@@ -259,13 +259,22 @@ DEVICE GradientFactors gradient_factors(const Params& p, const RowInputs& in, co
 // Gradient of some logits, wrong for the target's. SPECIAL is the row's way.
 template <bool SOFTCAP, bool SPECIAL, int N>
 DEVICE void gradient_of(const float (&x)[N], float (&g)[N], const GradientFactors& f, const Transform<SOFTCAP>& transform) {
-  UNROLL for (int k = 0; k < N; k++) {
-    float slope, d;
-    if (SPECIAL && !SOFTCAP) d = dev::fma(x[k], f.affine[0], f.affine[1]) * f.affine[2];
-    else d = transform.near(x[k], f.largest, f.reference, slope);
-    g[k] = dev::fma(dev::exp2_approx(d), f.factor, -f.offset);
-    if constexpr (SOFTCAP) g[k] *= slope * f.outer;
-    if (SPECIAL && x[k] == -INFINITY) g[k] = f.masked_value;
+  if constexpr (!SOFTCAP && !SPECIAL && N % 2 == 0) {
+    UNROLL for (int k = 0; k < N; k += 2) {
+      const dev::Pair d = transform.near_pair({x[k], x[k + 1]}, f.reference);
+      const dev::Pair e = {dev::exp2_approx(d.low), dev::exp2_approx(d.high)};
+      const dev::Pair both = dev::fma(e, {f.factor, f.factor}, {-f.offset, -f.offset});
+      g[k] = both.low, g[k + 1] = both.high;
+    }
+  } else {
+    UNROLL for (int k = 0; k < N; k++) {
+      float slope, d;
+      if (SPECIAL && !SOFTCAP) d = dev::fma(x[k], f.affine[0], f.affine[1]) * f.affine[2];
+      else d = transform.near(x[k], f.largest, f.reference, slope);
+      g[k] = dev::fma(dev::exp2_approx(d), f.factor, -f.offset);
+      if constexpr (SOFTCAP) g[k] *= slope * f.outer;
+      if (SPECIAL && x[k] == -INFINITY) g[k] = f.masked_value;
+    }
   }
 }
 

@@ -30,8 +30,13 @@ ARCHS = ["90", "100", "103", "120"]  # for the rules; bounds are on BOUNDED
 BOUNDED = ["90", "100", "120"]
 WARPS = 8  # a block of the on-chip kernels
 
-# Multiprocessors, GHz, a copy's TB/s, dimensions of which are in select.rs.
-GPUS = {"H100": (132, 1.755, 3.0), "H200": (132, 1.98, 4.3), "B200": (148, 1.965, 7.0), "RTX 5090": (170, 2.407, 1.8)}
+# Whose code it runs, multiprocessors, GHz, a copy's TB/s.
+GPUS = {
+    "H100": ("90", 132, 1.755, 3.0),
+    "H200": ("90", 132, 1.98, 4.3),
+    "B200": ("100", 148, 1.965, 7.0),
+    "RTX 5090": ("120", 170, 2.407, 1.8),
+}
 
 # (function, pattern of a line in it). A block of instructions most of which come from such lines, inlined or not.
 RARE = [
@@ -180,14 +185,17 @@ class Code:
                 self.order.append(block)
                 stack.pop()
 
-    def path(self, sources, avoid, unusual=None):
+    def path(self, sources, avoid, loads=(), unusual=None):
         """Blocks of the longest path from the start to the end that passes as few avoided blocks as possible, among them
-        those with such an unusual number of exponentials."""
+        those with such `loads`, and with such an unusual number of exponentials."""
         best = {}
         for block in self.order:
             content = self.block(block)
             rare = sum(sources.matches(frames, avoid) for _, _, frames in content) * 2 > len(content)
             opcodes = [text for _, text, _ in content]
+            # What follows the loads of one loop may be said to be of another's lines.
+            loading = any(re.match(r"LD[SG]\b", opcode(text)) for text in opcodes)
+            rare |= loading and sum(sources.matches(frames, loads) for _, _, frames in content) * 2 > len(content)
             rare |= any("CALL" in text for text in opcodes)
             rare |= unusual is not None and unusual(sum("MUFU.EX2" in text for text in opcodes))
             spins = block in self.loops.get(block, ()) and any("PHASECHK" in text for text in opcodes)
@@ -199,10 +207,10 @@ class Code:
             best[block] = (tuple(map(sum, zip(weight, follow[0]))), [block] + follow[1])
         return best[0][1]
 
-    def count(self, sources, avoid, unusual=None):
+    def count(self, sources, avoid, loads=(), unusual=None):
         """Instructions of a warp: once, and by kind of loop [(kind, 16-byte groups a round, instructions)]."""
         once, loops = 0, defaultdict(list)
-        for block in self.path(sources, avoid, unusual):
+        for block in self.path(sources, avoid, loads, unusual):
             head = self.innermost.get(block)
             if head is None:
                 once += len(self.block(block))
@@ -212,7 +220,7 @@ class Code:
         for head, opcodes in loops.items():
             seen = Counter(opcodes)
             exponentials = seen["MUFU.EX2"]
-            memory = any(re.match(r"(LDS|LDG)\.(E\.)?(EF\.)?128", name) for name in seen)
+            memory = any(re.match(r"(LDS|LDG)\b", name) for name in seen)
             if exponentials and memory:
                 found.append(("gradient" if any(name.startswith("STG") for name in seen) else "sums", exponentials, len(opcodes)))
             elif any(name.startswith(("SYNCS", "UBLKCP")) for name in seen):
@@ -259,12 +267,11 @@ def counts(kernel, code, sources):
     each = 16 // element_size(kernel) * (3 if "softcap" in kernel else 1)
     batches = "softcap" not in kernel
     for phase, other in (("aligned", MISALIGNED), ("misaligned", ALIGNED)):
-        avoid = RARE + other
-        warps = {"warp": avoid + LEADER + WRITER + SECOND + EDGES}
-        warps |= {"leader": avoid + SECOND + WRITER + EDGES, "writer": avoid + SECOND + EDGES}
+        warps = {"warp": RARE + LEADER + WRITER + SECOND + EDGES}
+        warps |= {"leader": RARE + SECOND + WRITER + EDGES, "writer": RARE + SECOND + EDGES}
         if on_chip:
             # The last warp's edges are counted with the second's.
-            warps |= {"second": avoid + LEADER + WRITER}
+            warps |= {"second": RARE + LEADER + WRITER}
         if on_chip and batches:
             warps["one by one"] = warps["warp"]
         for cluster in (False, True) if on_chip else (False,):
@@ -275,7 +282,7 @@ def counts(kernel, code, sources):
                     unusual = lambda exponentials: exponentials > 1.25 * each
                 elif batches and not on_chip:
                     unusual = lambda exponentials: 0.75 * each <= exponentials <= 1.25 * each
-                once, loops = code.count(sources, avoided + ([] if cluster else CLUSTER), unusual)
+                once, loops = code.count(sources, avoided + ([] if cluster else CLUSTER), other, unusual)
                 if warp != "one by one":
                     name = f"{warp} in a cluster" if cluster else warp
                     result[name] = max(result.get(name, 0), once)
@@ -335,10 +342,10 @@ def shares(all_counts, geometry):
     """{(GPU, kernel): [(V, share)]} of the issue slots while memory runs at a copy's speed."""
     found = defaultdict(list)
     for gpu, kernel, vocab, blocks, groups_per_block in geometry:
-        count = all_counts.get(kernel)
+        arch, multiprocessors, clock, bandwidth = GPUS[gpu]
+        count = all_counts.get((arch, kernel))
         if count is None:
             continue
-        multiprocessors, clock, bandwidth = GPUS[gpu]
         size, passes = element_size(kernel), 2 if "fused" in kernel else 1
         groups = math.ceil(vocab * size / 16)
         slots = 4 * multiprocessors * clock * 1e9 * vocab * size * passes / (bandwidth * 1e12)
@@ -362,7 +369,7 @@ def faults(arch, kernel, code, sources):
     if "onchip" not in kernel:
         return
     rare = RARE + EDGES
-    paths = [code.path(sources, rare + other + WRITER + LEADER + SECOND) for other in (ALIGNED, MISALIGNED)]
+    paths = [code.path(sources, rare + WRITER + LEADER + SECOND, other) for other in (ALIGNED, MISALIGNED)]
     # Of a warp that starts no copies: the release of a cluster's barrier.
     fences = sum(bool(re.search(r"MEMBAR\.(SC|\w+\.GPU)", text)) for block in paths[0] for _, text, _ in code.block(block))
     if fences > 1:
@@ -374,7 +381,7 @@ def faults(arch, kernel, code, sources):
             if "MUFU.EX2" in names and narrow:
                 yield f"{narrow[0]} in a loop over groups"
     # Nothing that waits for a division or for its divisor before the copies are on their way.
-    leader = [instruction for block in code.path(sources, rare + MISALIGNED + SECOND) for instruction in code.block(block)]
+    leader = [instruction for block in code.path(sources, rare + SECOND, MISALIGNED) for instruction in code.block(block)]
     copy = next((i for i, (_, text, _) in enumerate(leader) if "UBLKCP" in text), 0)
     uses = [text for _, text, frames in leader[:copy] if sources.matches(frames, (("gradient_scale", "."),))]
     if any(re.match(r"MUFU|FCHK|BRA|FSETP", opcode(text)) for text in uses):
@@ -455,8 +462,7 @@ def main():
     else:
         for (arch, kernel), count in measured.items():
             print(f"sm_{arch} {kernel}: " + ", ".join(f"{what} {n:g}" for what, n in sorted(count.items())))
-    if "90" in archs:
-        print_shares({kernel: count for (arch, kernel), count in measured.items() if arch == "90"})
+    print_shares(measured)
     if complaints:
         print("\n".join(complaints))
         return 1
@@ -486,7 +492,7 @@ def self_test():
     assert "global memory before earlier kernels have ended" in set(faults("90", "made_up", code(), sources))
     assert "LDS.U16 in a loop over groups" in set(faults("90", "onchip", code("LDS.U16 R1, [R1]"), sources))
     # The budgets of the documents: lane instructions a bf16 logit.
-    multiprocessors, clock, bandwidth = GPUS["H200"]
+    _, multiprocessors, clock, bandwidth = GPUS["H200"]
     budget = 32 * 4 * multiprocessors * clock * 4 / bandwidth / 1000
     assert f"{budget:.1f} {budget / 2:.1f}" == "31.1 15.6", budget
     print("count-operations.py: the self-test passed")

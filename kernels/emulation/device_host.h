@@ -15,6 +15,11 @@ DEVICE float log1p(float x) { return log1pf(x); }
 DEVICE float expm1(float x) { return expm1f(x); }
 DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
+struct Pair {
+  float low, high;
+};
+DEVICE Pair fma(Pair a, Pair b, Pair c) { return {fmaf(a.low, b.low, c.low), fmaf(a.high, b.high, c.high)}; }
+DEVICE Pair add(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
 DEVICE float max(float a, float b) { return fmaxf(a, b); }
 
 DEVICE float widen_f16(unsigned half) {
