@@ -581,8 +581,8 @@ fn faults_are_reported(build: Build) {
         (
             "no_wait_for_kernels",
             [
-                "did not wait for earlier kernels",
-                "did not wait for earlier kernels",
+                "did not wait for earlier kernels has ended",
+                "did not wait for earlier kernels has ended",
                 "input before earlier kernels have ended",
             ],
         ),
