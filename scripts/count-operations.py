@@ -361,6 +361,8 @@ def faults(arch, kernel, code, sources):
     texts = [text for _, text, _ in code.instructions]
     if any(re.search(r"\b(LDL|STL)\b", text) for text in texts):
         yield "local memory"
+    if any(re.search(r"MEMBAR\.(SC|\w+\.GPU)", text) for text in texts):
+        yield "a fence of the whole GPU"
     # Every path begins with this block.
     first = [opcode(text) for _, text, _ in code.block(0)]
     before = first[: first.index("ACQBULK")] if "ACQBULK" in first else texts
@@ -370,10 +372,6 @@ def faults(arch, kernel, code, sources):
         return
     rare = RARE + EDGES
     paths = [code.path(sources, rare + WRITER + LEADER + SECOND, other) for other in (ALIGNED, MISALIGNED)]
-    # Of a warp that starts no copies: the release of a cluster's barrier.
-    fences = sum(bool(re.search(r"MEMBAR\.(SC|\w+\.GPU)", text)) for block in paths[0] for _, text, _ in code.block(block))
-    if fences > 1:
-        yield f"{fences} fences of the whole GPU, not 1"
     for path in paths:
         for head in {code.innermost.get(block) for block in path} - {None}:
             names = [opcode(text) for block in path if code.innermost.get(block) == head for _, text, _ in code.block(block)]

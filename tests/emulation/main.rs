@@ -684,9 +684,10 @@ fn problems_of_every_path() -> Vec<Problem> {
                 (130, alike),
                 (130, differently),
                 (long, [0, 8]),
+                (long + 1, [0, 8]),
                 (long, alike),
             ] {
-                let rows = if vocab == long { short_menu() } else { menu() };
+                let rows = if vocab < long { menu() } else { short_menu() };
                 let mut problem = problem("paths", element, vocab, &rows);
                 [problem.logits_view.offset, problem.grad_view.offset] = offsets;
                 problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");
