@@ -23,7 +23,6 @@ static void run_thread() {
   landed(nullptr);
   machine.body(machine.argument);
   Thread& self = *machine.current;
-  // Nothing with a destructor or an address here: the stack is reused, and marks that AddressSanitizer put on it would stay.
   if (!self.begun) fail(Site::current(), "a thread that did not wait for earlier kernels has ended");
   self.wait = Wait::kExited;
   machine.running--;
@@ -76,6 +75,7 @@ static void set_up_cluster(unsigned cluster) {
       thread.known = {};
       thread.thread_index = {i % shape.block, 0, 0};
       thread.block_index = {cluster * shape.cluster + thread.block, 0, 0};
+      clear_marks(machine.stacks[i]);  // of the fiber before, which ended inside a function
       prepare(thread.fiber, machine.stacks[i], run_thread);
       wake(i);
     }
@@ -89,10 +89,7 @@ static void run_cluster(unsigned cluster) {
   machine.current = nullptr;
   for (Block& block : machine.blocks) free_shared(block);
   forget_shared_memory();
-  if (!machine.error.empty()) {
-    for (char* stack : machine.stacks) clear_marks(stack);
-    throw std::runtime_error(machine.error);
-  }
+  if (!machine.error.empty()) throw std::runtime_error(machine.error);
 }
 
 void launch(const LaunchShape& shape, uint64_t seed, void (*body)(void*), void* argument) {
