@@ -81,7 +81,11 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
 
 // Threads a row at the most (src/kernels/select.rs chooses), and how many such blocks an SM must hold.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // where bf16 is converted by hand
+#define GRADIENT_KERNEL ROW_KERNEL
+#else
 #define GRADIENT_KERNEL KERNEL void __launch_bounds__(256, 3)
+#endif
 #define ON_CHIP_KERNEL KERNEL void __launch_bounds__(256, 4)
 
 #define INSTANTIATE_SOFTCAP(TYPE, SUFFIX, SOFTCAP)                                                                 \
