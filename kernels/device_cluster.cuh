@@ -67,7 +67,7 @@ DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t
       : "memory");
 }
 // Sends a value to the same place in the shared memory of block `rank` of the cluster; its bytes complete on the mbarrier
-// of that block. Whoever waits there sees what this thread did before.
+// of that block. Whoever waits there knows that this thread has read what it read before; of what it wrote nothing is said.
 template <class T> DEVICE void send(T* place, const T& value, unsigned rank, uint64_t* mbarrier) {
   static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16, "sent 16 bytes at once");
   unsigned to, completes;

@@ -70,11 +70,12 @@ inline bool same_block(const Access& a, const Access& b) {
 }
 
 // Blocks of different clusters are never ordered within a launch.
-inline bool ordered(const Access& earlier, const Access& now) {
+inline bool ordered(const Access& earlier, bool wrote, const Access& now) {
   if (earlier.cluster_number == 0) return true;
   if (earlier.cluster_number != now.cluster_number) return false;
   if (earlier.thread == now.thread) return true;
   if (same_block(earlier, now)) return earlier.epoch < now.epoch;
+  if (wrote) return false;  // stores are not over when a later message arrives
   const Thread& self = machine.threads[now.thread];
   const unsigned other = earlier.thread / machine.shape.block;
   return earlier.epoch < std::max(self.known[other], machine.blocks[self.block].known_to_all[other]);
@@ -95,10 +96,10 @@ inline bool ordered(const Access& earlier, const Access& now) {
 
 inline void record(Place& place, const Access& now, bool write, const Watched& memory, const void* address) {
   const char* what = write ? "write" : "read";
-  if (!ordered(place.writer, now)) report_race(memory, address, what, "write", place.writer);
+  if (!ordered(place.writer, true, now)) report_race(memory, address, what, "write", place.writer);
   if (write) {
     for (const Access& reader : {place.last_reader, place.other_reader}) {
-      if (!ordered(reader, now)) report_race(memory, address, what, "read", reader);
+      if (!ordered(reader, false, now)) report_race(memory, address, what, "read", reader);
     }
     place = Place{now, {}, {}};
     return;
