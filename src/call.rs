@@ -1,11 +1,14 @@
 //! One call of the loss, its arguments checked and brought to the form the backends read.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use std::fmt::Display;
+
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use crate::{
     kernels::abi::BadValue,
-    options::{CrossEntropy, Reduction, Smoothing},
+    options::{CrossEntropy, Reduction, RowValue, Smoothing},
     rows::row_offsets,
+    targets::Targets,
 };
 
 /// Checked arguments, apart from the logits themselves.
@@ -19,13 +22,21 @@ pub(crate) struct Call {
     pub width: usize,
     /// Classes: `width` less the padding.
     pub vocab: usize,
-    /// (rows), contiguous, u32 or i64.
-    pub targets: Tensor,
+    /// Classes (rows) or (rows, k), contiguous, u32 or i64. Probabilities of a few classes (rows, k), f64 and contiguous;
+    /// of all (…, `width` or at least `vocab`) in the caller's type, rows as [`row_offsets`] takes them.
+    pub targets: Targets,
     /// (rows), contiguous, f64; on CUDA (…, 1), f32, with strides of any kind. `None` for the uniform value.
     pub smoothing: Option<Tensor>,
     pub uniform_smoothing: f32,
     /// The same; `None` for 1.
     pub weights: Option<Tensor>,
+    /// As smoothing.
+    pub entropy_weight: Option<Tensor>,
+    pub uniform_entropy_weight: f32,
+    /// (`vocab`), contiguous, f64; `None` for 1.
+    pub class_weights: Option<Tensor>,
+    /// The same; `None` for an even one.
+    pub smoothing_prior: Option<Tensor>,
     pub ignore_index: i64,
     pub z_loss: f32,
     pub softcap: Option<f32>,
@@ -35,19 +46,62 @@ pub(crate) struct Call {
     pub check_inputs: bool,
 }
 
-/// Target, smoothing and weight of a row that is not ignored.
+/// What a row that is not ignored is given beside its logits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row {
-    pub target: usize,
+    pub target: RowTarget,
     pub smoothing: f64,
     pub weight: f64,
+    pub entropy_weight: f64,
+    /// What it counts in a mean: its weight, times that of its class where it has one.
+    pub count: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum RowTarget {
+    Class(usize),
+    /// Of [`Rows::entries`].
+    Entries {
+        start: usize,
+        end: usize,
+    },
+    /// A row of the tensor of probabilities.
+    Probabilities,
+}
+
+/// Every row, `None` for ignored ones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rows {
+    pub rows: Vec<Option<Row>>,
+    /// Classes and probabilities of rows that have a few; no class twice in a row.
+    pub entries: Vec<(usize, f64)>,
+}
+
+/// What classes are given, a value for each of [`Call::vocab`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ClassValues {
+    /// `None` for 1.
+    pub weights: Option<Vec<f64>>,
+    /// `None` for an even one.
+    pub prior: Option<Vec<f64>>,
+}
+
+impl ClassValues {
+    pub fn weight(&self, class: usize) -> f64 {
+        self.weights.as_ref().map_or(1.0, |weights| weights[class])
+    }
+
+    /// 1 where there is no prior: what counts are its ratios.
+    pub fn prior(&self, class: usize) -> f64 {
+        self.prior.as_ref().map_or(1.0, |prior| prior[class])
+    }
 }
 
 /// Kernels count columns in 32 bits, and some way beyond a row's end.
 const MAX_WIDTH: usize = i32::MAX as usize - (1 << 14);
 
 impl Call {
-    pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Self> {
+    pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Targets) -> Result<Self> {
         let width = match logits.dims() {
             [] => bail!("logits: a scalar, must have shape (…, V)"),
             [.., width] => *width,
@@ -64,7 +118,7 @@ impl Call {
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        targets: &Tensor,
+        targets: &Targets,
     ) -> Result<Self> {
         let depth = match hidden.dims() {
             [] | [.., 0] => bail!(
@@ -109,7 +163,7 @@ impl Call {
         options: &CrossEntropy,
         rows: (&str, &Tensor),
         width: usize,
-        targets: &Tensor,
+        targets: &Targets,
     ) -> Result<Self> {
         let (argument, tensor) = rows;
         let shape = tensor.dims()[..tensor.rank() - 1].to_vec();
@@ -130,19 +184,6 @@ impl Call {
                 other.as_str()
             ),
         }
-        if targets.dims() != shape {
-            bail!(
-                "targets: shape {:?}, must be {shape:?} for {argument} of shape {:?}",
-                targets.dims(),
-                tensor.dims()
-            );
-        }
-        let targets = match targets.dtype() {
-            DType::U32 | DType::I64 => targets.detach(),
-            DType::U8 => targets.to_dtype(DType::U32)?, // as the kernels read them
-            other => bail!("targets: {}, must be u8, u32 or i64", other.as_str()),
-        };
-        same_device("targets", &targets, rows)?;
         let vocab = options.vocab_size.unwrap_or(width);
         if vocab == 0 || vocab > width {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
@@ -169,6 +210,7 @@ impl Call {
         {
             bail!("reduction: SumOver({n}), n must be finite and greater than 0");
         }
+        let targets = row_targets(targets, &shape, (vocab, width), rows)?;
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
             Smoothing::PerRow(values) => (
@@ -196,8 +238,31 @@ impl Call {
             )?),
             None => None,
         };
-        Ok(Self {
-            targets: targets.contiguous()?.reshape(count)?,
+        let (entropy_weight, uniform_entropy_weight) = match &options.entropy_weight {
+            RowValue::PerRow(values) => (
+                Some(row_values(
+                    "entropy_weight",
+                    values,
+                    false,
+                    &shape,
+                    row_type,
+                    rows,
+                )?),
+                0.0,
+            ),
+            &RowValue::Uniform(value) if value.is_finite() => (None, value),
+            RowValue::Uniform(value) => bail!("entropy_weight: {value}, must be finite"),
+        };
+        let per_class = |argument, values: &Option<Tensor>| {
+            let read = |values| class_values(argument, values, (vocab, width), rows);
+            values.as_ref().map(read).transpose()
+        };
+        let call = Self {
+            class_weights: per_class("class_weights", &options.class_weights)?,
+            smoothing_prior: per_class("smoothing_prior", &options.smoothing_prior)?,
+            entropy_weight,
+            uniform_entropy_weight,
+            targets,
             shape,
             rows: count,
             width,
@@ -212,7 +277,48 @@ impl Call {
             reduction: options.reduction,
             inplace_backward: options.inplace_backward,
             check_inputs: options.check_inputs,
-        })
+        };
+        if !on_cpu && (call.is_general() || !matches!(call.targets, Targets::Classes(_))) {
+            bail!(
+                "{argument}: on {:?}, where a row's target must be one class, without class_weights, smoothing_prior and \
+                 entropy_weight; the CPU has them",
+                tensor.device().location()
+            );
+        }
+        Ok(call)
+    }
+
+    /// Whether the loss needs more of every logit than a class or a few a row, smoothed evenly, do: values of the classes,
+    /// probabilities, the entropy.
+    pub fn is_general(&self) -> bool {
+        self.class_weights.is_some()
+            || self.smoothing_prior.is_some()
+            || self.weighs_entropy()
+            || self.probabilities().is_some()
+    }
+
+    /// Whether a row's entropy has a weight.
+    pub fn weighs_entropy(&self) -> bool {
+        self.entropy_weight.is_some() || self.uniform_entropy_weight != 0.0
+    }
+
+    /// The targets, if they are a probability for each class.
+    pub fn probabilities(&self) -> Option<&Tensor> {
+        match &self.targets {
+            Targets::Probabilities(values) => Some(values),
+            _ => None,
+        }
+    }
+
+    /// Where everything is.
+    pub fn device(&self) -> &Device {
+        match &self.targets {
+            Targets::Classes(values)
+            | Targets::Probabilities(values)
+            | Targets::TopK {
+                classes: values, ..
+            } => values.device(),
+        }
     }
 
     /// The shape of the result.
@@ -223,51 +329,160 @@ impl Call {
         }
     }
 
-    /// Reads the rows' values: `None` for ignored rows, an error for the first bad value.
-    pub fn read_rows(&self) -> Result<Vec<Option<Row>>> {
-        self.read_each_row()?.into_iter().collect()
+    /// Reads the rows' values; an error for the first bad one.
+    pub fn read_rows(&self, classes: &ClassValues) -> Result<Rows> {
+        let mut entries = Vec::new();
+        let rows = self.read_each_row(classes, &mut entries)?;
+        Ok(Rows {
+            rows: rows.into_iter().collect::<Result<_>>()?,
+            entries,
+        })
     }
 
-    /// [`read_rows`](Self::read_rows) with an error for every bad value. Waits for the device if that is not the CPU.
-    pub fn read_each_row(&self) -> Result<Vec<Result<Option<Row>>>> {
-        let targets = self.targets.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let per_row = |values: &Option<Tensor>| {
-            let read = |values: &Tensor| {
-                let values = values.to_dtype(DType::F64)?.flatten_all()?;
-                values.to_vec1::<f64>()
-            };
-            values.as_ref().map(read).transpose()
+    /// [`read_rows`](Self::read_rows) with an error for every bad row. Waits for the device if that is not the CPU.
+    pub fn read_each_row(
+        &self,
+        classes: &ClassValues,
+        entries: &mut Vec<(usize, f64)>,
+    ) -> Result<Vec<Result<Option<Row>>>> {
+        let integers = |values: &Tensor| -> Result<Vec<i64>> {
+            values.to_dtype(DType::I64)?.flatten_all()?.to_vec1()
         };
-        let (smoothing, weights) = (per_row(&self.smoothing)?, per_row(&self.weights)?);
-        let read = |(i, target): (usize, i64)| {
-            if target == self.ignore_index {
-                return Ok(None);
-            }
-            let smoothing = smoothing
-                .as_ref()
-                .map_or(f64::from(self.uniform_smoothing), |s| s[i]);
-            let weight = weights.as_ref().map_or(1.0, |w| w[i]);
-            if !(0..self.vocab as i64).contains(&target) {
-                return Err(self.bad_value(BadValue::Target, i, target));
-            }
+        let floats = |values: &Tensor| -> Result<Vec<f64>> {
+            values.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+        };
+        let per_row = |values: &Option<Tensor>| values.as_ref().map(floats).transpose();
+        let smoothing = per_row(&self.smoothing)?;
+        let weights = per_row(&self.weights)?;
+        let entropy_weights = per_row(&self.entropy_weight)?;
+        let (named, probabilities) = match &self.targets {
+            Targets::Classes(classes) => (integers(classes)?, Vec::new()),
+            Targets::TopK {
+                classes,
+                probabilities,
+            } => (integers(classes)?, floats(probabilities)?),
+            Targets::Probabilities(_) => Default::default(),
+        };
+        let is_class = |target: i64| (0..self.vocab as i64).contains(&target);
+        let mut read = |i: usize| {
+            let mut count = 1.0;
+            let target = match &self.targets {
+                Targets::Classes(_) if named[i] == self.ignore_index => return Ok(None),
+                Targets::Classes(_) if is_class(named[i]) => {
+                    let class = named[i] as usize;
+                    count = classes.weight(class);
+                    RowTarget::Class(class)
+                }
+                Targets::Classes(_) => return Err(self.bad_value(BadValue::Target, i, named[i])),
+                Targets::TopK { .. } => {
+                    let k = named.len() / self.rows;
+                    let (start, here) = (entries.len(), i * k..(i + 1) * k);
+                    let row = named[here.clone()].iter().zip(&probabilities[here]);
+                    for (&class, &probability) in row {
+                        if class == self.ignore_index {
+                            continue;
+                        }
+                        if !is_class(class) {
+                            return Err(self.bad_value(BadValue::Target, i, class));
+                        }
+                        if !(probability.is_finite() && probability >= 0.0) {
+                            return Err(bad_probability(i, class as usize, probability));
+                        }
+                        entries.push((class as usize, probability));
+                    }
+                    merge_equal(entries, start);
+                    if entries.len() == start {
+                        return Ok(None);
+                    }
+                    RowTarget::Entries {
+                        start,
+                        end: entries.len(),
+                    }
+                }
+                Targets::Probabilities(_) => RowTarget::Probabilities,
+            };
+            let value = |values: &Option<Vec<f64>>, uniform: f64| {
+                values.as_ref().map_or(uniform, |values| values[i])
+            };
+            let smoothing = value(&smoothing, self.uniform_smoothing.into());
+            let weight = value(&weights, 1.0);
+            let entropy_weight = value(&entropy_weights, self.uniform_entropy_weight.into());
             if !(0.0..=1.0).contains(&smoothing) {
                 return Err(self.bad_value(BadValue::Smoothing, i, smoothing));
             }
             if !(weight.is_finite() && weight >= 0.0) {
                 return Err(self.bad_value(BadValue::Weight, i, weight));
             }
+            if !entropy_weight.is_finite() {
+                return Err(self.bad_value(BadValue::EntropyWeight, i, entropy_weight));
+            }
             Ok(Some(Row {
-                target: target as usize,
+                target,
                 smoothing,
                 weight,
+                entropy_weight,
+                count: weight * count,
             }))
         };
-        Ok(targets.into_iter().enumerate().map(read).collect())
+        Ok((0..self.rows).map(&mut read).collect())
+    }
+
+    /// What reads a row of `values`, the targets' probabilities, `vocab` of them; an error for the first bad one.
+    pub fn probability_reader(
+        &self,
+        values: &Tensor,
+    ) -> Result<impl Fn(usize) -> Result<Vec<f64>> + use<>> {
+        let (rows, vocab, width) = (self.rows, self.vocab, values.dim(D::Minus1)?);
+        let values = values.reshape((rows, width))?.narrow(1, 0, vocab)?;
+        Ok(move |i: usize| {
+            let row: Vec<f64> = values.get(i)?.to_dtype(DType::F64)?.to_vec1()?;
+            match row.iter().position(|t| !(t.is_finite() && *t >= 0.0)) {
+                Some(class) => Err(bad_probability(i, class, row[class])),
+                None => Ok(row),
+            }
+        })
+    }
+
+    /// Reads the classes' values; an error for the first bad one.
+    pub fn read_classes(&self) -> Result<ClassValues> {
+        let read = |argument: &str, values: &Option<Tensor>| -> Result<Option<Vec<f64>>> {
+            let Some(values) = values else {
+                return Ok(None);
+            };
+            let values = values.to_vec1::<f64>()?;
+            if let Some(class) = values.iter().position(|v| !(v.is_finite() && *v >= 0.0)) {
+                bail!(
+                    "{argument}: class {class} has {}, must be finite and not negative",
+                    values[class]
+                );
+            }
+            Ok(Some(values))
+        };
+        let mut prior = read("smoothing_prior", &self.smoothing_prior)?;
+        if let Some(prior) = &mut prior {
+            // Only ratios count: with a mean of 1, squares are in range.
+            let mean = prior.iter().map(|u| u / prior.len() as f64).sum::<f64>();
+            if mean == 0.0 {
+                bail!("smoothing_prior: 0 for every class, must be positive for one");
+            }
+            prior.iter_mut().for_each(|u| *u /= mean);
+        }
+        Ok(ClassValues {
+            weights: read("class_weights", &self.class_weights)?,
+            prior,
+        })
     }
 
     /// The call about the rows whose numbers `ids` (n) has, as a flat list.
     pub fn select(&self, ids: &Tensor) -> Result<Self> {
-        let select = |values: &Tensor| values.index_select(ids, 0);
+        let targets = match &self.targets {
+            // Its rows may be of more than one dimension.
+            Targets::Probabilities(values) => {
+                let width = values.dim(D::Minus1)?;
+                Targets::Probabilities(values.reshape(((), width))?)
+            }
+            targets => targets.clone(),
+        };
         let select_values = |values: &Tensor| {
             let selected = values.flatten_all()?.index_select(ids, 0)?;
             match ids.device().is_cpu() {
@@ -278,20 +493,20 @@ impl Call {
         Ok(Self {
             shape: ids.dims().to_vec(),
             rows: ids.elem_count(),
-            targets: select(&self.targets)?,
+            targets: targets.try_map(|values| values.index_select(ids, 0))?,
             smoothing: self.smoothing.as_ref().map(select_values).transpose()?,
             weights: self.weights.as_ref().map(select_values).transpose()?,
+            entropy_weight: self
+                .entropy_weight
+                .as_ref()
+                .map(select_values)
+                .transpose()?,
             ..self.clone()
         })
     }
 
     /// The error for a value inside a tensor, the same on every device.
-    pub fn bad_value(
-        &self,
-        kind: BadValue,
-        row: usize,
-        value: impl std::fmt::Display,
-    ) -> candle_core::Error {
+    pub fn bad_value(&self, kind: BadValue, row: usize, value: impl Display) -> candle_core::Error {
         let (argument, rule) = match kind {
             BadValue::Target => (
                 "targets",
@@ -300,8 +515,10 @@ impl Call {
                     self.vocab - 1,
                     self.ignore_index,
                     // candle's own operations take no value for this index.
-                    match self.targets.dtype() {
-                        DType::U32 if value.to_string() == u32::MAX.to_string() =>
+                    match &self.targets {
+                        Targets::Classes(classes)
+                            if classes.dtype() == DType::U32
+                                && value.to_string() == u32::MAX.to_string() =>
                             "; .ignore_index(u32::MAX.into()) ignores such rows",
                         _ => "",
                     }
@@ -309,9 +526,150 @@ impl Call {
             ),
             BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
             BadValue::Weight => ("row_weights", "must be finite and not negative".into()),
+            BadValue::EntropyWeight => ("entropy_weight", "must be finite".into()),
         };
         candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
     }
+}
+
+/// The error for a probability, the same on every device.
+pub(crate) fn bad_probability(row: usize, class: usize, value: impl Display) -> candle_core::Error {
+    candle_core::Error::Msg(format!(
+        "targets: row {row} has probability {value} for class {class}, must be finite and not negative"
+    ))
+    .bt()
+}
+
+/// Sorts the entries from `start` on by class, and makes one of those that name the same.
+fn merge_equal(entries: &mut Vec<(usize, f64)>, start: usize) {
+    let row = &mut entries[start..];
+    if row.windows(2).all(|pair| pair[0].0 < pair[1].0) {
+        return;
+    }
+    row.sort_by_key(|&(class, _)| class);
+    let mut last = 0;
+    for next in 1..row.len() {
+        if row[next].0 == row[last].0 {
+            row[last].1 += row[next].1;
+        } else {
+            last += 1;
+            row[last] = row[next];
+        }
+    }
+    entries.truncate(start + last + 1);
+}
+
+/// Targets of rows of this `shape`, of the form that [`Call::targets`] has.
+fn row_targets(
+    targets: &Targets,
+    shape: &[usize],
+    (vocab, width): (usize, usize),
+    rows: (&str, &Tensor),
+) -> Result<Targets> {
+    let (argument, tensor) = rows;
+    let count: usize = shape.iter().product();
+    let with_shape = |what: &str, values: &Tensor, last: &[usize]| {
+        let expected = [shape, last].concat();
+        if values.dims() != expected {
+            bail!(
+                "{what}: shape {:?}, must be {expected:?} for {argument} of shape {:?}",
+                values.dims(),
+                tensor.dims()
+            );
+        }
+        Ok(())
+    };
+    let classes = |values: &Tensor, last: &[usize]| {
+        with_shape("targets", values, last)?;
+        let values = match values.dtype() {
+            DType::U32 | DType::I64 => values.detach(),
+            DType::U8 => values.to_dtype(DType::U32)?, // as the kernels read them
+            other => bail!("targets: {}, must be u8, u32 or i64", other.as_str()),
+        };
+        same_device("targets", &values, rows)?;
+        values.contiguous()?.reshape([&[count], last].concat())
+    };
+    let floats = |what: &str, values: &Tensor| {
+        if !values.dtype().is_float() {
+            bail!("{what}: {}, must be a float type", values.dtype().as_str());
+        }
+        same_device(what, values, rows)
+    };
+    Ok(match targets {
+        Targets::Classes(values) => Targets::Classes(classes(values, &[])?),
+        Targets::TopK {
+            classes: named,
+            probabilities,
+        } => {
+            let k = match named.dims() {
+                [first @ .., k] if first == shape => *k,
+                other => bail!(
+                    "targets: shape {other:?}, must be {shape:?} and one dimension more for {argument} of shape {:?}",
+                    tensor.dims()
+                ),
+            };
+            let what = "probabilities of the targets";
+            floats(what, probabilities)?;
+            with_shape(what, probabilities, &[k])?;
+            Targets::TopK {
+                classes: classes(named, &[k])?,
+                probabilities: probabilities
+                    .detach()
+                    .to_dtype(DType::F64)?
+                    .contiguous()?
+                    .reshape((count, k))?,
+            }
+        }
+        Targets::Probabilities(values) => {
+            floats("targets", values)?;
+            match values.dims() {
+                // What stands beside padding is not read.
+                [first @ .., last] if first == shape && [vocab, width].contains(last) => {}
+                other => bail!(
+                    "targets: {} of shape {other:?}, must be u8, u32 or i64 of shape {shape:?}, or floats of shape {:?}, for \
+                     {argument} of shape {:?}",
+                    values.dtype().as_str(),
+                    [shape, &[vocab]].concat(),
+                    tensor.dims()
+                ),
+            }
+            let values = match values.dtype() {
+                DType::F16 | DType::BF16 | DType::F32 | DType::F64 => values.detach(),
+                _ => values.detach().to_dtype(DType::F32)?,
+            };
+            // What is overwritten in place must not be read meanwhile.
+            Targets::Probabilities(match row_offsets(values.layout()) {
+                Some(_) if !shares_memory(&values, tensor) => values,
+                _ => values.copy()?.contiguous()?,
+            })
+        }
+    })
+}
+
+/// Values of the classes, (`vocab`).
+fn class_values(
+    argument: &str,
+    values: &Tensor,
+    (vocab, width): (usize, usize),
+    rows: (&str, &Tensor),
+) -> Result<Tensor> {
+    if !values.dtype().is_float() {
+        bail!(
+            "{argument}: {}, must be a float type",
+            values.dtype().as_str()
+        );
+    }
+    // Those of padding are not read.
+    match values.dims() {
+        &[length] if length == vocab || length == width => {}
+        other => bail!("{argument}: shape {other:?}, must be [{vocab}], a value for each class"),
+    }
+    same_device(argument, values, rows)?;
+    values
+        .detach()
+        .narrow(0, 0, vocab)?
+        .to_dtype(DType::F64)?
+        .contiguous()
 }
 
 fn same_device(argument: &str, tensor: &Tensor, (other, rows): (&str, &Tensor)) -> Result<()> {

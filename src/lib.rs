@@ -81,6 +81,7 @@ mod options;
 mod reference;
 mod results;
 mod rows;
+mod targets;
 mod tiles;
 pub mod ual;
 
@@ -94,5 +95,6 @@ mod documents {
 }
 
 pub use loss::cross_entropy;
-pub use options::{CrossEntropy, Reduction, Smoothing};
+pub use options::{CrossEntropy, Reduction, RowValue, Smoothing};
 pub use results::{LossAndGrad, RowStats};
+pub use targets::Targets;

@@ -8,6 +8,7 @@ use crate::{
     options::CrossEntropy,
     reference,
     results::{LossAndGrad, RowStats},
+    targets::Targets,
 };
 
 impl CrossEntropy {
@@ -16,30 +17,39 @@ impl CrossEntropy {
     ///
     /// The forward reads the logits once; `backward()` reads them once more and writes their gradient. Without a
     /// tracked input no gradient is computed and the logits are never written.
-    pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        Ok(op::forward(Call::new(self, logits, targets)?, logits, false)?.0)
+    pub fn forward(&self, logits: &Tensor, targets: impl Into<Targets>) -> Result<Tensor> {
+        Ok(op::forward(Call::new(self, logits, &targets.into())?, logits, false)?.0)
     }
 
     /// [`forward`](Self::forward) with the statistics of every row from the same pass.
     pub fn forward_with_stats(
         &self,
         logits: &Tensor,
-        targets: &Tensor,
+        targets: impl Into<Targets>,
     ) -> Result<(Tensor, RowStats)> {
-        let (loss, stats) = op::forward(Call::new(self, logits, targets)?, logits, true)?;
+        let (loss, stats) = op::forward(Call::new(self, logits, &targets.into())?, logits, true)?;
         Ok((loss, stats.expect("asked for")))
     }
 
     /// Loss, gradient and statistics in one pass, outside candle's graph.
-    pub fn loss_and_grad(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
-        op::loss_and_grad(Call::new(self, logits, targets)?, logits, true).map(with_stats)
+    pub fn loss_and_grad(
+        &self,
+        logits: &Tensor,
+        targets: impl Into<Targets>,
+    ) -> Result<LossAndGrad> {
+        op::loss_and_grad(Call::new(self, logits, &targets.into())?, logits, true).map(with_stats)
     }
 
     /// [`loss_and_grad`](Self::loss_and_grad) that writes the gradient over the logits and returns their memory as
     /// `grad`. Every tensor that shares it sees the change. Rows that overlap, or whose elements are not adjacent,
     /// are an error.
-    pub fn loss_and_grad_inplace(&self, logits: Tensor, targets: &Tensor) -> Result<LossAndGrad> {
-        op::loss_and_grad_inplace(Call::new(self, &logits, targets)?, logits, true).map(with_stats)
+    pub fn loss_and_grad_inplace(
+        &self,
+        logits: Tensor,
+        targets: impl Into<Targets>,
+    ) -> Result<LossAndGrad> {
+        op::loss_and_grad_inplace(Call::new(self, &logits, &targets.into())?, logits, true)
+            .map(with_stats)
     }
 
     /// Loss and gradient, bit for bit those of [`loss_and_grad`](Self::loss_and_grad), without the statistics, for
@@ -47,9 +57,9 @@ impl CrossEntropy {
     pub fn loss_and_grad_without_stats(
         &self,
         logits: &Tensor,
-        targets: &Tensor,
+        targets: impl Into<Targets>,
     ) -> Result<(Tensor, Tensor)> {
-        let call = Call::new(self, logits, targets)?;
+        let call = Call::new(self, logits, &targets.into())?;
         op::loss_and_grad(call, logits, false).map(|(loss, grad, _)| (loss, grad))
     }
 
@@ -58,9 +68,9 @@ impl CrossEntropy {
     pub fn loss_and_grad_inplace_without_stats(
         &self,
         logits: Tensor,
-        targets: &Tensor,
+        targets: impl Into<Targets>,
     ) -> Result<(Tensor, Tensor)> {
-        let call = Call::new(self, &logits, targets)?;
+        let call = Call::new(self, &logits, &targets.into())?;
         op::loss_and_grad_inplace(call, logits, false).map(|(loss, grad, _)| (loss, grad))
     }
 
@@ -86,9 +96,9 @@ impl CrossEntropy {
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        targets: &Tensor,
+        targets: impl Into<Targets>,
     ) -> Result<Tensor> {
-        Ok(linear::forward(self, hidden, weight, bias, targets, false)?.0)
+        Ok(linear::forward(self, hidden, weight, bias, &targets.into(), false)?.0)
     }
 
     /// [`forward_linear`](Self::forward_linear) with the statistics of every row from the same pass.
@@ -97,16 +107,16 @@ impl CrossEntropy {
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        targets: &Tensor,
+        targets: impl Into<Targets>,
     ) -> Result<(Tensor, RowStats)> {
-        let (loss, stats) = linear::forward(self, hidden, weight, bias, targets, true)?;
+        let (loss, stats) = linear::forward(self, hidden, weight, bias, &targets.into(), true)?;
         Ok((loss, stats.expect("asked for")))
     }
 
     /// The oracle: the same results in f64 on the CPU, by plain loops written to be read beside the formulas. Accepts
     /// tensors on any device; everything it returns is f64 (`predicted` u32) on the CPU.
-    pub fn reference(&self, logits: &Tensor, targets: &Tensor) -> Result<LossAndGrad> {
-        reference::loss_and_grad(self, logits, targets)
+    pub fn reference(&self, logits: &Tensor, targets: impl Into<Targets>) -> Result<LossAndGrad> {
+        reference::loss_and_grad(self, logits, &targets.into())
     }
 }
 
@@ -120,6 +130,6 @@ fn with_stats((loss, grad, stats): op::LossGradStats) -> LossAndGrad {
 ///
 /// Rows whose target is −100 are ignored, which candle-nn has no notion of. The loss of f16 and bf16 logits is f32, where
 /// candle-nn's has their type: an auxiliary loss in bf16 is added as `(loss + auxiliary.to_dtype(DType::F32)?)?`.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+pub fn cross_entropy(logits: &Tensor, targets: impl Into<Targets>) -> Result<Tensor> {
     CrossEntropy::new().forward(logits, targets)
 }

@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 
-/// Label smoothing: the share of the target distribution that is spread evenly over all classes.
+/// Label smoothing: the share of the target distribution that is spread over all classes, evenly or by a
+/// [prior](CrossEntropy::smoothing_prior).
 ///
 /// Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567, section 7.
 #[derive(Clone, Debug)]
@@ -32,6 +33,34 @@ impl From<&Tensor> for Smoothing {
     }
 }
 
+/// A number for all rows, or one for each.
+#[derive(Clone, Debug)]
+pub enum RowValue {
+    /// One for all rows.
+    Uniform(f32),
+    /// One for each row: a float tensor broadcastable to the rows' shape, for instance (B, 1) for rows (B, T). It is a
+    /// constant of the loss: no gradient flows into it.
+    PerRow(Tensor),
+}
+
+impl From<f32> for RowValue {
+    fn from(value: f32) -> Self {
+        Self::Uniform(value)
+    }
+}
+
+impl From<Tensor> for RowValue {
+    fn from(values: Tensor) -> Self {
+        Self::PerRow(values)
+    }
+}
+
+impl From<&Tensor> for RowValue {
+    fn from(values: &Tensor) -> Self {
+        Self::PerRow(values.clone())
+    }
+}
+
 /// How row losses become the result.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Reduction {
@@ -39,7 +68,9 @@ pub enum Reduction {
     None,
     /// Σ loss_i.
     Sum,
-    /// Σ loss_i / Σ w_i over the rows that are not ignored; 0 where there are none.
+    /// Σ loss_i / Σ w_i over the rows that are not ignored; 0 where there are none. With
+    /// [class weights](CrossEntropy::class_weights) and a class a row, Σ loss_i / Σ w_i·c_y, y the row's class: PyTorch's
+    /// rule. A sum of 0 counts as 1.
     Mean,
     /// Σ loss_i / n, n > 0: for gradient accumulation and data parallelism, where n counts the rows of all parts.
     SumOver(f64),
@@ -49,7 +80,7 @@ pub enum Reduction {
 /// mean over the rows that are not ignored. Cheap to clone.
 ///
 /// Logits are (…, V) of type f32, f16 or bf16 (f64 on the CPU), rows with stride 1 inside (other views are copied);
-/// targets are (…) of type u8, u32 or i64. Everything must be on one device.
+/// targets are (…) of type u8, u32 or i64, or distributions ([`Targets`](crate::Targets)). Everything must be on one device.
 ///
 /// Every entry point fails, naming the argument, what it was and what it must be, when shapes, types, devices or
 /// scalars do not fit. Bad values inside tensors (a target outside the vocabulary that is not ignored, ε outside
@@ -59,6 +90,9 @@ pub enum Reduction {
 pub struct CrossEntropy {
     pub(crate) smoothing: Smoothing,
     pub(crate) row_weights: Option<Tensor>,
+    pub(crate) class_weights: Option<Tensor>,
+    pub(crate) smoothing_prior: Option<Tensor>,
+    pub(crate) entropy_weight: RowValue,
     pub(crate) ignore_index: i64,
     pub(crate) z_loss: f32,
     pub(crate) softcap: Option<f32>,
@@ -84,6 +118,9 @@ impl CrossEntropy {
         Self {
             smoothing: Smoothing::Uniform(0.0),
             row_weights: None,
+            class_weights: None,
+            smoothing_prior: None,
+            entropy_weight: RowValue::Uniform(0.0),
             ignore_index: -100,
             z_loss: 0.0,
             softcap: None,
@@ -100,7 +137,8 @@ impl CrossEntropy {
 
     /// Label smoothing ε in \[0, 1\]: one f32 for all rows, or a tensor with a value a row (see [`Smoothing`]).
     ///
-    /// ε is spread over all K classes, the target among them. For the convention that spreads it over the K − 1
+    /// ε is spread over all K classes, the target among them, evenly or by a
+    /// [prior](Self::smoothing_prior). For the convention that spreads it over the K − 1
     /// others, pass ε·K/(K − 1).
     pub fn smoothing(mut self, smoothing: impl Into<Smoothing>) -> Self {
         self.smoothing = smoothing.into();
@@ -112,6 +150,33 @@ impl CrossEntropy {
     /// loss: no gradient flows into it (multiply the losses of [`Reduction::None`] where one should).
     pub fn row_weights(mut self, weights: &Tensor) -> Self {
         self.row_weights = Some(weights.clone());
+        self
+    }
+
+    /// Weight c_k ≥ 0 of every class: floats (V), by which each class's part of the loss, Σ_k c_k·q_k·(lse − z_k), is
+    /// multiplied, as in PyTorch. With class weights [`Reduction::Mean`] divides by what the rows' classes weigh. A
+    /// constant of the loss: no gradient flows into it. Statistics do not know class weights.
+    pub fn class_weights(mut self, weights: &Tensor) -> Self {
+        self.class_weights = Some(weights.clone());
+        self
+    }
+
+    /// What ε is spread by, instead of evenly: floats u_k ≥ 0 (V), for instance the classes' frequencies. They need not sum
+    /// to 1: a row's smoothing is ε·u_k/Σu over its classes that are not masked (nothing where all of these have 0). A
+    /// constant of the loss: no gradient flows into it.
+    ///
+    /// Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output Distributions", arXiv 1701.06548,
+    /// smooth so, by the classes' frequencies.
+    pub fn smoothing_prior(mut self, prior: &Tensor) -> Self {
+        self.smoothing_prior = Some(prior.clone());
+        self
+    }
+
+    /// Adds β·H to every row's loss, H = −Σ p log p the entropy of its prediction in nats: a penalty on uncertainty where β
+    /// is positive (entropy minimisation, Wang et al., "Tent", arXiv 2006.10726), on confidence where it is negative (the
+    /// entropy bonus of policy gradients). One f32 for all rows, or a tensor with a value a row (see [`RowValue`]); finite.
+    pub fn entropy_weight(mut self, weight: impl Into<RowValue>) -> Self {
+        self.entropy_weight = weight.into();
         self
     }
 

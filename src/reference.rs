@@ -4,9 +4,10 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{
-    call::{Call, Row},
-    options::{CrossEntropy, Reduction, Smoothing},
+    call::{Call, ClassValues, Row, RowTarget, Rows},
+    options::{CrossEntropy, Reduction, RowValue, Smoothing},
     results::{LossAndGrad, RowStats},
+    targets::Targets,
 };
 
 /// What one row contributes. All zero for an ignored row.
@@ -24,17 +25,18 @@ struct RowResult {
 pub(crate) fn loss_and_grad(
     options: &CrossEntropy,
     logits: &Tensor,
-    targets: &Tensor,
+    targets: &Targets,
 ) -> Result<LossAndGrad> {
     let cpu = |t: &Tensor| t.detach().to_device(&Device::Cpu);
-    let mut options = options.clone();
-    if let Smoothing::PerRow(values) = &options.smoothing {
-        options.smoothing = Smoothing::PerRow(cpu(values)?);
-    }
-    options.row_weights = options.row_weights.as_ref().map(cpu).transpose()?;
-    let (logits, targets) = (cpu(logits)?, cpu(targets)?);
+    let options = on_cpu(options)?;
+    let (logits, targets) = (cpu(logits)?, targets.try_map(cpu)?);
     let call = Call::new(&options, &logits, &targets)?;
-    let rows = call.read_rows()?;
+    let classes = call.read_classes()?;
+    let Rows { rows, entries } = call.read_rows(&classes)?;
+    let probabilities = match &call.targets {
+        Targets::Probabilities(values) => Some(call.probability_reader(values)?),
+        _ => None,
+    };
     let x = logits
         .to_dtype(DType::F64)?
         .flatten_all()?
@@ -44,15 +46,31 @@ pub(crate) fn loss_and_grad(
     let mut results = vec![RowResult::default(); call.rows];
     for (i, row) in rows.iter().enumerate() {
         if let Some(row) = row {
+            let mut t = vec![0.0; call.vocab]; // the target distribution
+            match &row.target {
+                &RowTarget::Class(y) => t[y] = 1.0,
+                &RowTarget::Entries { start, end } => {
+                    for &(y, probability) in &entries[start..end] {
+                        t[y] = probability;
+                    }
+                }
+                RowTarget::Probabilities => {
+                    let read = probabilities
+                        .as_ref()
+                        .expect("that is what the targets are");
+                    t = read(i)?;
+                }
+            }
             let columns = i * call.width..i * call.width + call.vocab; // padding is neither read nor written
-            results[i] = one_row(&call, row, &x[columns.clone()], &mut grad[columns]);
+            let (x, grad) = (&x[columns.clone()], &mut grad[columns]);
+            results[i] = one_row(&call, row, &t, &classes, x, grad);
         }
     }
 
-    let total_weight: f64 = rows.iter().flatten().map(|row| row.weight).sum();
+    let total_weight: f64 = rows.iter().flatten().map(|row| row.count).sum();
     let divisor = match call.reduction {
         Reduction::None | Reduction::Sum => 1.0,
-        Reduction::Mean if total_weight == 0.0 => 1.0, // no rows, or none that counts: every loss is 0
+        Reduction::Mean if total_weight == 0.0 => 1.0, // no rows, or none that counts
         Reduction::Mean => total_weight,
         Reduction::SumOver(n) => n,
     };
@@ -89,12 +107,41 @@ pub(crate) fn loss_and_grad(
     })
 }
 
-/// Loss and statistics of the logits `x` of one row; their gradient goes to `grad`, which holds zeros.
-fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
+/// The options with their tensors on the CPU.
+fn on_cpu(options: &CrossEntropy) -> Result<CrossEntropy> {
+    let cpu = |t: &Tensor| t.detach().to_device(&Device::Cpu);
+    let mut options = options.clone();
+    if let Smoothing::PerRow(values) = &options.smoothing {
+        options.smoothing = Smoothing::PerRow(cpu(values)?);
+    }
+    if let RowValue::PerRow(values) = &options.entropy_weight {
+        options.entropy_weight = RowValue::PerRow(cpu(values)?);
+    }
+    for values in [
+        &mut options.row_weights,
+        &mut options.class_weights,
+        &mut options.smoothing_prior,
+    ] {
+        *values = values.as_ref().map(cpu).transpose()?;
+    }
+    Ok(options)
+}
+
+/// Loss and statistics of the logits `x` of one row, whose target distribution is `t`; their gradient goes to `grad`, which
+/// holds zeros.
+fn one_row(
+    call: &Call,
+    row: &Row,
+    t: &[f64],
+    classes: &ClassValues,
+    x: &[f64],
+    grad: &mut [f64],
+) -> RowResult {
     let &Row {
-        target: y,
         smoothing: eps,
         weight: w,
+        entropy_weight: beta,
+        ..
     } = row;
     let (scale, lambda) = (f64::from(call.logit_scale), f64::from(call.z_loss));
     let softcap = call.softcap.map(f64::from);
@@ -116,9 +163,8 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         };
     }
     let masked = |k: usize| x[k] == f64::NEG_INFINITY;
-    let classes: Vec<usize> = (0..x.len()).filter(|&k| !masked(k)).collect();
-    let k_count = classes.len() as f64; // K
-    if classes.is_empty() {
+    let here: Vec<usize> = (0..x.len()).filter(|&k| !masked(k)).collect();
+    if here.is_empty() {
         let loss = if w == 0.0 { 0.0 } else { f64::INFINITY };
         return RowResult {
             loss,
@@ -150,44 +196,89 @@ fn one_row(call: &Call, row: &Row, x: &[f64], grad: &mut [f64]) -> RowResult {
         }
         None => (x[k] - largest) * scale,
     };
-    // The target is left out of the sum so that its log-probability keeps its digits when p_y is near 1.
-    let others: f64 = (0..x.len()).filter(|&k| k != y).map(|k| d(k).exp()).sum();
-    let e_y = d(y).exp();
-    let sum = others + e_y;
-    let lse = z(largest) + sum.ln();
-    let p = |k: usize| d(k).exp() / sum;
-    let nll = if e_y == 1.0 {
-        others.ln_1p()
-    } else {
-        sum.ln() - d(y)
-    };
+    let d: Vec<f64> = (0..x.len()).map(d).collect();
+    // The largest is left out of the sum so that its log-probability keeps its digits when p is near 1: its own term is 1.
+    let others = sum_of(without(predicted, &d).map(|d| d.exp()));
+    let sum = 1.0 + others;
+    let log_sum = others.ln_1p();
+    let lse = z(largest) + log_sum;
+    let p: Vec<f64> = d.iter().map(|d| d.exp() / sum).collect();
+    let surprisal = |k: usize| log_sum - d[k]; // −log p_k = lse − z_k
     // What has no weight counts nothing, even if it is infinite.
     let part = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
-    let smooth = sum.ln() - classes.iter().map(|&k| d(k)).sum::<f64>() / k_count;
+
+    let prior_mass = sum_of(here.iter().map(|&k| classes.prior(k)));
+    let u = |k: usize| match classes.prior(k) {
+        mass if mass == 0.0 || masked(k) => 0.0,
+        mass => mass / prior_mass,
+    };
+    let q: Vec<f64> = (0..x.len())
+        .map(|k| (1.0 - eps) * t[k] + eps * u(k))
+        .collect();
+    let cq: Vec<f64> = (0..x.len()).map(|k| classes.weight(k) * q[k]).collect();
+    let over_classes = |f: &dyn Fn(usize) -> f64| sum_of(here.iter().map(|&k| f(k)));
+    let entropy = over_classes(&|k| part(p[k], surprisal(k)));
+    let out_of_reach = (0..x.len()).any(|k| masked(k) && t[k] > 0.0);
     let loss = if w == 0.0 {
         0.0
-    } else if masked(y) {
+    } else if out_of_reach {
         f64::INFINITY
     } else {
-        w * (part(1.0 - eps, nll) + part(eps, smooth) + part(lambda, lse * lse))
+        let cross_entropy = over_classes(&|k| part(cq[k], surprisal(k)));
+        w * (cross_entropy + part(lambda, lse * lse) + part(beta, entropy))
+    };
+    let nll = if out_of_reach {
+        f64::INFINITY
+    } else {
+        over_classes(&|k| part(t[k], surprisal(k)))
     };
 
+    // (Σ_j q_j)·p_k − q_k. Of the largest class, whose p may be near 1, by 1 − p and the other classes' q.
+    let less = |k: usize, q: &[f64], total: f64| {
+        if k == predicted {
+            sum_of(without(k, q)) - total * (others / sum)
+        } else {
+            total * p[k] - q[k]
+        }
+    };
+    let totals = [&q, &cq].map(|q| sum_of(q.iter().copied()));
     let mut grad_norm_sq = 0.0;
-    for &k in &classes {
-        // p_k − 1[k=y] without cancellation, then the smoothed target's other parts.
-        let p_minus_hit = if k == y { -others / sum } else { p(k) };
-        let p_minus_q = p_minus_hit + if k == y { eps } else { 0.0 } - eps / k_count;
-        grad_norm_sq += p_minus_q * p_minus_q;
-        let dz = w * (p_minus_q + 2.0 * part(lambda, lse) * p(k));
+    for &k in &here {
+        grad_norm_sq += less(k, &q, totals[0]).powi(2);
+        let dz = w
+            * (less(k, &cq, totals[1]) + 2.0 * part(lambda, lse) * p[k]
+                - part(beta * p[k], entropy - surprisal(k)));
         grad[k] = dz * scale * softcap.map_or(1.0, |c| (scale * x[k] / c).cosh().powi(-2));
     }
     RowResult {
         loss,
         nll,
         lse,
-        entropy: classes.iter().map(|&k| part(p(k), sum.ln() - d(k))).sum(),
-        max_prob: p(predicted),
+        entropy,
+        max_prob: p[predicted],
         grad_norm_sq,
         predicted: predicted as u32,
     }
+}
+
+/// All but element `k`.
+fn without(k: usize, values: &[f64]) -> impl Iterator<Item = f64> {
+    let (before, rest) = values.split_at(k);
+    before.iter().chain(&rest[1..]).copied()
+}
+
+/// The sum without the rounding errors of its steps (Neumaier, "Rundungsfehleranalyse einiger Verfahren zur Summation
+/// endlicher Summen", 1974): tens of thousands of equal shares must make 1.
+fn sum_of(values: impl Iterator<Item = f64>) -> f64 {
+    let (mut sum, mut lost) = (0.0f64, 0.0);
+    for value in values {
+        let next = sum + value;
+        lost += if sum.abs() >= value.abs() {
+            (sum - next) + value
+        } else {
+            (value - next) + sum
+        };
+        sum = next;
+    }
+    if sum.is_finite() { sum + lost } else { sum }
 }

@@ -9,6 +9,11 @@ use super::real::Real;
 /// A type of logits on the CPU.
 pub(super) trait Element: Pod + Default + Send + Sync {
     type Real: Real;
+    /// Whether rows of this type may have a softcap; without one, whether they may be of the general kind, and whether of
+    /// the usual one.
+    const CAPPED: bool = false;
+    const GENERAL: bool = true;
+    const USUAL: bool = true;
 
     /// The values of `from`, of which element i goes to [`Self::position`] i.
     fn widen_into(from: &[Self], to: &mut [Self::Real]);
@@ -45,9 +50,10 @@ pub(super) trait Element: Pod + Default + Send + Sync {
 }
 
 macro_rules! identity {
-    ($float:ident) => {
+    ($float:ident, $capped:literal) => {
         impl Element for $float {
             type Real = $float;
+            const CAPPED: bool = $capped;
             const IS_REAL: bool = true;
 
             #[inline(always)]
@@ -72,8 +78,8 @@ macro_rules! identity {
         }
     };
 }
-identity!(f32);
-identity!(f64);
+identity!(f32, false); // with a softcap, it is `Precise`
+identity!(f64, true);
 
 impl Element for f16 {
     type Real = f32;
@@ -107,6 +113,7 @@ fn rounded_high(x: f32) -> u32 {
 // order would take twice the operations. half's own conversions branch on NaN, which keeps them from vectorising.
 impl Element for bf16 {
     type Real = f32;
+    const GENERAL: bool = false; // these are `InOrder`
 
     #[inline(always)]
     fn widen_into(from: &[Self], to: &mut [f32]) {
@@ -175,6 +182,9 @@ unsafe impl<T: Pod> Pod for Precise<T> {}
 
 impl<T: Element<Real = f32>> Element for Precise<T> {
     type Real = f64;
+    const CAPPED: bool = true;
+    const GENERAL: bool = false;
+    const USUAL: bool = false;
 
     #[inline(always)]
     fn widen_into(from: &[Self], to: &mut [f64]) {
@@ -205,6 +215,35 @@ impl<T: Element<Real = f32>> Element for Precise<T> {
     }
     fn storage(values: Vec<Self>) -> CpuStorage {
         T::storage(bytemuck::cast_vec(values))
+    }
+}
+
+/// A bf16 that stays in its order, for rows that have other values beside the logits.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(super) struct InOrder(bf16);
+
+// SAFETY: transparent.
+unsafe impl Zeroable for InOrder {}
+unsafe impl Pod for InOrder {}
+
+impl Element for InOrder {
+    type Real = f32;
+    const USUAL: bool = false;
+
+    #[inline(always)]
+    fn widen_into(from: &[Self], to: &mut [f32]) {
+        bf16::widen_in_order(bytemuck::cast_slice(from), to);
+    }
+    #[inline(always)]
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        bf16::narrow_in_order(from, bytemuck::cast_slice_mut(to));
+    }
+    fn narrow_one(x: f32) -> Self {
+        Self(bf16::narrow_one(x))
+    }
+    fn storage(values: Vec<Self>) -> CpuStorage {
+        bf16::storage(bytemuck::cast_vec(values))
     }
 }
 

@@ -14,18 +14,20 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     element::{Element, Precise},
+    general::{Dots, Locked},
     memory::{GradRows, Logits},
-    parallel::{Scratch, for_each_row, row_partial, write_gradient},
-    real::Real,
-    results::{self, divisor, forward_result, result_type},
-    row::{
-        self, CAPPED, Form, GradFactors, Normaliser, PLAIN, Partial, RowResult, SCALED, Transform,
-        form, with_form,
+    parallel::{
+        Given, NO_COLUMN, Scratch, Work, check_probabilities, differentiate_tile, for_each_row,
+        row_partial,
     },
+    real::Real,
+    results::{self, forward_result, result_type},
+    row::{self, Form, Normaliser, Partial, RowResult, Sums, Transform, with_path},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
-    call::{Call, Row},
+    call::{Call, Row, RowTarget},
+    targets::Targets,
     tiles::{Plan, Tile},
 };
 
@@ -297,79 +299,102 @@ impl<'a, E: Element<Real: Compute> + WithDType> Factors<'a, E> {
 }
 
 /// What is known of a row after some of its tiles.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Running {
     others: Partial,
+    dots: Dots,
+    /// Of the target's one class, which is left out of the sums.
     target_logit: f64,
+    /// Of a few classes that the target names, of which none is.
+    entries: Vec<f64>,
     predicted: u32,
 }
 
-/// The target's place in a tile; no element's if it is not there.
-fn target_in(row: &Row, classes: &Range<usize>) -> usize {
-    if classes.contains(&row.target) {
-        row.target - classes.start
-    } else {
-        usize::MAX
-    }
+/// Whether rows are of the general kind: which of a few classes has the largest logit, and would be left out, is known only
+/// after the last tile.
+fn is_general(call: &Call) -> bool {
+    call.is_general() || matches!(call.targets, Targets::TopK { .. })
 }
 
 /// Merges the logits `x` of a tile into its rows' results.
-fn merge_tile<T: Element, const FORM: Form, const STATS: bool>(
-    call: &Call,
-    rows: &[Option<Row>],
+fn merge_tile<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bool>(
+    work: &Work<T>,
     x: &[T],
-    classes: &Range<usize>,
     running: &mut [Running],
 ) {
-    let (transform, exact) = (Transform::new(call), Transform::new(call));
-    let transforms = (&transform, &exact);
-    let width = classes.len();
+    let width = work.columns.len();
     for_each_row(
         width,
         running,
-        || Scratch::new(width, false),
+        || Scratch::new(width, false, GENERAL),
         |i, running, scratch, shared| {
-            let Some(row) = &rows[i] else { return };
+            let Some(row) = work.row(i) else { return };
             let x = &x[i * width..][..width];
-            let target = target_in(row, classes);
-            let partial =
-                row_partial::<T, FORM, STATS, false>(x, target, transforms, scratch, shared);
-            if let Some(&x_y) = x.get(target) {
-                running.target_logit = row::one(x_y).f64();
+            let logit = |column: usize| row::one(x[column]).f64();
+            let target = match row.target {
+                RowTarget::Class(class) => work.column(class),
+                _ => None,
+            };
+            if let Some(column) = target {
+                running.target_logit = logit(column);
             }
+            let named = work.named(row);
+            running.entries.resize(named.len(), f64::NAN);
+            for (entry, &(class, _)) in running.entries.iter_mut().zip(named) {
+                if let Some(column) = work.column(class) {
+                    *entry = logit(column);
+                }
+            }
+            let (partial, dots) = row_partial::<T, FORM, STATS, false, GENERAL>(
+                work,
+                i,
+                x,
+                target.unwrap_or(NO_COLUMN),
+                scratch,
+                shared,
+            );
             if STATS && partial.largest > running.others.largest {
-                running.predicted = classes.start as u32 + row::largest_column(x, &partial);
+                running.predicted = work.columns.start as u32 + row::largest_column(x, &partial);
             }
-            running.others = running.others.merge::<FORM>(partial, &exact);
+            let all = running.others.merge::<FORM>(partial, &work.exact);
+            if GENERAL {
+                let before = running
+                    .others
+                    .relate::<FORM>(running.dots, &all, &work.exact);
+                running.dots = before.plus(partial.relate::<FORM>(dots, &all, &work.exact));
+            }
+            running.others = all;
         },
     );
 }
 
-/// Overwrites the logits `x` of a tile with their gradients; `scale` is that of each row.
-fn differentiate_tile<T: Element, const FORM: Form>(
-    call: &Call,
-    saved: &results::Saved,
-    scale: impl Fn(usize) -> f64 + Sync + Send,
-    x: &mut [T],
-    tile: &Tile,
-) {
-    let (transform, exact) = (Transform::new(call), Transform::new(call));
-    let width = tile.classes.len();
-    let out = GradRows::contiguous(tile.rows.len(), width, x);
-    for_each_row(
-        width,
-        &mut vec![(); tile.rows.len()],
-        || (),
-        |r, (), (), shared| {
-            let i = tile.rows.start + r;
-            let row = saved.rows[i].map(|row| {
-                let factors = GradFactors::new(call, &row, &saved.normalisers[i], scale(i));
-                (target_in(&row, &tile.classes), factors)
-            });
-            let transforms = (&transform, &exact);
-            write_gradient::<T, FORM>(width, row, r, Logits::InPlace, &out, transforms, shared);
-        },
-    );
+/// Loss, statistics and normaliser of a row whose tiles are all merged.
+fn finish<const FORM: Form>(
+    given: Given,
+    row: Option<&Row>,
+    running: &Running,
+    exact: &Transform<f64>,
+) -> (RowResult, Normaliser) {
+    let Some(row) = row else {
+        return Default::default();
+    };
+    let named: Vec<_> = match row.target {
+        RowTarget::Class(class) => vec![(class, 1.0, running.target_logit)],
+        RowTarget::Entries { start, end } => {
+            let entries = given.rows.entries[start..end].iter();
+            let with_logits = entries.zip(&running.entries);
+            with_logits.map(|(&(class, t), &x)| (class, t, x)).collect()
+        }
+        RowTarget::Probabilities => Vec::new(),
+    };
+    let sums = Sums {
+        others: &running.others,
+        dots: &running.dots,
+        named: &named,
+        left_out: matches!(row.target, RowTarget::Class(_)).then_some(0),
+        predicted: running.predicted,
+    };
+    row::finish::<FORM>(given.call, given.classes, row, &sums, exact)
 }
 
 /// Memory for a tile's logits, which the product writes in full.
@@ -381,16 +406,18 @@ fn resize<C: Compute>(logits: &mut Vec<C>, tile: &Tile) {
 }
 
 fn evaluate<E: Element<Real: Compute> + WithDType>(
-    call: &Call,
+    given: Given,
     plan: &Plan,
     operands: &Operands<CpuStorage>,
-    rows: &[Option<Row>],
     stats: bool,
 ) -> Result<(Vec<RowResult>, Vec<Normaliser>, Vec<CpuStorage>)> {
+    let call = given.call;
     let mut factors = Factors::<E>::new(operands)?;
     let empty = Running {
         others: Partial::EMPTY,
+        dots: Dots::default(),
         target_logit: f64::NAN,
+        entries: Vec::new(),
         predicted: 0,
     };
     let mut running = vec![empty; call.rows];
@@ -398,53 +425,46 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
     for (t, tile) in plan.tiles.iter().enumerate() {
         resize(&mut logits, &tile);
         factors.logits(&tile, &mut logits);
-        let (rows, running) = (&rows[tile.rows.clone()], &mut running[tile.rows.clone()]);
-        let classes = &tile.classes;
-        let capped = || bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
-        match (form(call), stats) {
-            (CAPPED, true) => merge_tile::<_, CAPPED, true>(call, rows, capped(), classes, running),
-            (CAPPED, false) => {
-                merge_tile::<_, CAPPED, false>(call, rows, capped(), classes, running)
-            }
-            (SCALED, true) => merge_tile::<_, SCALED, true>(call, rows, &logits, classes, running),
-            (SCALED, false) => {
-                merge_tile::<_, SCALED, false>(call, rows, &logits, classes, running)
-            }
-            (_, true) => merge_tile::<_, PLAIN, true>(call, rows, &logits, classes, running),
-            (_, false) => merge_tile::<_, PLAIN, false>(call, rows, &logits, classes, running),
+        let running = &mut running[tile.rows.clone()];
+        let (row, classes) = (tile.rows.start, &tile.classes);
+        if call.softcap.is_some() {
+            let x = bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
+            merge(&Work::new(given, row, classes), x, running, stats);
+        } else {
+            merge(&Work::new(given, row, classes), &logits, running, stats);
         }
         if t < plan.keep {
             kept.push(Element::storage(std::mem::take(&mut logits)));
         }
     }
     let exact = Transform::new(call);
-    let finish = |(row, running): (&Option<Row>, &Running)| {
-        let Some(row) = row else {
-            return Default::default();
-        };
-        let &Running {
-            ref others,
-            target_logit,
-            predicted,
-        } = running;
-        with_form!(call, FORM => {
-            row::finish::<FORM>(call, row, target_logit, predicted, others, &exact)
-        })
-    };
-    let (results, normalisers) = rows.iter().zip(&running).map(finish).unzip();
+    let rows = given.rows.rows.iter().zip(&running);
+    let finish = with_path!(f64, call, false, FORM, _GENERAL => finish::<FORM>);
+    let (results, normalisers): (Vec<_>, _) = rows
+        .map(|(row, running)| finish(given, row.as_ref(), running, &exact))
+        .unzip();
+    check_probabilities(given, &results)?;
     Ok((results, normalisers, kept))
 }
 
+/// [`merge_tile`] on the path of the call.
+fn merge<T: Element>(work: &Work<T>, x: &[T], running: &mut [Running], stats: bool) {
+    let call = work.given.call;
+    with_path!(T, call, is_general(call), FORM, GENERAL => match stats || GENERAL {
+        true => merge_tile::<T, FORM, true, GENERAL>(work, x, running),
+        false => merge_tile::<T, FORM, false, GENERAL>(work, x, running),
+    });
+}
+
 fn differentiate<E: Element<Real: Compute> + WithDType>(
-    call: &Call,
+    given: Given,
     plan: &Plan,
     saved: &Saved,
     upstream: &Tensor,
     operands: &Operands<CpuStorage>,
     wanted: Wanted,
 ) -> Result<[Option<CpuStorage>; 3]> {
-    let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let divisor = divisor(call, &saved.of_rows.rows);
+    let call = given.call;
     let mut factors = Factors::<E>::new(operands)?;
     let (depth, by_rows) = (factors.depth(), plan.tiles.by_rows);
     let gradient =
@@ -463,15 +483,11 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
                 factors.logits(&tile, &mut logits);
             }
         }
-        let scale = |i: usize| upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
-        let rows = &saved.of_rows;
-        match form(call) {
-            CAPPED => {
-                let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
-                differentiate_tile::<_, CAPPED>(call, rows, scale, x, &tile);
-            }
-            SCALED => differentiate_tile::<_, SCALED>(call, rows, scale, &mut logits, &tile),
-            _ => differentiate_tile::<_, PLAIN>(call, rows, scale, &mut logits, &tile),
+        if call.softcap.is_some() {
+            let x = bytemuck::cast_slice_mut::<_, <E::Real as Compute>::Capped>(&mut logits);
+            differentiate_logits(given, &saved.of_rows, upstream, x, &tile)?;
+        } else {
+            differentiate_logits(given, &saved.of_rows, upstream, &mut logits[..], &tile)?;
         }
         let gradients = Matrix::contiguous(&logits, tile.classes.len());
         if let Some(weight) = &mut weight_gradient {
@@ -497,6 +513,20 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
         weight_gradient.map(FactorGradient::into_storage),
         bias_gradient.map(bias),
     ])
+}
+
+/// Overwrites the logits `x` of a tile with their gradients.
+fn differentiate_logits<T: Element>(
+    given: Given,
+    saved: &results::Saved,
+    upstream: &Tensor,
+    x: &mut [T],
+    tile: &Tile,
+) -> Result<()> {
+    let work = Work::new(given, tile.rows.start, &tile.classes);
+    let (rows, general) = (tile.rows.len(), is_general(given.call));
+    let out = GradRows::contiguous(rows, tile.classes.len(), x);
+    differentiate_tile(&work, saved, upstream, general, Logits::InPlace, &out, rows)
 }
 
 /// Adds the sum of each column of a contiguous matrix, in f64.
@@ -569,16 +599,29 @@ impl LinearBackend for Cpu {
         operands: &Operands<CpuStorage>,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let rows = call.read_rows()?;
+        let classes = call.read_classes()?;
+        let rows = call.read_rows(&classes)?;
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = Given {
+            call,
+            rows: &rows,
+            classes: &classes,
+            probabilities: probabilities.as_ref(),
+        };
         let (results, normalisers, kept) =
-            with_type!(operands, E => evaluate::<E>(call, plan, operands, &rows, stats)?);
+            with_type!(operands, E => evaluate::<E>(given, plan, operands, stats)?);
         let dtype = result_type(operands.hidden.0.dtype());
-        let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &rows.rows, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,
             saved: Saved {
-                of_rows: results::Saved { rows, normalisers },
+                of_rows: results::Saved {
+                    rows,
+                    classes,
+                    normalisers,
+                },
                 kept: KeptTiles::new(kept),
             },
         })
@@ -592,6 +635,9 @@ impl LinearBackend for Cpu {
         operands: &Operands<CpuStorage>,
         wanted: Wanted,
     ) -> Result<[Option<CpuStorage>; 3]> {
-        with_type!(operands, E => differentiate::<E>(call, plan, saved, upstream, operands, wanted))
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = saved.of_rows.given(call, probabilities.as_ref());
+        with_type!(operands, E => differentiate::<E>(given, plan, saved, upstream, operands, wanted))
     }
 }

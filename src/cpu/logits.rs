@@ -5,9 +5,10 @@ use half::{bf16, f16};
 
 use super::{
     Cpu,
-    element::{Element, Precise},
+    element::{Element, InOrder, Precise},
+    general::Locked,
     memory::{GradRows, Logits, readable},
-    parallel::{differentiate, evaluate, evaluate_and_differentiate},
+    parallel::{Given, differentiate_all, evaluate, evaluate_and_differentiate},
     results::{Saved, forward_result, fused_result, result_type},
 };
 use crate::{
@@ -31,6 +32,10 @@ macro_rules! with_elements {
                 let $x = bytemuck::$cast::<bf16, Precise<bf16>>(x);
                 $body
             }
+            CpuStorage::BF16(x) if $call.is_general() => {
+                let $x = bytemuck::$cast::<bf16, InOrder>(x);
+                $body
+            }
             CpuStorage::F32($x) => $body,
             CpuStorage::F64($x) => $body,
             CpuStorage::F16($x) => $body,
@@ -50,15 +55,28 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let rows = call.read_rows()?;
+        let classes = call.read_classes()?;
+        let rows = call.read_rows(&classes)?;
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = Given {
+            call,
+            rows: &rows,
+            classes: &classes,
+            probabilities: probabilities.as_ref(),
+        };
         let (results, normalisers) =
-            with_elements!(call, logits, cast_slice, x => evaluate(call, &rows, x, layout, stats)?);
+            with_elements!(call, logits, cast_slice, x => evaluate(given, x, layout, stats)?);
         let dtype = result_type(logits.dtype());
-        let (loss, stats) = forward_result(call, &rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &rows.rows, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,
-            saved: Saved { rows, normalisers },
+            saved: Saved {
+                rows,
+                classes,
+                normalisers,
+            },
         })
     }
 
@@ -69,10 +87,13 @@ impl Backend for Cpu {
         logits: &CpuStorage,
         layout: &Layout,
     ) -> Result<CpuStorage> {
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = saved.given(call, probabilities.as_ref());
         with_elements!(call, logits, cast_slice, x => {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
-            differentiate(call, saved, upstream, Logits::Separate(x, readable(layout)?), &out)?;
+            differentiate_all(given, saved, upstream, Logits::Separate(x, readable(layout)?), &out)?;
             Ok(Element::storage(grad))
         })
     }
@@ -84,9 +105,12 @@ impl Backend for Cpu {
         logits: &mut CpuStorage,
         layout: &Layout,
     ) -> Result<()> {
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = saved.given(call, probabilities.as_ref());
         with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
-            differentiate(call, saved, upstream, Logits::InPlace, &out)
+            differentiate_all(given, saved, upstream, Logits::InPlace, &out)
         })
     }
 
@@ -96,14 +120,23 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<(CpuStorage, Fused)> {
-        let rows = call.read_rows()?;
+        let classes = call.read_classes()?;
+        let rows = call.read_rows(&classes)?;
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = Given {
+            call,
+            rows: &rows,
+            classes: &classes,
+            probabilities: probabilities.as_ref(),
+        };
         let dtype = result_type(logits.dtype());
         with_elements!(call, logits, cast_slice, x => {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
             let logits = Logits::Separate(x, readable(layout)?);
-            let results = evaluate_and_differentiate(call, &rows, logits, &out, stats);
-            Ok((Element::storage(grad), fused_result(call, &rows, &results, dtype, stats)?))
+            let results = evaluate_and_differentiate(given, logits, &out, stats)?;
+            Ok((Element::storage(grad), fused_result(call, &rows.rows, &results, dtype, stats)?))
         })
     }
 
@@ -113,12 +146,21 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Fused> {
-        let rows = call.read_rows()?;
+        let classes = call.read_classes()?;
+        let rows = call.read_rows(&classes)?;
+        let locked = Locked::of(call.probabilities());
+        let probabilities = locked.rows()?;
+        let given = Given {
+            call,
+            rows: &rows,
+            classes: &classes,
+            probabilities: probabilities.as_ref(),
+        };
         let dtype = result_type(logits.dtype());
         let results = with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
-            evaluate_and_differentiate(call, &rows, Logits::InPlace, &out, stats)
+            evaluate_and_differentiate(given, Logits::InPlace, &out, stats)?
         });
-        fused_result(call, &rows, &results, dtype, stats)
+        fused_result(call, &rows.rows, &results, dtype, stats)
     }
 }

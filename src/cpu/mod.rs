@@ -2,6 +2,7 @@
 //! found at run time.
 
 mod element;
+mod general;
 mod linear;
 mod logits;
 mod memory;

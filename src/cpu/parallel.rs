@@ -1,20 +1,26 @@
 //! Rows, or pieces of rows where rows are few, shared out among threads.
 
+use std::ops::Range;
+
 use candle_core::{DType, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
     element::Element,
+    general::{Dots, General, Probabilities},
     memory::{GradRows, Logits, readable},
     real::Real,
     results::{Saved, divisor},
     row::{
-        self, CAPPED, Form, GradFactors, Normaliser, PIECE, Partial, RowResult, Transform,
-        with_form,
+        self, CAPPED, Form, GradFactors, Normaliser, PIECE, Partial, RowResult, Sums, Transform,
+        with_path,
     },
-    tasks::{Gradients, KeptGradients, Partials, dispatch},
+    tasks::{
+        GeneralGradients, GeneralPartials, Gradients, KeptGeneralGradients, KeptGradients,
+        Partials, dispatch,
+    },
 };
-use crate::call::{Call, Row};
+use crate::call::{Call, ClassValues, Row, RowTarget, Rows};
 
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
@@ -27,59 +33,259 @@ fn rows_are_few(rows: usize, vocab: usize) -> bool {
     rows < FEW_ROWS * rayon::current_num_threads() && vocab > PIECE * PIECES_PER_TASK
 }
 
-/// A thread's memory, used again for each of its rows.
-pub(super) struct Scratch<R> {
-    partials: Vec<Partial>,
-    kept: Vec<R>,
+/// What a call is given beside logits.
+#[derive(Clone, Copy)]
+pub(super) struct Given<'a> {
+    pub call: &'a Call,
+    pub rows: &'a Rows,
+    pub classes: &'a ClassValues,
+    pub probabilities: Option<&'a Probabilities<'a>>,
 }
 
-impl<R: Real> Scratch<R> {
-    pub(super) fn new(vocab: usize, keep: bool) -> Self {
-        Self {
-            partials: vec![Partial::EMPTY; vocab.div_ceil(PIECE)],
-            kept: vec![R::ZERO; if keep { vocab } else { 0 }],
+impl Saved {
+    pub(super) fn given<'a>(
+        &'a self,
+        call: &'a Call,
+        probabilities: Option<&'a Probabilities<'a>>,
+    ) -> Given<'a> {
+        Given {
+            call,
+            rows: &self.rows,
+            classes: &self.classes,
+            probabilities,
         }
     }
 }
 
-/// The row's pieces, evaluated into the scratch memory and merged in order, whoever evaluated them.
-pub(super) fn row_partial<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool>(
+/// The same in the form that rows of logits of type `T` are computed in: of all rows and classes, or of a tile.
+pub(super) struct Work<'a, T: Element> {
+    pub given: Given<'a>,
+    first_row: usize,
+    /// Classes, from the first column on.
+    pub columns: Range<usize>,
+    transform: Transform<T::Real>,
+    pub exact: Transform<f64>,
+    general: General<'a, T::Real>,
+}
+
+/// A class that a row's target names: its column, its probability, its logit, and whether it was left out of the sums.
+pub(super) struct Named<T> {
+    column: usize,
+    t: f64,
+    x: T,
+    left_out: bool,
+}
+
+/// A column that no row has.
+pub(super) const NO_COLUMN: usize = usize::MAX;
+
+impl<'a, T: Element> Work<'a, T> {
+    pub fn new(given: Given<'a>, first_row: usize, columns: &Range<usize>) -> Self {
+        Self {
+            transform: Transform::new(given.call),
+            exact: Transform::new(given.call),
+            general: General::new(given.classes, given.probabilities, first_row, columns),
+            columns: columns.clone(),
+            first_row,
+            given,
+        }
+    }
+
+    fn all(given: Given<'a>) -> Self {
+        Self::new(given, 0, &(0..given.call.vocab))
+    }
+
+    /// Of row `i` of the tile.
+    pub fn row(&self, i: usize) -> Option<&Row> {
+        self.given.rows.rows[self.first_row + i].as_ref()
+    }
+
+    /// The classes that the target of a row names, with their probabilities.
+    pub fn named(&self, row: &Row) -> &[(usize, f64)] {
+        match row.target {
+            RowTarget::Entries { start, end } => &self.given.rows.entries[start..end],
+            _ => &[],
+        }
+    }
+
+    /// The column of a class in the tile.
+    pub fn column(&self, class: usize) -> Option<usize> {
+        self.columns
+            .contains(&class)
+            .then(|| class - self.columns.start)
+    }
+
+    /// The column that is left out of the sums of a row: the target's, or, of those that it names, that with the largest
+    /// logit, as its p may be near 1.
+    fn left_out(&self, row: &Row, x: &[T]) -> usize {
+        match row.target {
+            RowTarget::Class(class) => self.column(class).unwrap_or(NO_COLUMN),
+            RowTarget::Entries { .. } => {
+                let mut best = (NO_COLUMN, T::Real::NEG_INFINITY);
+                for column in self.named(row).iter().filter_map(|e| self.column(e.0)) {
+                    let logit = row::one(x[column]);
+                    if best.0 == NO_COLUMN || logit > best.1 {
+                        best = (column, logit);
+                    }
+                }
+                best.0
+            }
+            RowTarget::Probabilities => NO_COLUMN,
+        }
+    }
+
+    /// Lists the classes in the tile that the target of a row names.
+    fn list_named(&self, row: &Row, x: &[T], left_out: usize, named: &mut Vec<Named<T>>) {
+        named.clear();
+        let mut push = |class, t| {
+            if let Some(column) = self.column(class) {
+                let (x, left_out) = (x[column], column == left_out);
+                named.push(Named {
+                    column,
+                    t,
+                    x,
+                    left_out,
+                });
+            }
+        };
+        match row.target {
+            RowTarget::Class(class) => push(class, 1.0),
+            _ => self
+                .named(row)
+                .iter()
+                .for_each(|&(class, t)| push(class, t)),
+        }
+    }
+
+    /// Puts the gradient of the classes that a row's target names right.
+    fn write_named<const FORM: Form>(
+        &self,
+        i: usize,
+        named: &[Named<T>],
+        out: &GradRows<T>,
+        factors: &GradFactors<T::Real>,
+    ) {
+        for &Named {
+            column,
+            t,
+            x,
+            left_out,
+        } in named
+        {
+            let class = self.columns.start + column;
+            let values = self.given.classes;
+            let gradient = row::named_gradient::<T, FORM>(
+                x,
+                (class, t, left_out),
+                values,
+                &self.exact,
+                factors,
+            );
+            // SAFETY: the row is this call's alone, and nothing of it is in use.
+            T::narrow(&[gradient], unsafe { out.stretch(i, column..column + 1) });
+        }
+    }
+}
+
+/// A thread's memory, used again for each of its rows.
+pub(super) struct Scratch<T: Element> {
+    partials: Vec<Partial>,
+    dots: Vec<Dots>,
+    kept: Vec<T::Real>,
+    named: Vec<Named<T>>,
+    entries: Vec<(usize, f64, f64)>,
+}
+
+impl<T: Element> Scratch<T> {
+    pub(super) fn new(vocab: usize, keep: bool, general: bool) -> Self {
+        let pieces = vocab.div_ceil(PIECE);
+        Self {
+            partials: vec![Partial::EMPTY; pieces],
+            dots: vec![Dots::default(); if general { pieces } else { 0 }],
+            kept: vec![T::Real::ZERO; if keep { vocab } else { 0 }],
+            named: Vec::new(),
+            entries: Vec::new(),
+        }
+    }
+}
+
+/// The pieces of row `i`, evaluated into the scratch memory and merged in order, whoever evaluated them. `target` is the
+/// column that is left out.
+pub(super) fn row_partial<
+    T: Element,
+    const FORM: Form,
+    const STATS: bool,
+    const KEEP: bool,
+    const GENERAL: bool,
+>(
+    work: &Work<T>,
+    i: usize,
     x: &[T],
     target: usize,
-    transforms: (&Transform<T::Real>, &Transform<f64>),
-    scratch: &mut Scratch<T::Real>,
+    scratch: &mut Scratch<T>,
     shared: bool,
-) -> Partial {
-    let Scratch { partials, kept } = scratch;
-    let run = |first_piece, partials: &mut [Partial], kept: &mut [T::Real]| {
-        dispatch(Partials::<T, FORM, STATS, KEEP> {
-            x,
-            first_piece,
-            target,
-            transforms,
-            partials,
-            kept,
-        });
+) -> (Partial, Dots) {
+    let Scratch {
+        partials,
+        dots,
+        kept,
+        ..
+    } = scratch;
+    let transforms = (&work.transform, &work.exact);
+    let run = |first_piece, partials: &mut [Partial], dots: &mut [Dots], kept: &mut [T::Real]| {
+        if GENERAL {
+            dispatch(GeneralPartials::<T, FORM> {
+                x,
+                row: i,
+                first_piece,
+                target,
+                transforms,
+                general: &work.general,
+                partials,
+                dots,
+                kept,
+            });
+        } else {
+            dispatch(Partials::<T, FORM, STATS, KEEP> {
+                x,
+                first_piece,
+                target,
+                transforms,
+                partials,
+                kept,
+            });
+        }
     };
-    if !shared {
-        run(0, partials, kept);
-    } else if KEEP {
-        let tasks = partials
+    if shared {
+        // As many parts of each, empty ones of what there is not.
+        let tasks = partials.len().div_ceil(PIECES_PER_TASK);
+        let mut dots = dots.chunks_mut(PIECES_PER_TASK);
+        let mut kept = kept.chunks_mut(PIECES_PER_TASK * PIECE);
+        let beside: Vec<_> = (0..tasks)
+            .map(|_| {
+                (
+                    dots.next().unwrap_or_default(),
+                    kept.next().unwrap_or_default(),
+                )
+            })
+            .collect();
+        partials
             .par_chunks_mut(PIECES_PER_TASK)
-            .zip(kept.par_chunks_mut(PIECES_PER_TASK * PIECE));
-        tasks
+            .zip(beside)
             .enumerate()
-            .for_each(|(t, (partials, kept))| run(t * PIECES_PER_TASK, partials, kept));
+            .for_each(|(t, (partials, (dots, kept)))| {
+                run(t * PIECES_PER_TASK, partials, dots, kept);
+            });
     } else {
-        let tasks = partials.par_chunks_mut(PIECES_PER_TASK);
-        tasks
-            .enumerate()
-            .for_each(|(t, partials)| run(t * PIECES_PER_TASK, partials, &mut []));
+        run(0, partials, dots, kept);
     }
-    let exact = transforms.1;
-    partials
+    let exact = &work.exact;
+    let all = partials
         .iter()
-        .fold(Partial::EMPTY, |all, &more| all.merge::<FORM>(more, exact))
+        .fold(Partial::EMPTY, |all, &more| all.merge::<FORM>(more, exact));
+    let of_piece = |(partial, &dots): (&Partial, &Dots)| partial.relate::<FORM>(dots, &all, exact);
+    let dots = partials.iter().zip(&*dots).map(of_piece);
+    (all, dots.fold(Dots::default(), Dots::plus))
 }
 
 /// Runs `f` on every row of `vocab` logits and its result: in parallel, or, where rows are few, one by one, and `f` is
@@ -115,95 +321,153 @@ pub(super) fn for_each_row<R: Send, S>(
 
 /// Loss, statistics and normaliser of every row.
 pub(super) fn evaluate<T: Element>(
-    call: &Call,
-    rows: &[Option<Row>],
+    given: Given,
     x: &[T],
     layout: &Layout,
     stats: bool,
 ) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
+    let call = given.call;
     let starts = readable(layout)?;
-    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let work = Work::all(given);
     let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
-    let evaluate_row = with_form!(call, FORM => match stats {
-        true => evaluate_row::<T, FORM, true>,
-        false => evaluate_row::<T, FORM, false>,
+    let general = call.is_general();
+    let evaluate_row = with_path!(T, call, general, FORM, GENERAL => match stats || GENERAL {
+        true => evaluate_row::<T, FORM, true, GENERAL>,
+        false => evaluate_row::<T, FORM, false, GENERAL>,
     });
     for_each_row(
         call.vocab,
         &mut results,
-        || Scratch::new(call.vocab, false),
+        || Scratch::new(call.vocab, false, general),
         |i, result, scratch, shared| {
-            if let Some(row) = &rows[i] {
-                *result = evaluate_row(
-                    call,
-                    row,
-                    &x[starts.of(i)..][..call.vocab],
-                    (&transform, &exact),
-                    scratch,
-                    shared,
-                );
+            if let Some(row) = work.row(i) {
+                let x = &x[starts.of(i)..][..call.vocab];
+                *result = evaluate_row(&work, i, row, x, scratch, shared);
             }
         },
     );
-    Ok(results.into_iter().unzip())
+    let (results, normalisers): (Vec<RowResult>, _) = results.into_iter().unzip();
+    check_probabilities(given, &results)?;
+    Ok((results, normalisers))
 }
 
-fn evaluate_row<T: Element, const FORM: Form, const STATS: bool>(
-    call: &Call,
+/// An error for the first row with a bad probability in its target.
+pub(super) fn check_probabilities(given: Given, results: &[RowResult]) -> Result<()> {
+    match (
+        given.probabilities,
+        results.iter().position(|result| result.bad),
+    ) {
+        (Some(probabilities), Some(row)) => Err(probabilities.error_in(row, given.call.vocab)),
+        _ => Ok(()),
+    }
+}
+
+fn evaluate_row<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bool>(
+    work: &Work<T>,
+    i: usize,
     row: &Row,
     x: &[T],
-    transforms: (&Transform<T::Real>, &Transform<f64>),
-    scratch: &mut Scratch<T::Real>,
+    scratch: &mut Scratch<T>,
     shared: bool,
 ) -> (RowResult, Normaliser) {
-    let others = row_partial::<T, FORM, STATS, false>(x, row.target, transforms, scratch, shared);
-    finish_row::<T, FORM, STATS>(call, row, x, &others, transforms.1)
+    let left_out = work.left_out(row, x);
+    let sums = row_partial::<T, FORM, STATS, false, GENERAL>(work, i, x, left_out, scratch, shared);
+    finish_row::<T, FORM, STATS>(work, row, x, left_out, &sums, &mut scratch.entries)
 }
 
 fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
-    call: &Call,
+    work: &Work<T>,
     row: &Row,
     x: &[T],
-    others: &Partial,
-    exact: &Transform<f64>,
+    left_out: usize,
+    (others, dots): &(Partial, Dots),
+    entries: &mut Vec<(usize, f64, f64)>,
 ) -> (RowResult, Normaliser) {
-    let x_y = row::one(x[row.target]).f64();
     let predicted = if STATS {
         row::largest_column(x, others)
     } else {
         0
     };
-    row::finish::<FORM>(call, row, x_y, predicted, others, exact)
+    let logit = |class: usize| row::one(x[class]).f64();
+    let target;
+    let (named, left_out) = match row.target {
+        RowTarget::Class(class) => {
+            target = [(class, 1.0, logit(class))];
+            (&target[..], Some(0))
+        }
+        _ => {
+            entries.clear();
+            entries.extend(work.named(row).iter().map(|&(k, t)| (k, t, logit(k))));
+            (&entries[..], entries.iter().position(|e| e.0 == left_out))
+        }
+    };
+    let sums = Sums {
+        others,
+        dots,
+        named,
+        left_out,
+        predicted,
+    };
+    let Given { call, classes, .. } = work.given;
+    row::finish::<FORM>(call, classes, row, &sums, &work.exact)
 }
 
-/// Gradient of row `i` from its `vocab` logits.
-pub(super) fn write_gradient<T: Element, const FORM: Form>(
-    vocab: usize,
-    row: Option<(usize, Option<GradFactors<T::Real>>)>,
+/// Gradient of row `i` from its logits, `factors` unless it is 0. `named` is scratch memory.
+fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
+    work: &Work<T>,
     i: usize,
+    factors: Option<&GradFactors<T::Real>>,
     logits: Logits<T>,
     out: &GradRows<T>,
-    (transform, exact): (&Transform<T::Real>, &Transform<f64>),
+    named: &mut Vec<Named<T>>,
     shared: bool,
 ) {
-    let Some((target, Some(factors))) = row else {
+    let (Some(factors), Some(row)) = (factors, work.row(i)) else {
         // SAFETY: the row is this call's alone, and nothing of it is in use.
         unsafe { out.stretch(i, 0..out.width()) }.fill(T::default());
         return;
     };
+    let vocab = work.columns.len();
     // SAFETY: as above; padding is no other task's.
     unsafe { out.stretch(i, vocab..out.width()) }.fill(T::default());
+    let target = match row.target {
+        RowTarget::Class(class) if !GENERAL => work.column(class).unwrap_or(NO_COLUMN),
+        _ => {
+            // SAFETY: as above; `x` is not used once the gradient is written.
+            let x = unsafe { logits.stretch(out, i, 0..vocab) };
+            let left_out = match factors.has_left_out() {
+                true => work.left_out(row, x),
+                false => NO_COLUMN,
+            };
+            work.list_named(row, x, left_out, named);
+            NO_COLUMN
+        }
+    };
     let write = |columns| {
-        dispatch(Gradients::<T, FORM> {
-            logits,
-            out,
-            row: i,
-            columns,
-            target,
-            transform,
-            exact,
-            factors: &factors,
-        });
+        if GENERAL {
+            dispatch(GeneralGradients::<T, FORM> {
+                logits,
+                out,
+                row: i,
+                columns,
+                general: &work.general,
+                transform: &work.transform,
+                exact: &work.exact,
+                factors,
+            });
+        } else {
+            dispatch(Gradients::<T, FORM> {
+                logits,
+                out,
+                row: i,
+                columns,
+                target,
+                values: work.given.classes,
+                transform: &work.transform,
+                exact: &work.exact,
+                factors,
+            });
+        }
     };
     if shared {
         let stretch = PIECE * PIECES_PER_TASK;
@@ -213,101 +477,128 @@ pub(super) fn write_gradient<T: Element, const FORM: Form>(
     } else {
         write(0..vocab);
     }
+    if target == NO_COLUMN {
+        work.write_named::<FORM>(i, named, out, factors);
+        named.clear();
+    }
 }
 
-/// Gradient of every row from the forward's normalisers.
-pub(super) fn differentiate<T: Element>(
-    call: &Call,
+/// Gradient of every row of a tile, all where it is one, from the forward's normalisers.
+pub(super) fn differentiate_tile<T: Element>(
+    work: &Work<T>,
     saved: &Saved,
     upstream: &Tensor,
+    general: bool,
     logits: Logits<T>,
     out: &GradRows<T>,
+    rows: usize,
 ) -> Result<()> {
+    let call = work.given.call;
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let divisor = divisor(call, &saved.rows);
-    let (transform, exact) = (Transform::new(call), Transform::new(call));
+    let divisor = divisor(call, &saved.rows.rows);
+    let write = with_path!(T, call, general, FORM, GENERAL => write_gradient::<T, FORM, GENERAL>);
     for_each_row(
-        call.vocab,
-        &mut vec![(); call.rows],
-        || (),
-        |i, (), (), shared| {
-            let row = saved.rows[i].map(|row| {
-                let scale = upstream[if upstream.len() == 1 { 0 } else { i }] / divisor;
-                (
-                    row.target,
-                    GradFactors::new(call, &row, &saved.normalisers[i], scale),
-                )
-            });
-            let transforms = (&transform, &exact);
-            with_form!(call, FORM => {
-                write_gradient::<T, FORM>(call.vocab, row, i, logits, out, transforms, shared)
-            });
+        work.columns.len(),
+        &mut vec![(); rows],
+        Vec::new,
+        |i, (), named, shared| {
+            let at = work.first_row + i;
+            let scale = upstream[if upstream.len() == 1 { 0 } else { at }] / divisor;
+            let normaliser = &saved.normalisers[at];
+            let factors = work
+                .row(i)
+                .and_then(|row| GradFactors::new(call, row, normaliser, scale));
+            write(work, i, factors.as_ref(), logits, out, named, shared);
         },
     );
     Ok(())
 }
 
+/// [`differentiate_tile`] of all logits.
+pub(super) fn differentiate_all<T: Element>(
+    given: Given,
+    saved: &Saved,
+    upstream: &Tensor,
+    logits: Logits<T>,
+    out: &GradRows<T>,
+) -> Result<()> {
+    let (work, call) = (Work::all(given), given.call);
+    let general = call.is_general();
+    differentiate_tile(&work, saved, upstream, general, logits, out, call.rows)
+}
+
 /// Loss, statistics and gradient of every row, a row at a time while it is in the cache.
 pub(super) fn evaluate_and_differentiate<T: Element>(
-    call: &Call,
-    rows: &[Option<Row>],
+    given: Given,
     logits: Logits<T>,
     out: &GradRows<T>,
     stats: bool,
-) -> Vec<RowResult> {
-    with_form!(call, FORM => match stats {
-        true => evaluate_and_differentiate_with::<T, FORM, true>(call, rows, logits, out),
-        false => evaluate_and_differentiate_with::<T, FORM, false>(call, rows, logits, out),
-    })
+) -> Result<Vec<RowResult>> {
+    let call = given.call;
+    let results = with_path!(T, call, call.is_general(), FORM, GENERAL => match stats || GENERAL {
+        true => evaluate_and_differentiate_with::<T, FORM, true, GENERAL>(given, logits, out),
+        false => evaluate_and_differentiate_with::<T, FORM, false, GENERAL>(given, logits, out),
+    });
+    check_probabilities(given, &results)?;
+    Ok(results)
 }
 
-fn evaluate_and_differentiate_with<T: Element, const FORM: Form, const STATS: bool>(
-    call: &Call,
-    rows: &[Option<Row>],
+fn evaluate_and_differentiate_with<
+    T: Element,
+    const FORM: Form,
+    const STATS: bool,
+    const GENERAL: bool,
+>(
+    given: Given,
     logits: Logits<T>,
     out: &GradRows<T>,
 ) -> Vec<RowResult> {
-    let scale = 1.0 / divisor(call, rows);
-    let (transform, exact) = (Transform::new(call), Transform::new(call));
-    let transforms = (&transform, &exact);
-    // A softcap's slope needs the logits once more, so there is nothing to gain from keeping exponentials.
-    let keep = FORM != CAPPED;
+    let call = given.call;
+    let scale = 1.0 / divisor(call, &given.rows.rows);
+    let work = Work::all(given);
+    // A softcap's slope needs the logits once more, the entropy's gradient the exponents, so there is nothing to gain from
+    // keeping exponentials.
+    let keep = FORM != CAPPED && !call.weighs_entropy();
     let mut results = vec![RowResult::default(); call.rows];
     for_each_row(
         call.vocab,
         &mut results,
-        || Scratch::new(call.vocab, keep),
+        || Scratch::new(call.vocab, keep, GENERAL),
         |i, result, scratch, shared| {
-            let row = rows[i].map(|row| {
-                // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
-                let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
-                let others = if keep {
-                    row_partial::<T, FORM, STATS, true>(x, row.target, transforms, scratch, shared)
-                } else {
-                    row_partial::<T, FORM, STATS, false>(x, row.target, transforms, scratch, shared)
-                };
-                let (row_result, normaliser) =
-                    finish_row::<T, FORM, STATS>(call, &row, x, &others, &exact);
-                *result = row_result;
-                (
-                    row.target,
-                    x[row.target],
-                    GradFactors::new(call, &row, &normaliser, scale),
+            let Some(row) = work.row(i) else {
+                let named = &mut scratch.named;
+                write_gradient::<T, FORM, GENERAL>(&work, i, None, logits, out, named, shared);
+                return;
+            };
+            // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
+            let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
+            let left_out = work.left_out(row, x);
+            let sums = if keep {
+                row_partial::<T, FORM, STATS, true, GENERAL>(&work, i, x, left_out, scratch, shared)
+            } else {
+                row_partial::<T, FORM, STATS, false, GENERAL>(
+                    &work, i, x, left_out, scratch, shared,
                 )
-            });
-            match row {
-                Some((target, x_y, Some(factors))) if keep && factors.in_range => {
-                    write_kept_gradient::<T, FORM>(call, i, scratch, out, &factors, &exact, shared);
-                    // SAFETY: as above.
-                    let grad = unsafe { out.stretch(i, target..target + 1) };
-                    T::narrow(
-                        &[row::target_gradient::<T, FORM>(x_y, &exact, &factors)],
-                        grad,
+            };
+            let entries = &mut scratch.entries;
+            let normaliser;
+            (*result, normaliser) =
+                finish_row::<T, FORM, STATS>(&work, row, x, left_out, &sums, entries);
+            let factors = GradFactors::new(call, row, &normaliser, scale);
+            match &factors {
+                Some(factors) if keep && factors.in_range => {
+                    work.list_named(row, x, left_out, &mut scratch.named);
+                    write_kept_gradient::<T, FORM, GENERAL>(
+                        &work, i, scratch, out, factors, shared,
                     );
+                    work.write_named::<FORM>(i, &scratch.named, out, factors);
+                    scratch.named.clear();
                 }
-                row => {
-                    let row = row.map(|(target, _, factors)| (target, factors));
-                    write_gradient::<T, FORM>(call.vocab, row, i, logits, out, transforms, shared);
+                factors => {
+                    let (factors, named) = (factors.as_ref(), &mut scratch.named);
+                    write_gradient::<T, FORM, GENERAL>(
+                        &work, i, factors, logits, out, named, shared,
+                    );
                 }
             }
         },
@@ -315,29 +606,35 @@ fn evaluate_and_differentiate_with<T: Element, const FORM: Form, const STATS: bo
     results
 }
 
-/// Gradient of row `i`, but for the target's, from the exponentials in the scratch memory.
-fn write_kept_gradient<T: Element, const FORM: Form>(
-    call: &Call,
+/// Gradient of row `i`, but for that of classes which its target names, from the exponentials in the scratch memory.
+fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
+    work: &Work<T>,
     i: usize,
-    scratch: &mut Scratch<T::Real>,
+    scratch: &mut Scratch<T>,
     out: &GradRows<T>,
     factors: &GradFactors<T::Real>,
-    exact: &Transform<f64>,
     shared: bool,
 ) {
-    let Scratch { partials, kept } = scratch;
+    let Scratch { partials, kept, .. } = scratch;
+    let call = work.given.call;
     // SAFETY: the row is this call's alone, and padding no other task's.
     unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
     let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
-        dispatch(KeptGradients::<T, FORM> {
+        let of = KeptGradients::<T, FORM> {
             kept,
             partials,
             out,
             row: i,
             first_column,
-            exact,
+            exact: &work.exact,
             factors,
-        });
+        };
+        if GENERAL {
+            let general = &work.general;
+            dispatch(KeptGeneralGradients { of, general });
+        } else {
+            dispatch(of);
+        }
     };
     if shared {
         let stretch = PIECES_PER_TASK * PIECE;

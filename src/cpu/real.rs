@@ -25,6 +25,9 @@ pub(super) trait Real:
     fn of(x: f64) -> Self;
     fn f64(self) -> f64;
     fn abs(self) -> Self;
+    /// The same values, if that is the type.
+    fn same_f32(values: &[f32]) -> Option<&[Self]>;
+    fn same_f64(values: &[f64]) -> Option<&[Self]>;
     /// Whether the sign bit is set.
     fn is_negative(self) -> bool;
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
@@ -157,6 +160,18 @@ macro_rules! real {
             #[inline(always)]
             fn abs(self) -> Self {
                 self.abs()
+            }
+            #[inline(always)]
+            fn same_f32(values: &[f32]) -> Option<&[Self]> {
+                bytemuck::try_cast_slice(values)
+                    .ok()
+                    .filter(|_| $mantissa == 23)
+            }
+            #[inline(always)]
+            fn same_f64(values: &[f64]) -> Option<&[Self]> {
+                bytemuck::try_cast_slice(values)
+                    .ok()
+                    .filter(|_| $mantissa == 52)
             }
             #[inline(always)]
             fn is_negative(self) -> bool {

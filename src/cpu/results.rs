@@ -5,14 +5,15 @@ use candle_core::{CpuStorage, DType, Device, Result, Tensor, WithDType};
 use super::row::{Normaliser, RowResult};
 use crate::{
     backend::Fused,
-    call::{Call, Row},
+    call::{Call, ClassValues, Row, Rows},
     options::Reduction,
     results::RowStats,
 };
 
 /// What the forward leaves for the backward.
 pub(crate) struct Saved {
-    pub(super) rows: Vec<Option<Row>>,
+    pub(super) rows: Rows,
+    pub(super) classes: ClassValues,
     pub(super) normalisers: Vec<Normaliser>,
 }
 
@@ -53,7 +54,7 @@ pub(super) fn divisor(call: &Call, rows: &[Option<Row>]) -> f64 {
         Reduction::None | Reduction::Sum => 1.0,
         Reduction::SumOver(n) => n,
         Reduction::Mean => {
-            let total: f64 = rows.iter().flatten().map(|row| row.weight).sum();
+            let total: f64 = rows.iter().flatten().map(|row| row.count).sum();
             if total == 0.0 { 1.0 } else { total }
         }
     }

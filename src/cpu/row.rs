@@ -3,13 +3,17 @@
 //! A row is cut into pieces of [`PIECE`] logits, which fit in the first-level cache, whatever its length, its address
 //! and the number of threads. Pieces are merged in order, in f64. So a row's bits depend on nothing but the row.
 
-use super::{element::Element, real::Real};
-use crate::call::{Call, Row};
+use super::{
+    element::Element,
+    general::{Beside, Dots, Sum, subtrahends},
+    real::Real,
+};
+use crate::call::{Call, ClassValues, Row, RowTarget};
 
 /// Logits a piece.
 pub(super) const PIECE: usize = 2048;
 /// Independent sums, one a SIMD lane: a fixed number, so that results do not depend on the instruction set's width.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// How logits become z, a constant where it is compiled: [`PLAIN`], [`SCALED`] or [`CAPPED`].
 pub(super) type Form = u8;
@@ -28,26 +32,36 @@ pub(super) fn form(call: &Call) -> Form {
     }
 }
 
-/// Evaluates an expression with `$F` as the constant [`Form`] of a call.
-macro_rules! with_form {
-    ($call:expr, $F:ident => $body:expr) => {
-        match $crate::cpu::row::form($call) {
-            $crate::cpu::row::CAPPED => {
-                const $F: $crate::cpu::row::Form = $crate::cpu::row::CAPPED;
-                $body
+/// Evaluates an expression with `$F` as the constant [`Form`] of a call and `$G` as the constant `$general`, compiled for
+/// those that rows of type `$T` have.
+macro_rules! with_path {
+    (@ $form:ident, $is:literal, $F:ident, $G:ident => $body:expr) => {{
+        const $F: $crate::cpu::row::Form = $crate::cpu::row::$form;
+        #[allow(dead_code)] // not every body needs both
+        const $G: bool = $is;
+        $body
+    }};
+    ($T:ty, $call:expr, $general:expr, $F:ident, $G:ident => $body:expr) => {{
+        use $crate::cpu::{element::Element, row::{CAPPED, SCALED, form, with_path}};
+        let (form, general) = (form($call), $general);
+        if <$T as Element>::CAPPED && form == CAPPED {
+            if general {
+                with_path!(@ CAPPED, true, $F, $G => $body)
+            } else {
+                with_path!(@ CAPPED, false, $F, $G => $body)
             }
-            $crate::cpu::row::SCALED => {
-                const $F: $crate::cpu::row::Form = $crate::cpu::row::SCALED;
-                $body
-            }
-            _ => {
-                const $F: $crate::cpu::row::Form = $crate::cpu::row::PLAIN;
-                $body
-            }
+        } else if <$T as Element>::GENERAL && general {
+            with_path!(@ SCALED, true, $F, $G => $body) // a plain row is one with a scale of 1
+        } else if <$T as Element>::USUAL && form == SCALED {
+            with_path!(@ SCALED, false, $F, $G => $body)
+        } else if <$T as Element>::USUAL {
+            with_path!(@ PLAIN, false, $F, $G => $body)
+        } else {
+            unreachable!("rows of another type have these options")
         }
-    };
+    }};
 }
-pub(super) use with_form;
+pub(super) use with_path;
 
 /// Scale and softcap of the logits.
 ///
@@ -100,7 +114,7 @@ impl<R: Real> Transform<R> {
 
     /// Relative to `logit`; to 0 for a masked one, of which there is no other in its stretch.
     #[inline(always)]
-    fn relative_to<const FORM: Form, const FUSED: bool>(&self, logit: R) -> Reference<R> {
+    pub fn relative_to<const FORM: Form, const FUSED: bool>(&self, logit: R) -> Reference<R> {
         let logit = if logit == R::NEG_INFINITY {
             R::ZERO
         } else {
@@ -133,7 +147,11 @@ impl<R: Real> Transform<R> {
     /// z − z' for the reference's z', and dz/dx up to the scale, of a logit that is not masked. NaN where one of them is
     /// +inf.
     #[inline(always)]
-    fn difference<const FORM: Form, const FUSED: bool>(&self, x: R, from: &Reference<R>) -> (R, R) {
+    pub fn difference<const FORM: Form, const FUSED: bool>(
+        &self,
+        x: R,
+        from: &Reference<R>,
+    ) -> (R, R) {
         match FORM {
             PLAIN => (x - from.logit, R::ONE),
             SCALED => (x.fma::<FUSED>(self.unit, -from.logit) * self.scale, R::ONE),
@@ -184,8 +202,10 @@ pub(super) struct Partial {
     pub largest: f64,
     /// The piece that has it first.
     piece: usize,
-    /// Σ exp d.
+    /// Σ exp d, in rows of the general kind without the classes that have the largest logit.
     exp: f64,
+    /// How many these are, so that 1 − p of such a class is a sum too.
+    largest_classes: usize,
     /// Σ d.
     linear: f64,
     /// Σ d·exp d.
@@ -200,6 +220,7 @@ impl Partial {
         largest: f64::NEG_INFINITY,
         piece: 0,
         exp: 0.0,
+        largest_classes: 0,
         linear: 0.0,
         weighted: 0.0,
         squares: 0.0,
@@ -215,18 +236,40 @@ impl Partial {
         let reference = transform.relative_to::<FORM, true>(largest);
         let (by, _) = transform.difference::<FORM, true>(self.largest, &reference);
         let factor = by.exp();
+        let exp = self.all_exp();
         Self {
-            exp: self.exp * factor,
+            exp: exp * factor,
+            largest_classes: 0,
             linear: self.linear + self.classes as f64 * by,
             // Infinitely far is 0, not NaN.
             weighted: if factor == 0.0 {
                 0.0
             } else {
-                (self.weighted + by * self.exp) * factor
+                (self.weighted + by * exp) * factor
             },
             squares: self.squares * factor * factor,
             ..self
         }
+    }
+
+    /// Σ exp d over all classes.
+    fn all_exp(&self) -> f64 {
+        self.exp + self.largest_classes as f64
+    }
+
+    /// Sums of this stretch relative to the largest logit of `all`, of which it is a part.
+    pub fn relate<const FORM: Form>(
+        &self,
+        dots: Dots,
+        all: &Self,
+        transform: &Transform<f64>,
+    ) -> Dots {
+        if self.classes == 0 {
+            return dots;
+        }
+        let reference = transform.relative_to::<FORM, true>(all.largest);
+        let (by, _) = transform.difference::<FORM, true>(self.largest, &reference);
+        dots.relative(by)
     }
 
     /// This stretch followed by `other`.
@@ -243,6 +286,7 @@ impl Partial {
             largest,
             piece,
             exp: a.exp + b.exp,
+            largest_classes: a.largest_classes + b.largest_classes,
             linear: a.linear + b.linear,
             weighted: a.weighted + b.weighted,
             squares: a.squares + b.squares,
@@ -260,10 +304,19 @@ pub(crate) struct Normaliser {
     log_sum: f64,
     /// z' + log_sum.
     lse: f64,
-    /// p_y, and p_y − 1: each keeps its digits.
+    /// Whether a class was left out of the sums, and its p and p − 1: each keeps its digits.
+    has_left_out: bool,
     target_p: f64,
     target_p_minus_1: f64,
+    /// p − 1 of a class with the largest logit.
+    largest_p_minus_1: f64,
     classes: usize,
+    /// C = Σ c·q.
+    mass: f64,
+    /// Σ u over the classes that are not masked.
+    prior_mass: f64,
+    /// Σ p·d.
+    mean: f64,
 }
 
 /// Loss and statistics of a row; all zero for an ignored one.
@@ -276,6 +329,8 @@ pub(super) struct RowResult {
     pub max_prob: f64,
     pub grad_norm_sq: f64,
     pub predicted: u32,
+    /// Whether a probability of its target is negative or not finite.
+    pub bad: bool,
 }
 
 /// The logits of piece `index` as reals, with the target's, if it is there, replaced by a masked class.
@@ -315,25 +370,29 @@ pub(super) fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
-/// Partial result of piece `index` of the row `x`. With `KEEP`, its exponentials go to `kept`, −0 for masked classes
-/// and the target. `buffer` is scratch memory.
+/// Partial result of piece `index` of the row `x`, and the piece without the target. With `KEEP`, its exponentials go to
+/// `kept`, −0 for masked classes and the target; with `GENERAL` also its exponents to `differences`, 0 for these. `buffer`
+/// is scratch memory.
 #[inline(always)]
 pub(super) fn partial<
+    'a,
     T: Element,
     const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
+    const GENERAL: bool,
     const FUSED: bool,
     S: pulp::Simd,
 >(
     simd: S,
-    x: &[T],
+    x: &'a [T],
     index: usize,
     target: usize,
     (transform, exact): (&Transform<T::Real>, &Transform<f64>),
     kept: &mut [T::Real],
-    buffer: &mut [T::Real; PIECE],
-) -> Partial {
+    differences: &mut [T::Real],
+    buffer: &'a mut [T::Real; PIECE],
+) -> (Partial, &'a [T::Real]) {
     let reals = without_target(x, index, target, buffer);
     let (mut largest, smallest) = T::Real::extremes(simd, reals);
     if target / PIECE == index {
@@ -346,9 +405,23 @@ pub(super) fn partial<
     let narrow = smallest != T::Real::NEG_INFINITY && least >= T::Real::LEAST;
     let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
     let sums = if narrow && reals.len().is_multiple_of(LANES) {
-        sum::<T, FORM, STATS, KEEP, false, FUSED>(reals, transform, &reference, kept, next)
+        sum::<T, FORM, STATS, KEEP, GENERAL, false, FUSED>(
+            reals,
+            transform,
+            &reference,
+            kept,
+            differences,
+            next,
+        )
     } else {
-        sum::<T, FORM, STATS, KEEP, true, FUSED>(reals, transform, &reference, kept, next)
+        sum::<T, FORM, STATS, KEEP, GENERAL, true, FUSED>(
+            reals,
+            transform,
+            &reference,
+            kept,
+            differences,
+            next,
+        )
     };
     let partial = Partial {
         largest: largest.f64(),
@@ -357,9 +430,9 @@ pub(super) fn partial<
     };
     // Logits near the type's limits, such as its smallest value for a mask: their differences may be beyond it.
     if partial.exp.is_finite() && !(partial.linear.is_finite() && partial.weighted.is_finite()) {
-        return partial.resummed::<T::Real, FORM>(reals, exact);
+        return (partial.resummed::<T::Real, FORM>(reals, exact), reals);
     }
-    partial
+    (partial, reals)
 }
 
 /// The sums of a [`Partial`]. `WIDE` says that there may be masked classes, and others far below the largest.
@@ -372,6 +445,7 @@ fn sum<
     const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
+    const GENERAL: bool,
     const WIDE: bool,
     const FUSED: bool,
 >(
@@ -379,6 +453,7 @@ fn sum<
     transform: &Transform<T::Real>,
     reference: &Reference<T::Real>,
     kept: &mut [T::Real],
+    differences: &mut [T::Real],
     next: *const T,
 ) -> Partial {
     let [zero, one] = [T::Real::ZERO, T::Real::ONE];
@@ -387,8 +462,10 @@ fn sum<
     let mut weighted = [zero; LANES];
     let mut squares = [zero; LANES];
     let mut masked = [zero; LANES];
+    let mut largest = [zero; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (kept_chunks, kept_rest) = kept.as_chunks_mut::<LANES>();
+    let (difference_chunks, differences_rest) = differences.as_chunks_mut::<LANES>();
     let mut padded = [T::Real::NEG_INFINITY; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
@@ -399,6 +476,7 @@ fn sum<
         };
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [zero; LANES];
+        let mut exponents = [zero; LANES];
         for l in 0..LANES {
             let hidden = WIDE && chunk[l] == T::Real::NEG_INFINITY;
             let d = transform.difference::<FORM, FUSED>(chunk[l], reference).0;
@@ -409,7 +487,14 @@ fn sum<
                 d.exp_in_range::<FUSED>()
             };
             let power = if hidden { zero } else { power };
-            exp[l] = exp[l] + power;
+            if GENERAL {
+                let is_largest = d == zero && !hidden;
+                exp[l] = exp[l] + if is_largest { zero } else { power };
+                largest[l] = largest[l] + if is_largest { one } else { zero };
+                exponents[l] = d;
+            } else {
+                exp[l] = exp[l] + power;
+            }
             linear[l] = linear[l] + d;
             if WIDE {
                 masked[l] = masked[l] + if hidden { one } else { zero };
@@ -427,10 +512,18 @@ fn sum<
                 kept_rest.copy_from_slice(&powers[..rest.len()]);
             }
         }
+        if GENERAL {
+            if c < difference_chunks.len() {
+                difference_chunks[c] = exponents;
+            } else {
+                differences_rest.copy_from_slice(&exponents[..rest.len()]);
+            }
+        }
     }
     let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
     Partial {
         exp: total(&exp),
+        largest_classes: total(&largest) as usize,
         linear: total(&linear),
         weighted: total(&weighted),
         squares: total(&squares),
@@ -440,7 +533,7 @@ fn sum<
 }
 
 #[inline(always)]
-fn total<R: Real>(lanes: &[R; LANES]) -> f64 {
+pub(super) fn total<R: Real>(lanes: &[R; LANES]) -> f64 {
     let mut sums = [0.0; LANES];
     for l in 0..LANES {
         sums[l] = lanes[l].f64();
@@ -500,41 +593,69 @@ pub(super) fn largest_column<T: Element>(x: &[T], all: &Partial) -> u32 {
     (piece + first_of(&x[piece..(piece + PIECE).min(x.len())], largest)) as u32
 }
 
-/// Loss, statistics and normaliser of a row whose pieces merge to `others`, from the target's logit `x_y` and the
-/// column of the largest. The target's own part, on which the loss rests, is computed in f64.
+/// What is known of a row once its pieces are merged.
+pub(super) struct Sums<'a> {
+    pub others: &'a Partial,
+    /// Of rows of the general kind.
+    pub dots: &'a Dots,
+    /// Classes that the target names, with their probabilities and logits.
+    pub named: &'a [(usize, f64, f64)],
+    /// Which of these was left out of the sums.
+    pub left_out: Option<usize>,
+    /// The column of the largest.
+    pub predicted: u32,
+}
+
+/// Loss, statistics and normaliser of a row. What classes that the target names contribute, on which the loss rests, is
+/// computed in f64.
 pub(super) fn finish<const FORM: Form>(
     call: &Call,
+    values: &ClassValues,
     row: &Row,
-    x_y: f64,
-    predicted: u32,
-    others: &Partial,
+    sums: &Sums,
     transform: &Transform<f64>,
 ) -> (RowResult, Normaliser) {
-    let &Row {
-        smoothing: eps,
-        weight,
-        ..
-    } = row;
-    let weighted = |loss: f64| if weight == 0.0 { 0.0 } else { weight * loss };
-    let target_masked = x_y == f64::NEG_INFINITY;
-    let classes = others.classes + usize::from(!target_masked);
-    let reference = transform.relative_to::<FORM, true>(others.largest);
-    let d_y = if target_masked {
-        f64::NEG_INFINITY
-    } else {
-        transform.difference::<FORM, true>(x_y, &reference).0
+    let &Sums {
+        others,
+        dots,
+        named,
+        left_out,
+        predicted,
+    } = sums;
+    let eps = row.smoothing;
+    let weighted = |loss: f64| {
+        if row.weight == 0.0 {
+            0.0
+        } else {
+            row.weight * loss
+        }
     };
+    let reference = transform.relative_to::<FORM, true>(others.largest);
+    let exponent = |x: f64| match x == f64::NEG_INFINITY {
+        true => x,
+        false => transform.difference::<FORM, true>(x, &reference).0,
+    };
+    let (y, x_y) = left_out.map_or((0, f64::NEG_INFINITY), |i| (named[i].0, named[i].2));
+    let target_counts = x_y != f64::NEG_INFINITY;
+    let classes = others.classes + usize::from(target_counts);
+    let d_y = exponent(x_y);
     let e_y = d_y.exp();
-    let sum = others.exp + e_y;
+    let others_exp = others.all_exp();
+    let sum = others_exp + e_y;
     if sum.is_nan() {
         let nan = f64::NAN;
         let normaliser = Normaliser {
             largest: nan,
             log_sum: nan,
             lse: nan,
+            has_left_out: left_out.is_some(),
             target_p: nan,
             target_p_minus_1: nan,
+            largest_p_minus_1: nan,
             classes,
+            mass: nan,
+            prior_mass: nan,
+            mean: nan,
         };
         let result = RowResult {
             loss: weighted(nan),
@@ -544,6 +665,7 @@ pub(super) fn finish<const FORM: Form>(
             max_prob: nan,
             grad_norm_sq: nan,
             predicted: 0,
+            bad: dots.bad,
         };
         return (result, normaliser);
     }
@@ -554,64 +676,136 @@ pub(super) fn finish<const FORM: Form>(
                 loss: weighted(inf),
                 nll: inf,
                 lse: -inf,
+                bad: dots.bad,
                 ..Default::default()
             },
             Normaliser::default(),
         );
     }
 
-    // log1p where the target is the largest, as there the sum is 1 and a little.
-    let target_is_largest = x_y == others.largest;
-    let log_sum = if target_is_largest {
-        d_y + (others.exp / e_y).ln_1p()
+    // Where one class with the largest logit is not in the sum, that is 1 and a little: log1p keeps the little.
+    let target_is_largest = target_counts && x_y == others.largest;
+    let rest = if target_is_largest {
+        Some(others_exp / e_y)
     } else {
-        sum.ln()
+        let more = others.largest_classes.checked_sub(1);
+        more.map(|more| others.exp + more as f64 + e_y)
+    };
+    let log_sum = match rest {
+        Some(rest) if target_is_largest => d_y + rest.ln_1p(),
+        Some(rest) => rest.ln_1p(),
+        None => sum.ln(),
     };
     let lse = transform.z::<FORM>(others.largest) + log_sum;
-    let nll = if target_is_largest {
-        (others.exp / e_y).ln_1p()
-    } else {
-        log_sum - d_y
-    };
-    let p_y = e_y / sum;
-    let target_p_minus_1 = -others.exp / sum;
     let k = classes as f64;
-    let linear = others.linear + if target_masked { 0.0 } else { d_y };
-    let weighted_sum = others.weighted + if e_y == 0.0 { 0.0 } else { d_y * e_y };
-    let lambda = f64::from(call.z_loss);
-    let loss = if target_masked {
-        f64::INFINITY
-    } else {
-        let smooth = if eps == 0.0 {
-            0.0
-        } else {
-            eps * (log_sum - linear / k)
-        };
-        let z_loss = if lambda == 0.0 {
-            0.0
-        } else {
-            lambda * lse * lse
-        };
-        let nll = if eps == 1.0 { 0.0 } else { (1.0 - eps) * nll };
-        nll + smooth + z_loss
+
+    // Of all classes that are not masked, now with the one that was left out: Σ c·u, Σ c·u·d, Σ u.
+    let left_out_term = |value: f64| if target_counts { value } else { 0.0 };
+    let has_values = values.weights.is_some() || values.prior.is_some();
+    let shares = match has_values {
+        true => {
+            let v = left_out_term(values.weight(y) * values.prior(y));
+            Sum {
+                mass: dots.shares.mass + v,
+                linear: dots.shares.linear + if v == 0.0 { 0.0 } else { v * d_y },
+            }
+        }
+        false => Sum {
+            mass: k,
+            linear: others.linear + if target_counts { d_y } else { 0.0 },
+        },
     };
-    // Σ (p − ε/K)² over the others, expanded, and the target's own term.
-    let share = eps / k;
-    let others_norm = others.squares / (sum * sum) - 2.0 * share * (others.exp / sum)
-        + others.classes as f64 * share * share;
-    let target_norm = if target_masked {
+    let prior_mass = match values.prior {
+        Some(_) => dots.prior[0] + left_out_term(values.prior(y)),
+        None => k,
+    };
+    // Σ t, Σ c·t, and their sums with −log p.
+    let is_probabilities = matches!(row.target, RowTarget::Probabilities);
+    let (target_mass, weighted_mass, nll, weighted_nll, out_of_reach) = if is_probabilities {
+        let surprisal = |sum: Sum| sum.mass * log_sum - sum.linear;
+        let (target, weighted) = (dots.target, dots.weighted_target);
+        (
+            target.mass,
+            weighted.mass,
+            surprisal(target),
+            surprisal(weighted),
+            dots.out_of_reach,
+        )
+    } else {
+        let mut sums = (0.0, 0.0, 0.0, 0.0, false);
+        for &(class, t, x) in named.iter().filter(|(_, t, _)| *t > 0.0) {
+            let (c, surprisal) = (values.weight(class), log_sum - exponent(x));
+            sums.0 += t;
+            sums.1 += c * t;
+            sums.2 += t * surprisal;
+            sums.3 += if c == 0.0 { 0.0 } else { c * t * surprisal };
+            sums.4 |= x == f64::NEG_INFINITY;
+        }
+        sums
+    };
+    let smoothed_part = if prior_mass == 0.0 {
         0.0
     } else {
-        (target_p_minus_1 + eps - share).powi(2)
+        eps / prior_mass
     };
+    let mass = (1.0 - eps) * weighted_mass + smoothed_part * shares.mass;
+
+    let mean = (others.weighted + if e_y == 0.0 { 0.0 } else { d_y * e_y }) / sum;
+    let entropy = (log_sum - mean).max(0.0);
+    let lambda = f64::from(call.z_loss);
+    let part = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
+    let loss = if out_of_reach {
+        f64::INFINITY
+    } else {
+        part(1.0 - eps, weighted_nll)
+            + part(smoothed_part, shares.mass * log_sum - shares.linear)
+            + part(lambda, lse * lse)
+            + part(row.entropy_weight, entropy)
+    };
+
+    let p_y = e_y / sum;
+    let target_p_minus_1 = -others_exp / sum;
+    let largest_p_minus_1 = match rest {
+        Some(_) if target_is_largest => target_p_minus_1,
+        Some(rest) => -rest / sum,
+        None => 1.0 / sum - 1.0,
+    };
+    // Σ (total·p − q)², expanded, without class weights; of the class that was left out by itself.
+    let u = |class: usize| smoothed_part * values.prior(class);
+    let total = (1.0 - eps) * target_mass + smoothed_part * prior_mass;
+    let (u_exp, u_squares) = match values.prior {
+        Some(_) => (dots.prior[1], dots.prior[2]),
+        None => (others_exp, others.classes as f64),
+    };
+    let mut norm = total * total * others.squares / (sum * sum)
+        - 2.0 * total * smoothed_part * u_exp / sum
+        + smoothed_part * smoothed_part * u_squares;
+    if is_probabilities {
+        let [t_exp, t_squares, t_u] = dots.target_products;
+        norm += (1.0 - eps)
+            * ((1.0 - eps) * t_squares + 2.0 * smoothed_part * t_u - 2.0 * total * t_exp / sum);
+    }
+    let mut left_out_norm = 0.0;
+    for (i, &(class, t, x)) in named.iter().enumerate() {
+        let t = (1.0 - eps) * t;
+        if x == f64::NEG_INFINITY {
+            continue;
+        }
+        if left_out == Some(i) {
+            left_out_norm = (total * target_p_minus_1 + (total - t - u(class))).powi(2);
+        } else {
+            norm += t * (t - 2.0 * (total * (exponent(x).exp() / sum) - u(class)));
+        }
+    }
     let result = RowResult {
         loss: weighted(loss),
-        nll,
+        nll: if out_of_reach { f64::INFINITY } else { nll },
         lse,
-        entropy: (log_sum - weighted_sum / sum).max(0.0),
+        entropy,
         max_prob: if target_is_largest { p_y } else { 1.0 / sum },
-        grad_norm_sq: others_norm.max(0.0) + target_norm,
+        grad_norm_sq: norm.max(0.0) + left_out_norm,
         predicted,
+        bad: dots.bad,
     };
     (
         result,
@@ -619,27 +813,39 @@ pub(super) fn finish<const FORM: Form>(
             largest: others.largest,
             log_sum,
             lse,
+            has_left_out: left_out.is_some(),
             target_p: p_y,
             target_p_minus_1,
+            largest_p_minus_1,
             classes,
+            mass,
+            prior_mass,
+            mean,
         },
     )
 }
 
-/// Factors of a row's gradient: dx_k = (exponential·e_k − share)·slope_k, and the target's own.
+/// Factors of a row's gradient: dx_k = (exponential·e_k − entropy·e_k·d_k − share·c_k·u_k − target·c_k·t_k)·slope_k, where
+/// t is the target's probabilities if it has one for each class; classes that it names are put right afterwards.
 pub(super) struct GradFactors<R> {
     /// The largest logit.
     largest: R,
     exponential: R,
     share: R,
-    /// The same two, and whether what they make is in R's range.
-    exact: [f64; 2],
+    entropy: R,
+    target: R,
+    /// The same four, and whether what they make is in R's range.
+    exact: [f64; 4],
     pub in_range: bool,
     any_masked: bool,
     /// Gradient of a masked class: 0, but NaN in a row that is NaN.
     masked: R,
-    /// Gradient of the target, but for the slope of the softcap.
-    target: f64,
+    /// For the named ones: what multiplies dz, and of the row what dz takes.
+    scale: f64,
+    smoothing: f64,
+    lse_slope: f64,
+    entropy_weight: f64,
+    normaliser: Normaliser,
 }
 
 impl<R: Real> GradFactors<R> {
@@ -655,31 +861,79 @@ impl<R: Real> GradFactors<R> {
         } else {
             2.0 * lambda * n.lse
         };
-        let share = row.smoothing / n.classes as f64;
+        let beta = row.entropy_weight;
+        let share = if n.prior_mass == 0.0 {
+            0.0
+        } else {
+            row.smoothing / n.prior_mass
+        };
         let scale = scale * f64::from(call.logit_scale);
+        let inverse_sum = (-n.log_sum).exp();
         let exact = [
-            scale * (1.0 + lse_slope) * (-n.log_sum).exp(),
+            scale * (n.mass + lse_slope + beta * n.mean) * inverse_sum,
             scale * share,
+            scale * beta * inverse_sum,
+            scale * (1.0 - row.smoothing),
         ];
-        let [exponential, scaled_share] = exact.map(R::of);
+        let [exponential, scaled_share, entropy, target] = exact.map(R::of);
         Some(Self {
             largest: R::of(n.largest),
             exponential,
             share: scaled_share,
+            entropy,
+            target,
             exact,
-            // With room for their sum.
+            // With room for their sum, and the exponent that multiplies the third.
             in_range: exact
                 .iter()
-                .all(|&x| !(R::of(2.0 * x).f64().is_infinite() && x.is_finite())),
+                .zip([4.0, 4.0, 1e4, 4.0])
+                .all(|(&x, room)| !(R::of(room * x).f64().is_infinite() && x.is_finite())),
             any_masked: n.classes != call.vocab,
             masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
-            target: scale * (n.target_p_minus_1 + row.smoothing - share + lse_slope * n.target_p),
+            scale,
+            smoothing: row.smoothing,
+            lse_slope,
+            entropy_weight: beta,
+            normaliser: *n,
         })
+    }
+
+    /// Whether a class was left out of the forward's sums.
+    pub fn has_left_out(&self) -> bool {
+        self.normaliser.has_left_out
+    }
+
+    /// Gradient of a class with probability `t` in the target and exponent `d`, but for the slope of the softcap.
+    fn named(&self, values: &ClassValues, class: usize, t: f64, d: f64, left_out: bool) -> f64 {
+        let n = &self.normaliser;
+        let (p, p_minus_1) = if left_out {
+            (n.target_p, n.target_p_minus_1)
+        } else {
+            let p = (d - n.log_sum).exp();
+            let p_minus_1 = if d == 0.0 {
+                n.largest_p_minus_1
+            } else {
+                p - 1.0
+            };
+            (p, p_minus_1)
+        };
+        let share = if n.prior_mass == 0.0 {
+            0.0
+        } else {
+            self.smoothing / n.prior_mass
+        };
+        let q = values.weight(class) * ((1.0 - self.smoothing) * t + share * values.prior(class));
+        let entropy = if self.entropy_weight == 0.0 || p == 0.0 {
+            0.0
+        } else {
+            self.entropy_weight * p * (d - n.mean)
+        };
+        self.scale * (n.mass * p_minus_1 + (n.mass - q) + self.lse_slope * p - entropy)
     }
 }
 
-/// Gradient of the logits `x` of a piece, in the order of [`Element::widen`]; wrong for the target's. `buffer` is
-/// scratch memory.
+/// Gradient of the logits `x` of a piece, in the order of [`Element::widen`]; wrong for classes that the target names.
+/// `buffer` is scratch memory.
 #[inline(always)]
 pub(super) fn gradient<T: Element, const FORM: Form, const FUSED: bool>(
     x: &[T],
@@ -691,7 +945,7 @@ pub(super) fn gradient<T: Element, const FORM: Form, const FUSED: bool>(
 ) {
     let reals = T::widen(x, buffer);
     if !factors.in_range {
-        return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors);
+        return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors, &Beside::NOTHING);
     }
     let reference = transform.relative_to::<FORM, FUSED>(factors.largest);
     for (g, &x) in result.iter_mut().zip(reals) {
@@ -708,28 +962,72 @@ pub(super) fn gradient<T: Element, const FORM: Form, const FUSED: bool>(
     }
 }
 
-/// [`gradient`] where a factor is beyond the type, of a product that need not be.
+/// [`gradient`] of a row of the general kind; `result` first holds what is subtracted.
+#[inline(always)]
+pub(super) fn general_gradient<T: Element, const FORM: Form, const FUSED: bool>(
+    x: &[T],
+    beside: &Beside<T::Real>,
+    result: &mut [T::Real; PIECE],
+    transform: &Transform<T::Real>,
+    factors: &GradFactors<T::Real>,
+    exact: &Transform<f64>,
+    buffer: &mut [T::Real; PIECE],
+) {
+    let reals = T::widen(x, buffer);
+    if !factors.in_range {
+        return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors, beside);
+    }
+    subtrahends(
+        beside,
+        factors.share,
+        factors.target,
+        &mut result[..x.len()],
+    );
+    let reference = transform.relative_to::<FORM, FUSED>(factors.largest);
+    for (g, &x) in result.iter_mut().zip(reals) {
+        let (d, slope) = transform.difference::<FORM, FUSED>(x, &reference);
+        // Where the exponential is 0 whatever it is multiplied by.
+        let d = if d < T::Real::LEAST + T::Real::LEAST {
+            T::Real::LEAST + T::Real::LEAST
+        } else {
+            d
+        };
+        let factor = d.fma::<FUSED>(-factors.entropy, factors.exponential);
+        let dz = d.exp::<FUSED>().fma::<FUSED>(factor, -*g);
+        let dx = if FORM == CAPPED { dz * slope } else { dz };
+        *g = if x == T::Real::NEG_INFINITY {
+            factors.masked
+        } else {
+            dx
+        };
+    }
+}
+
+/// [`gradient`] and [`general_gradient`] where a factor is beyond the type, of a product that need not be.
 #[cold]
 fn gradient_in_f64<R: Real, const FORM: Form>(
     x: &[R],
     result: &mut [R; PIECE],
     transform: &Transform<f64>,
     factors: &GradFactors<R>,
+    beside: &Beside<R>,
 ) {
     let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
-    let [exponential, share] = factors.exact;
-    for (g, &x) in result.iter_mut().zip(x) {
+    let [exponential, share, entropy, target] = factors.exact;
+    for (k, (g, &x)) in result.iter_mut().zip(x).enumerate() {
         let (d, slope) = transform.difference::<FORM, true>(x.f64(), &reference);
+        let e = d.exp();
+        let factor = exponential - if e == 0.0 { 0.0 } else { entropy * d };
         *g = if x == R::NEG_INFINITY {
             factors.masked
         } else {
-            R::of((d.exp() * exponential - share) * slope)
+            R::of((e * factor - beside.subtrahend(k, share, target)) * slope)
         };
     }
 }
 
-/// Gradient of a piece from the exponentials that [`partial`] kept, which it may overwrite; wrong for the target's.
-/// Without a softcap.
+/// Gradient of a piece from the exponentials that [`partial`] kept, which it may overwrite; wrong for classes that the
+/// target names. Without a softcap.
 #[inline(always)]
 pub(super) fn gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
     kept: &mut [T::Real],
@@ -738,9 +1036,7 @@ pub(super) fn gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
     factors: &GradFactors<T::Real>,
     transform: &Transform<f64>,
 ) {
-    let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
-    let (by, _) = transform.difference::<FORM, true>(partial.largest, &reference);
-    let exponential = T::Real::of(factors.exponential.f64() * by.exp());
+    let exponential = kept_factor::<T::Real, FORM>(partial, factors, transform);
     if !factors.any_masked && T::NARROWS_ONE {
         for (grad, e) in grad.iter_mut().zip(kept) {
             *grad = T::narrow_one(e.fma::<FUSED>(exponential, -factors.share));
@@ -754,21 +1050,57 @@ pub(super) fn gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
     T::narrow(kept, grad);
 }
 
-/// Gradient of the target's logit `x`.
-pub(super) fn target_gradient<T: Element, const FORM: Form>(
+/// [`gradient_of_kept`] of a row of the general kind without a weight of the entropy. `buffer` is scratch memory.
+#[inline(always)]
+pub(super) fn general_gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
+    kept: &mut [T::Real],
+    beside: &Beside<T::Real>,
+    grad: &mut [T],
+    partial: &Partial,
+    factors: &GradFactors<T::Real>,
+    transform: &Transform<f64>,
+    buffer: &mut [T::Real; PIECE],
+) {
+    let exponential = kept_factor::<T::Real, FORM>(partial, factors, transform);
+    let subtracted = &mut buffer[..kept.len()];
+    subtrahends(beside, factors.share, factors.target, subtracted);
+    for (e, &subtracted) in kept.iter_mut().zip(&*subtracted) {
+        let dz = e.fma::<FUSED>(exponential, -subtracted);
+        *e = if e.is_negative() { factors.masked } else { dz };
+    }
+    T::narrow(kept, grad);
+}
+
+/// What a piece's exponentials, relative to its own largest logit, are multiplied by.
+#[inline(always)]
+fn kept_factor<R: Real, const FORM: Form>(
+    partial: &Partial,
+    factors: &GradFactors<R>,
+    transform: &Transform<f64>,
+) -> R {
+    let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
+    let (by, _) = transform.difference::<FORM, true>(partial.largest, &reference);
+    R::of(factors.exponential.f64() * by.exp())
+}
+
+/// Gradient of the logit `x` of a class that has probability `t` in the target.
+pub(super) fn named_gradient<T: Element, const FORM: Form>(
     x: T,
+    (class, t, left_out): (usize, f64, bool),
+    values: &ClassValues,
     transform: &Transform<f64>,
     factors: &GradFactors<T::Real>,
 ) -> T::Real {
     let x = one(x);
+    if x == T::Real::NEG_INFINITY {
+        return factors.masked;
+    }
+    let reference = transform.relative_to::<FORM, true>(factors.normaliser.largest);
+    let (d, _) = transform.difference::<FORM, true>(x.f64(), &reference);
     let slope = if FORM == CAPPED {
         transform.tanh::<true>(x.f64()).slope
     } else {
         1.0
     };
-    if x == T::Real::NEG_INFINITY {
-        factors.masked
-    } else {
-        T::Real::of(factors.target * slope)
-    }
+    T::Real::of(factors.named(values, class, t, d, left_out) * slope)
 }

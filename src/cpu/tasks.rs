@@ -2,10 +2,12 @@
 
 use super::{
     element::Element,
+    general::{self, Dots, General},
     memory::{GradRows, Logits},
     real::Real,
     row::{self, Form, GradFactors, PIECE, Partial, Transform},
 };
+use crate::call::ClassValues;
 
 /// Work for one thread, compiled for each instruction set.
 pub(super) trait Task {
@@ -63,15 +65,64 @@ impl<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> Task
             } else {
                 &mut []
             };
-            *partial = row::partial::<T, FORM, STATS, KEEP, FUSED, S>(
+            (*partial, _) = row::partial::<T, FORM, STATS, KEEP, false, FUSED, S>(
                 simd,
                 x,
                 first_piece + p,
                 target,
                 transforms,
                 kept,
+                &mut [],
                 &mut buffer,
             );
+        }
+    }
+}
+
+/// [`Partials`] of a row of the general kind, with statistics.
+pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
+    pub x: &'a [T],
+    pub row: usize,
+    pub first_piece: usize,
+    pub target: usize,
+    pub transforms: (&'a Transform<T::Real>, &'a Transform<f64>),
+    pub general: &'a General<'a, T::Real>,
+    pub partials: &'a mut [Partial],
+    pub dots: &'a mut [Dots],
+    /// Of as many logits as the pieces have, or empty.
+    pub kept: &'a mut [T::Real],
+}
+
+impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
+        let zeros = [T::Real::ZERO; PIECE];
+        let (mut buffer, mut differences, mut powers) = (zeros, zeros, zeros);
+        let (mut target, mut products) = (zeros, zeros);
+        for (p, (partial, dots)) in self.partials.iter_mut().zip(self.dots).enumerate() {
+            let start = (self.first_piece + p) * PIECE;
+            let columns = start..(start + PIECE).min(self.x.len());
+            let len = columns.len();
+            let e = if self.kept.is_empty() {
+                &mut powers[..len]
+            } else {
+                &mut self.kept[p * PIECE..][..len]
+            };
+            let d = &mut differences[..len];
+            let (sums, x) = row::partial::<T, FORM, true, true, true, FUSED, S>(
+                simd,
+                self.x,
+                self.first_piece + p,
+                self.target,
+                self.transforms,
+                e,
+                d,
+                &mut buffer,
+            );
+            let beside = self.general.piece(self.row, &columns, &mut target);
+            let relative_to = (self.transforms.1, sums.largest);
+            *dots = general::dots(&beside, d, e, FORM, relative_to, x, &mut products);
+            *partial = sums;
         }
     }
 }
@@ -82,7 +133,9 @@ pub(super) struct Gradients<'a, T: Element, const FORM: Form> {
     pub out: &'a GradRows<'a, T>,
     pub row: usize,
     pub columns: std::ops::Range<usize>,
+    /// The class that was left out of the sums; none where classes are put right afterwards.
     pub target: usize,
+    pub values: &'a ClassValues,
     pub transform: &'a Transform<T::Real>,
     pub exact: &'a Transform<f64>,
     pub factors: &'a GradFactors<T::Real>,
@@ -106,9 +159,53 @@ impl<T: Element, const FORM: Form> Task for Gradients<'_, T, FORM> {
             );
             if columns.contains(&self.target) {
                 let at = self.target - start;
-                result[T::position(at, x.len())] =
-                    row::target_gradient::<T, FORM>(x[at], self.exact, self.factors);
+                let named = (self.target, 1.0, true);
+                result[T::position(at, x.len())] = row::named_gradient::<T, FORM>(
+                    x[at],
+                    named,
+                    self.values,
+                    self.exact,
+                    self.factors,
+                );
             }
+            // SAFETY: as above.
+            let grad = unsafe { self.out.stretch(self.row, columns) };
+            T::narrow(&result[..grad.len()], grad);
+        }
+    }
+}
+
+/// Gradient of consecutive pieces of a row of the general kind; wrong for classes that the target names.
+pub(super) struct GeneralGradients<'a, T: Element, const FORM: Form> {
+    pub logits: Logits<'a, T>,
+    pub out: &'a GradRows<'a, T>,
+    pub row: usize,
+    pub columns: std::ops::Range<usize>,
+    pub general: &'a General<'a, T::Real>,
+    pub transform: &'a Transform<T::Real>,
+    pub exact: &'a Transform<f64>,
+    pub factors: &'a GradFactors<T::Real>,
+}
+
+impl<T: Element, const FORM: Form> Task for GeneralGradients<'_, T, FORM> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        let zeros = [T::Real::ZERO; PIECE];
+        let (mut result, mut buffer, mut target) = (zeros, zeros, zeros);
+        for start in self.columns.clone().step_by(PIECE) {
+            let columns = start..(start + PIECE).min(self.columns.end);
+            let beside = self.general.piece(self.row, &columns, &mut target);
+            // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
+            let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
+            row::general_gradient::<T, FORM, FUSED>(
+                x,
+                &beside,
+                &mut result,
+                self.transform,
+                self.factors,
+                self.exact,
+                &mut buffer,
+            );
             // SAFETY: as above.
             let grad = unsafe { self.out.stretch(self.row, columns) };
             T::narrow(&result[..grad.len()], grad);
@@ -142,6 +239,38 @@ impl<T: Element, const FORM: Form> Task for KeptGradients<'_, T, FORM> {
             };
             let (factors, exact) = (self.factors, self.exact);
             row::gradient_of_kept::<T, FORM, FUSED>(kept, grad, partial, factors, exact);
+        }
+    }
+}
+
+/// [`KeptGradients`] of a row of the general kind.
+pub(super) struct KeptGeneralGradients<'a, T: Element, const FORM: Form> {
+    pub of: KeptGradients<'a, T, FORM>,
+    pub general: &'a General<'a, T::Real>,
+}
+
+impl<T: Element, const FORM: Form> Task for KeptGeneralGradients<'_, T, FORM> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        let Self { of, general } = self;
+        let zeros = [T::Real::ZERO; PIECE];
+        let (mut buffer, mut target) = (zeros, zeros);
+        for (p, partial) in of.partials.iter().enumerate() {
+            let end = ((p + 1) * PIECE).min(of.kept.len());
+            let kept = &mut of.kept[p * PIECE..end];
+            let columns = of.first_column + p * PIECE..of.first_column + end;
+            let beside = general.piece(of.row, &columns, &mut target);
+            // SAFETY: these columns of this row are this task's alone.
+            let grad = unsafe { of.out.stretch(of.row, columns) };
+            row::general_gradient_of_kept::<T, FORM, FUSED>(
+                kept,
+                &beside,
+                grad,
+                partial,
+                of.factors,
+                of.exact,
+                &mut buffer,
+            );
         }
     }
 }

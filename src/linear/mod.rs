@@ -11,6 +11,7 @@ use crate::{
     call::Call,
     options::{CrossEntropy, Reduction},
     results::RowStats,
+    targets::Targets,
 };
 
 pub(crate) fn forward(
@@ -18,7 +19,7 @@ pub(crate) fn forward(
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    targets: &Tensor,
+    targets: &Targets,
     stats: bool,
 ) -> Result<(Tensor, Option<RowStats>)> {
     let call = Call::linear(options, hidden, weight, bias, targets)?;

@@ -7,7 +7,11 @@ use candle_core::{
     backend::BackendStorage, bail,
 };
 
-use crate::{call::Call, options::CrossEntropy};
+use crate::{
+    call::{Call, ClassValues},
+    options::CrossEntropy,
+    targets::Targets,
+};
 
 /// The rows that need logits, where not all do.
 pub(super) struct ChosenRows {
@@ -20,7 +24,7 @@ impl ChosenRows {
     /// Those that are not ignored and have a weight, or all that are not ignored where statistics are asked for. `None`
     /// where all rows do, or where finding out would wait for the device.
     pub fn of(options: &CrossEntropy, call: &Call, stats: bool) -> Result<Option<Self>> {
-        let device = call.targets.device();
+        let device = call.device();
         let Some(ids) = rows_that_count(options, call, stats)? else {
             return Ok(None);
         };
@@ -117,14 +121,16 @@ impl CustomOp1 for SelectRows {
 
 /// The numbers of [`ChosenRows`].
 fn rows_that_count(options: &CrossEntropy, call: &Call, stats: bool) -> Result<Option<Vec<u32>>> {
-    let on_cpu = call.targets.device().is_cpu();
+    let on_cpu = call.device().is_cpu();
     if call.rows == 0 || !(on_cpu || options.compact_rows) {
         return Ok(None);
     }
+    let classes = ClassValues::default(); // no row counts more or less for its class's weight
     let rows = if on_cpu || call.check_inputs {
-        call.read_rows()?.into_iter().map(Ok).collect()
+        let rows = call.read_rows(&classes)?.rows;
+        rows.into_iter().map(Ok).collect()
     } else {
-        call.read_each_row()? // bad rows stay, to become NaN
+        call.read_each_row(&classes, &mut Vec::new())? // bad rows stay, to become NaN
     };
     let ids: Vec<u32> = (0..)
         .zip(&rows)
@@ -135,6 +141,13 @@ fn rows_that_count(options: &CrossEntropy, call: &Call, stats: bool) -> Result<O
         })
         .map(|(i, _)| i)
         .collect();
+    if let Targets::Probabilities(values) = &call.targets
+        && ids.len() < call.rows
+    {
+        // Here, where rows have their own numbers, and are all there.
+        let read = call.probability_reader(values)?;
+        (0..call.rows).try_for_each(|i| read(i).map(drop))?;
+    }
     Ok(match ids.len() {
         0 if !on_cpu => Some(NOTHING.to_vec()),
         n if n < call.rows => Some(ids),

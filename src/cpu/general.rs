@@ -1,0 +1,560 @@
+//! What a row may have beside its logits: values of the classes, and a probability for each as its target. From these and
+//! the exponents of a piece (`row`), the sums that loss and gradient need, and what the gradient subtracts.
+
+use std::ops::Range;
+
+use candle_core::{
+    CpuStorage, Layout, Result, Storage, StorageRef, Tensor, backend::BackendStorage, bail,
+};
+use half::{bf16, f16};
+
+use super::{
+    element::Element,
+    memory::{Starts, readable},
+    real::Real,
+    row::{CAPPED, Form, LANES, PIECE, SCALED, Transform},
+    tasks::{Task, dispatch},
+};
+use crate::call::{ClassValues, bad_probability};
+
+/// All of a call, or of a tile of it.
+pub(super) struct General<'a, R> {
+    vectors: ClassVectors<R>,
+    probabilities: Option<(&'a Probabilities<'a>, Tile)>,
+}
+
+/// First row and first class.
+type Tile = (usize, usize);
+
+/// Values of the classes, `None` for 1.
+struct ClassVectors<R> {
+    /// c·u: what smoothing is multiplied by.
+    shares: Option<Vec<R>>,
+    weights: Option<Vec<R>>,
+    prior: Option<Vec<R>>,
+}
+
+/// What stands beside a piece.
+#[derive(Clone, Copy)]
+pub(super) struct Beside<'a, R> {
+    shares: Option<&'a [R]>,
+    weights: Option<&'a [R]>,
+    prior: Option<&'a [R]>,
+    target: Option<&'a [R]>,
+}
+
+impl<R: Real> Beside<'_, R> {
+    pub const NOTHING: Self = Self {
+        shares: None,
+        weights: None,
+        prior: None,
+        target: None,
+    };
+
+    /// What [`subtrahends`] has of class `k`.
+    pub fn subtrahend(&self, k: usize, share: f64, target: f64) -> f64 {
+        let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
+        let t = self.target.map_or(0.0, |target| target[k].f64());
+        share * at(self.shares) + target * at(self.weights) * t
+    }
+}
+
+impl<'a, R: Real> General<'a, R> {
+    /// Of rows from `rows.start` on and of the classes `columns`.
+    pub fn new(
+        classes: &ClassValues,
+        probabilities: Option<&'a Probabilities<'a>>,
+        first_row: usize,
+        columns: &Range<usize>,
+    ) -> Self {
+        let vector = |values: &Option<Vec<f64>>| -> Option<Vec<R>> {
+            let values = values.as_ref()?;
+            Some(values[columns.clone()].iter().map(|&v| R::of(v)).collect())
+        };
+        let shares = (classes.weights.is_some() || classes.prior.is_some()).then(|| {
+            let share = |k| R::of(classes.weight(k) * classes.prior(k));
+            columns.clone().map(share).collect()
+        });
+        Self {
+            vectors: ClassVectors {
+                shares,
+                // For targets that are probabilities: a class's is known where it is used.
+                weights: probabilities.and_then(|_| vector(&classes.weights)),
+                prior: vector(&classes.prior),
+            },
+            probabilities: probabilities.map(|values| (values, (first_row, columns.start))),
+        }
+    }
+
+    /// Of `columns` of a row. `buffer` is scratch memory.
+    pub fn piece<'b>(
+        &'b self,
+        row: usize,
+        columns: &Range<usize>,
+        buffer: &'b mut [R; PIECE],
+    ) -> Beside<'b, R> {
+        let ClassVectors {
+            shares,
+            weights,
+            prior,
+        } = &self.vectors;
+        let target = match &self.probabilities {
+            Some((values, (first_row, first_class))) => {
+                let start = first_class + columns.start;
+                let columns = start..start + columns.len();
+                Some(values.stretch(first_row + row, columns, buffer))
+            }
+            None => None,
+        };
+        Beside {
+            shares: part(shares, columns),
+            weights: part(weights, columns),
+            prior: part(prior, columns),
+            target,
+        }
+    }
+}
+
+fn part<'a, R>(values: &'a Option<Vec<R>>, columns: &Range<usize>) -> Option<&'a [R]> {
+    match values {
+        Some(values) => Some(&values[columns.clone()]),
+        None => None,
+    }
+}
+
+/// Rows of probabilities, of any float type.
+pub(super) struct Probabilities<'a> {
+    values: Floats<'a>,
+    starts: Starts,
+}
+
+enum Floats<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+impl<'a> Probabilities<'a> {
+    pub fn new((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Self> {
+        let values = match storage {
+            CpuStorage::F32(values) => Floats::F32(values),
+            CpuStorage::F64(values) => Floats::F64(values),
+            CpuStorage::F16(values) => Floats::F16(values),
+            CpuStorage::BF16(values) => Floats::BF16(values),
+            other => bail!("targets: {:?}, must be a float type", other.dtype()),
+        };
+        Ok(Self {
+            values,
+            starts: readable(layout)?,
+        })
+    }
+
+    /// `columns` of a row, in the buffer if they are not of type `R`.
+    fn stretch<'b, R: Real>(
+        &'b self,
+        row: usize,
+        columns: Range<usize>,
+        buffer: &'b mut [R; PIECE],
+    ) -> &'b [R] {
+        let start = self.starts.of(row) + columns.start;
+        let here = start..start + columns.len();
+        let buffer = &mut buffer[..columns.len()];
+        match self.values {
+            Floats::F32(values) => {
+                let values = &values[here];
+                match R::same_f32(values) {
+                    Some(values) => return values,
+                    None => convert(values, buffer),
+                }
+            }
+            Floats::F64(values) => {
+                let values = &values[here];
+                match R::same_f64(values) {
+                    Some(values) => return values,
+                    None => {
+                        for (to, &from) in buffer.iter_mut().zip(values) {
+                            *to = R::of(from);
+                        }
+                    }
+                }
+            }
+            Floats::F16(values) => widen(&values[here], buffer),
+            Floats::BF16(values) => widen(&values[here], buffer),
+        }
+        buffer
+    }
+
+    /// The error for the first bad one of a row's classes; of rows so numbered.
+    pub fn error_in(&self, row: usize, vocab: usize) -> candle_core::Error {
+        let mut value = [0.0f64; PIECE];
+        for class in 0..vocab {
+            let value = self.stretch(row, class..class + 1, &mut value)[0];
+            // As f32, which it may be beyond.
+            if !((value as f32).is_finite() && value >= 0.0) {
+                return bad_probability(row, class, value);
+            }
+        }
+        unreachable!("one of them is bad")
+    }
+}
+
+fn convert<R: Real>(from: &[f32], to: &mut [R]) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = R::of(f64::from(from));
+    }
+}
+
+fn widen<T: Element<Real = f32>, R: Real>(from: &[T], to: &mut [R]) {
+    let mut singles = [0.0f32; 64];
+    for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+        let singles = &mut singles[..from.len()];
+        T::widen_in_order(from, singles);
+        match R::same_f32(singles) {
+            Some(values) => to.copy_from_slice(values),
+            None => convert(singles, to),
+        }
+    }
+}
+
+/// The tensor of probabilities, locked for reading while the rows are at work.
+pub(super) struct Locked<'a>(Option<(StorageRef<'a>, &'a Layout)>);
+
+impl<'a> Locked<'a> {
+    pub fn of(probabilities: Option<&'a Tensor>) -> Self {
+        Self(probabilities.map(|values| values.storage_and_layout()))
+    }
+
+    pub fn rows(&self) -> Result<Option<Probabilities<'_>>> {
+        let Some((storage, layout)) = &self.0 else {
+            return Ok(None);
+        };
+        match &**storage {
+            Storage::Cpu(storage) => Ok(Some(Probabilities::new((storage, layout))?)),
+            _ => bail!("targets: on another device than the logits"),
+        }
+    }
+}
+
+/// Sums over the classes of a stretch of a row against what stands beside them, relative to the largest logit as in
+/// [`Partial`](super::row::Partial). Masked classes count in nothing but the target's masses.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Dots {
+    /// Of c·u.
+    pub shares: Sum,
+    /// Σ u, Σ u·exp d, Σ u².
+    pub prior: [f64; 3],
+    /// Of the target's probabilities t, and of c·t.
+    pub target: Sum,
+    pub weighted_target: Sum,
+    /// Σ t·exp d, Σ t², Σ t·u.
+    pub target_products: [f64; 3],
+    /// Whether a masked class has a probability above 0.
+    pub out_of_reach: bool,
+    /// Whether a probability is negative or not finite.
+    pub bad: bool,
+}
+
+/// Σ a and Σ a·d.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sum {
+    pub mass: f64,
+    pub linear: f64,
+}
+
+impl Sum {
+    fn relative(self, by: f64) -> Self {
+        let shift = if self.mass == 0.0 {
+            0.0
+        } else {
+            by * self.mass
+        };
+        Self {
+            linear: self.linear + shift,
+            ..self
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            mass: self.mass + other.mass,
+            linear: self.linear + other.linear,
+        }
+    }
+}
+
+impl Dots {
+    /// The same sums relative to a logit beyond theirs, by which exponents change.
+    pub fn relative(self, by: f64) -> Self {
+        if by == 0.0 {
+            return self;
+        }
+        let factor = by.exp();
+        let ([u, u_exp, u_squares], [t_exp, t_squares, t_u]) = (self.prior, self.target_products);
+        Self {
+            shares: self.shares.relative(by),
+            prior: [u, u_exp * factor, u_squares],
+            target: self.target.relative(by),
+            weighted_target: self.weighted_target.relative(by),
+            target_products: [t_exp * factor, t_squares, t_u],
+            ..self
+        }
+    }
+
+    pub fn plus(self, other: Self) -> Self {
+        let add = |a: [f64; 3], b: [f64; 3]| [a[0] + b[0], a[1] + b[1], a[2] + b[2]];
+        Self {
+            shares: self.shares.plus(other.shares),
+            prior: add(self.prior, other.prior),
+            target: self.target.plus(other.target),
+            weighted_target: self.weighted_target.plus(other.weighted_target),
+            target_products: add(self.target_products, other.target_products),
+            out_of_reach: self.out_of_reach || other.out_of_reach,
+            bad: self.bad || other.bad,
+        }
+    }
+
+    /// The masses of the target's probabilities of masked classes.
+    #[cold]
+    fn add_masked_target<R: Real>(&mut self, beside: &Beside<R>, e: &[R]) {
+        self.out_of_reach = true;
+        for (k, _) in e.iter().enumerate().filter(|(_, e)| e.is_negative()) {
+            let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
+            let t = at(beside.target);
+            self.target.mass += t;
+            self.weighted_target.mass += at(beside.weights) * t;
+        }
+    }
+
+    fn is_finite(&self) -> bool {
+        let sums = [self.shares, self.target, self.weighted_target];
+        sums.iter().all(|sum| sum.linear.is_finite())
+    }
+}
+
+/// The sums of the piece `x` from its exponents d, 0 for masked classes and for a target that is left out, and their
+/// exponentials, −0 for these. `buffer` is scratch memory.
+pub(super) fn dots<R: Real>(
+    beside: &Beside<R>,
+    d: &[R],
+    e: &[R],
+    form: Form,
+    (exact, largest): (&Transform<f64>, f64),
+    x: &[R],
+    buffer: &mut [R; PIECE],
+) -> Dots {
+    let mut dots = Dots::default();
+    dispatch(Add {
+        beside,
+        d,
+        e,
+        buffer,
+        dots: &mut dots,
+    });
+    if !dots.is_finite() && !dots.bad {
+        match form {
+            CAPPED => resum::<R, CAPPED>(&mut dots, beside, e, exact, largest, x),
+            _ => resum::<R, SCALED>(&mut dots, beside, e, exact, largest, x),
+        }
+    }
+    dots
+}
+
+/// [`dots`] as work for the instruction set, apart from what depends on the logits' type.
+struct Add<'a, R> {
+    beside: &'a Beside<'a, R>,
+    d: &'a [R],
+    e: &'a [R],
+    buffer: &'a mut [R; PIECE],
+    dots: &'a mut Dots,
+}
+
+impl<R: Real> Task for Add<'_, R> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        let Self {
+            beside,
+            d,
+            e,
+            buffer,
+            dots,
+        } = self;
+        if let Some(shares) = beside.shares {
+            dots.shares = weigh::<R, FUSED>(shares, d, e).0;
+        }
+        if let Some(prior) = beside.prior {
+            let [u_exp, u_squares] = correlate::<R, FUSED>(prior, prior, e);
+            let (u, _) = weigh::<R, FUSED>(prior, d, e);
+            dots.prior = [u.mass, u_exp, u_squares];
+        }
+        if let Some(target) = beside.target {
+            let (sum, least) = weigh::<R, FUSED>(target, d, e);
+            let [t_exp, t_squares] = correlate::<R, FUSED>(target, target, e);
+            let t_u = match beside.prior {
+                Some(prior) => correlate::<R, FUSED>(target, prior, e)[1],
+                None => sum.mass,
+            };
+            dots.target = sum;
+            dots.target_products = [t_exp, t_squares, t_u];
+            dots.weighted_target = sum;
+            if let Some(weights) = beside.weights {
+                let weighted = &mut buffer[..d.len()];
+                for ((to, &t), &c) in weighted.iter_mut().zip(target).zip(weights) {
+                    *to = t * c;
+                }
+                dots.weighted_target = weigh::<R, FUSED>(weighted, d, e).0;
+            }
+            let mut reached = false;
+            for (&t, &e) in target.iter().zip(e) {
+                reached |= e.is_negative() & (t != R::ZERO);
+            }
+            if reached {
+                dots.add_masked_target(beside, e);
+            }
+            dots.bad = least < R::ZERO || !dots.target.mass.is_finite();
+        }
+    }
+}
+
+/// Takes the sums of products with d in f64: exponents may be beyond the type.
+#[cold]
+fn resum<R: Real, const FORM: Form>(
+    dots: &mut Dots,
+    beside: &Beside<R>,
+    e: &[R],
+    transform: &Transform<f64>,
+    largest: f64,
+    x: &[R],
+) {
+    let reference = transform.relative_to::<FORM, true>(largest);
+    let [mut shares, mut target, mut weighted] = [0.0; 3];
+    for (k, &x) in x.iter().enumerate().filter(|&(k, _)| !e[k].is_negative()) {
+        let (d, _) = transform.difference::<FORM, true>(x.f64(), &reference);
+        let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
+        let add = |sum: &mut f64, a: f64| *sum += if a == 0.0 { 0.0 } else { a * d };
+        add(&mut shares, at(beside.shares));
+        add(&mut target, at(beside.target));
+        add(&mut weighted, at(beside.target) * at(beside.weights));
+    }
+    dots.shares.linear = shares;
+    dots.target.linear = target;
+    dots.weighted_target.linear = weighted;
+}
+
+/// Σ a and Σ a·d over the classes that are not masked, and the least a, if it is below 0.
+#[inline(always)]
+fn weigh<R: Real, const FUSED: bool>(a: &[R], d: &[R], e: &[R]) -> (Sum, R) {
+    let zero = R::ZERO;
+    let (mut mass, mut linear, mut least) = ([zero; LANES], [zero; LANES], [zero; LANES]);
+    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+    let (d_chunks, d_rest) = d.as_chunks::<LANES>();
+    let (e_chunks, e_rest) = e.as_chunks::<LANES>();
+    let (a_last, d_last, e_last) = (padded(a_rest), padded(d_rest), padded(e_rest));
+    for c in 0..a.len().div_ceil(LANES) {
+        let (a, d, e) = if c < a_chunks.len() {
+            (&a_chunks[c], &d_chunks[c], &e_chunks[c])
+        } else {
+            (&a_last, &d_last, &e_last)
+        };
+        for l in 0..LANES {
+            let counted = if e[l].is_negative() { zero } else { a[l] };
+            mass[l] = mass[l] + counted;
+            linear[l] = a[l].fma::<FUSED>(d[l], linear[l]);
+            least[l] = if a[l] < least[l] { a[l] } else { least[l] };
+        }
+    }
+    let mut smallest = zero;
+    for l in 0..LANES {
+        smallest = if least[l] < smallest {
+            least[l]
+        } else {
+            smallest
+        };
+    }
+    let sum = Sum {
+        mass: super::row::total(&mass),
+        linear: super::row::total(&linear),
+    };
+    (sum, smallest)
+}
+
+/// Σ a·e and Σ a·b, over the classes that are not masked.
+#[inline(always)]
+fn correlate<R: Real, const FUSED: bool>(a: &[R], b: &[R], e: &[R]) -> [f64; 2] {
+    let zero = R::ZERO;
+    let (mut with_exp, mut with_b) = ([zero; LANES], [zero; LANES]);
+    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
+    let (e_chunks, e_rest) = e.as_chunks::<LANES>();
+    let (a_last, b_last, e_last) = (padded(a_rest), padded(b_rest), padded(e_rest));
+    for c in 0..a.len().div_ceil(LANES) {
+        let (a, b, e) = if c < a_chunks.len() {
+            (&a_chunks[c], &b_chunks[c], &e_chunks[c])
+        } else {
+            (&a_last, &b_last, &e_last)
+        };
+        for l in 0..LANES {
+            let counted = if e[l].is_negative() { zero } else { a[l] };
+            with_exp[l] = a[l].fma::<FUSED>(e[l], with_exp[l]);
+            with_b[l] = counted.fma::<FUSED>(b[l], with_b[l]);
+        }
+    }
+    [super::row::total(&with_exp), super::row::total(&with_b)]
+}
+
+#[inline(always)]
+fn padded<R: Real>(rest: &[R]) -> [R; LANES] {
+    let mut padded = [R::ZERO; LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    padded
+}
+
+/// What a row's gradient subtracts from its multiples of probabilities: share·c·u + target·c·t.
+pub(super) fn subtrahends<R: Real>(beside: &Beside<R>, share: R, target: R, out: &mut [R]) {
+    dispatch(Subtrahends {
+        beside,
+        share,
+        target,
+        out,
+    });
+}
+
+struct Subtrahends<'a, R> {
+    beside: &'a Beside<'a, R>,
+    share: R,
+    target: R,
+    out: &'a mut [R],
+}
+
+impl<R: Real> Task for Subtrahends<'_, R> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        let Self {
+            beside,
+            share,
+            target,
+            out,
+        } = self;
+        match beside.shares {
+            Some(shares) => {
+                for (out, &v) in out.iter_mut().zip(shares) {
+                    *out = share * v;
+                }
+            }
+            None => out.fill(share),
+        }
+        match (beside.target, beside.weights) {
+            (Some(t), Some(c)) => {
+                for ((out, &t), &c) in out.iter_mut().zip(t).zip(c) {
+                    *out = (target * c).fma::<FUSED>(t, *out);
+                }
+            }
+            (Some(t), None) => {
+                for (out, &t) in out.iter_mut().zip(t) {
+                    *out = target.fma::<FUSED>(t, *out);
+                }
+            }
+            (None, _) => {}
+        }
+    }
+}
