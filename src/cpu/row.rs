@@ -825,7 +825,7 @@ pub(super) fn finish<const FORM: Form>(
     )
 }
 
-/// Factors of a row's gradient: dx_k = (exponential·e_k − entropy·e_k·d_k − share·c_k·u_k − target·c_k·t_k)·slope_k, where
+/// Factors of a row's gradient: dx_k = (exponential·e_k − entropy·e_k·d_k − share·c_k·u_k − target·c_k·t_k)·outer·slope_k, where
 /// t is the target's probabilities if it has one for each class; classes that it names are put right afterwards.
 pub(super) struct GradFactors<R> {
     /// The largest logit.
@@ -834,8 +834,11 @@ pub(super) struct GradFactors<R> {
     share: R,
     entropy: R,
     target: R,
-    /// The same four, and whether what they make is in R's range.
-    exact: [f64; 4],
+    /// Multiplies all of it in rows of the general kind, where p and q may cancel: neither's rounding may be more than its
+    /// own. 1 in others, whose factors have it.
+    outer: R,
+    /// The same five, and whether what they make is in R's range.
+    exact: [f64; 5],
     pub in_range: bool,
     any_masked: bool,
     /// Gradient of a masked class: 0, but NaN in a row that is NaN.
@@ -850,7 +853,7 @@ pub(super) struct GradFactors<R> {
 
 impl<R: Real> GradFactors<R> {
     /// `scale` is everything that multiplies dz but the row's weight; `None` where the whole row's gradient is 0.
-    pub fn new(call: &Call, row: &Row, n: &Normaliser, scale: f64) -> Option<Self> {
+    pub fn new(call: &Call, row: &Row, n: &Normaliser, scale: f64, general: bool) -> Option<Self> {
         let scale = scale * row.weight;
         if row.weight == 0.0 || n.classes == 0 {
             return None;
@@ -869,24 +872,27 @@ impl<R: Real> GradFactors<R> {
         };
         let scale = scale * f64::from(call.logit_scale);
         let inverse_sum = (-n.log_sum).exp();
+        let (inner, outer) = if general { (1.0, scale) } else { (scale, 1.0) };
         let exact = [
-            scale * (n.mass + lse_slope + beta * n.mean) * inverse_sum,
-            scale * share,
-            scale * beta * inverse_sum,
-            scale * (1.0 - row.smoothing),
+            inner * (n.mass + lse_slope + beta * n.mean) * inverse_sum,
+            inner * share,
+            inner * beta * inverse_sum,
+            inner * (1.0 - row.smoothing),
+            outer,
         ];
-        let [exponential, scaled_share, entropy, target] = exact.map(R::of);
+        let [exponential, scaled_share, entropy, target, outer] = exact.map(R::of);
         Some(Self {
             largest: R::of(n.largest),
             exponential,
             share: scaled_share,
             entropy,
             target,
+            outer,
             exact,
             // With room for their sum, and the exponent that multiplies the third.
             in_range: exact
                 .iter()
-                .zip([4.0, 4.0, 1e4, 4.0])
+                .zip([4.0, 4.0, 1e4, 4.0, 1.0])
                 .all(|(&x, room)| !(R::of(room * x).f64().is_infinite() && x.is_finite())),
             any_masked: n.classes != call.vocab,
             masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
@@ -993,7 +999,7 @@ pub(super) fn general_gradient<T: Element, const FORM: Form, const FUSED: bool>(
             d
         };
         let factor = d.fma::<FUSED>(-factors.entropy, factors.exponential);
-        let dz = d.exp::<FUSED>().fma::<FUSED>(factor, -*g);
+        let dz = d.exp::<FUSED>().fma::<FUSED>(factor, -*g) * factors.outer;
         let dx = if FORM == CAPPED { dz * slope } else { dz };
         *g = if x == T::Real::NEG_INFINITY {
             factors.masked
@@ -1013,7 +1019,7 @@ fn gradient_in_f64<R: Real, const FORM: Form>(
     beside: &Beside<R>,
 ) {
     let reference = transform.relative_to::<FORM, true>(factors.largest.f64());
-    let [exponential, share, entropy, target] = factors.exact;
+    let [exponential, share, entropy, target, outer] = factors.exact;
     for (k, (g, &x)) in result.iter_mut().zip(x).enumerate() {
         let (d, slope) = transform.difference::<FORM, true>(x.f64(), &reference);
         let e = d.exp();
@@ -1021,7 +1027,7 @@ fn gradient_in_f64<R: Real, const FORM: Form>(
         *g = if x == R::NEG_INFINITY {
             factors.masked
         } else {
-            R::of((e * factor - beside.subtrahend(k, share, target)) * slope)
+            R::of((e * factor - beside.subtrahend(k, share, target)) * outer * slope)
         };
     }
 }
@@ -1065,7 +1071,7 @@ pub(super) fn general_gradient_of_kept<T: Element, const FORM: Form, const FUSED
     let subtracted = &mut buffer[..kept.len()];
     subtrahends(beside, factors.share, factors.target, subtracted);
     for (e, &subtracted) in kept.iter_mut().zip(&*subtracted) {
-        let dz = e.fma::<FUSED>(exponential, -subtracted);
+        let dz = e.fma::<FUSED>(exponential, -subtracted) * factors.outer;
         *e = if e.is_negative() { factors.masked } else { dz };
     }
     T::narrow(kept, grad);

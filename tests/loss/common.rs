@@ -1,7 +1,7 @@
 //! What the tests share: random problems, and comparisons with the f64 reference under the crate's stated tolerances.
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -141,6 +141,9 @@ pub enum Eps {
 pub struct Setup {
     pub eps: Eps,
     pub weights: Option<Vec<f32>>,
+    pub class_weights: Option<Vec<f32>>,
+    pub prior: Option<Vec<f32>>,
+    pub entropy: Eps,
     pub ignore: i64,
     pub z_loss: f32,
     pub softcap: Option<f32>,
@@ -154,6 +157,9 @@ impl Default for Setup {
         Self {
             eps: Eps::Uniform(0.0),
             weights: None,
+            class_weights: None,
+            prior: None,
+            entropy: Eps::Uniform(0.0),
             ignore: -100,
             z_loss: 0.0,
             softcap: None,
@@ -181,6 +187,17 @@ impl Setup {
         if let Some(weights) = &self.weights {
             loss = loss.row_weights(&per_row(weights));
         }
+        let per_class = |values: &Vec<f32>| Tensor::new(values.as_slice(), CPU).unwrap();
+        if let Some(weights) = &self.class_weights {
+            loss = loss.class_weights(&per_class(weights));
+        }
+        if let Some(prior) = &self.prior {
+            loss = loss.smoothing_prior(&per_class(prior));
+        }
+        loss = match &self.entropy {
+            Eps::Uniform(value) => loss.entropy_weight(*value),
+            Eps::PerRow(values) => loss.entropy_weight(per_row(values)),
+        };
         if let Some(c) = self.softcap {
             loss = loss.softcap(c);
         }
@@ -188,21 +205,6 @@ impl Setup {
             loss = loss.vocab_size(vocab);
         }
         loss
-    }
-
-    /// The factor of each row in the gradient, w·s over the divisor: what its absolute tolerance grows with.
-    pub fn row_factors(&self, targets: &[f64]) -> Vec<f64> {
-        let counted = |i: usize| targets[i] != self.ignore as f64;
-        let weight = |i: usize| self.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
-        let total: f64 = (0..targets.len()).filter(|&i| counted(i)).map(weight).sum();
-        let divisor = match self.reduction {
-            Reduction::None | Reduction::Sum => 1.0,
-            Reduction::Mean if total == 0.0 => 1.0,
-            Reduction::Mean => total,
-            Reduction::SumOver(n) => n,
-        };
-        let factor = |i| weight(i) * f64::from(self.scale) / divisor;
-        (0..targets.len()).map(factor).collect()
     }
 }
 
@@ -212,6 +214,15 @@ pub struct Problem {
     pub setup: Setup,
     pub logits: Tensor,
     pub targets: Tensor,
+    /// What takes the place of `targets`, whose shape it shares.
+    pub distribution: Option<Targets>,
+}
+
+/// Kinds of targets other than one class a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Probabilities(DType),
+    TopK(usize),
 }
 
 impl Problem {
@@ -238,7 +249,150 @@ impl Problem {
             setup,
             logits: tensor(x, shape, dtype),
             targets: targets(y, rows, DType::I64),
+            distribution: None,
         }
+    }
+
+    /// Values for all classes and a weight of the entropy.
+    pub fn general(mut self, seed: u64) -> Self {
+        let mut rng = rng(seed ^ 0x9e4e);
+        let width = self.logits.dims().last().copied().unwrap();
+        let vocab = self.setup.vocab.unwrap_or(width);
+        let rows = self.targets.elem_count();
+        let mut values = |least: f32| -> Vec<f32> {
+            let value = |k: usize| {
+                if k % 7 == 3 {
+                    0.0
+                } else {
+                    least + rng.random::<f32>()
+                }
+            };
+            (0..vocab.max(2)).map(value).take(vocab).collect()
+        };
+        self.setup.class_weights = Some(values(0.5));
+        self.setup.prior = Some(values(0.0));
+        let beta = |i: usize| [0.3, -0.2, 0.0, 1.0][i % 4];
+        self.setup.entropy = Eps::PerRow((0..rows).map(beta).collect());
+        self
+    }
+
+    /// Targets of another kind: near the model's own distribution, far from it, sure of one class, and not summing to 1; of
+    /// a few classes with some that are absent, named twice, or all absent.
+    pub fn with(mut self, kind: Kind, seed: u64) -> Self {
+        let mut rng = rng(seed ^ 0x7a26);
+        let (&width, dims) = self.logits.dims().split_last().unwrap();
+        let dims = dims.to_vec();
+        let rows: usize = dims.iter().product();
+        let vocab = self.setup.vocab.unwrap_or(width);
+        if matches!(kind, Kind::Probabilities(_)) {
+            // No row is ignored.
+            let mut x = values(&self.logits);
+            let mut y = values(&self.targets);
+            for (i, y) in y.iter_mut().enumerate().filter(|(_, y)| **y < 0.0) {
+                *y = 0.0;
+                let fresh = normal(&mut rng, vocab, 4.0);
+                x[i * width..][..vocab].copy_from_slice(&fresh);
+            }
+            self.logits = tensor(x, self.logits.dims(), self.logits.dtype());
+            let y = y.into_iter().map(|y| y as i64).collect();
+            self.targets = targets(y, &dims, DType::I64);
+        }
+        let x = values(&self.logits);
+        let y = values(&self.targets);
+        self.distribution = Some(match kind {
+            Kind::Probabilities(dtype) => {
+                let mut t = vec![f64::NAN; rows * width]; // padding is never read
+                for i in 0..rows {
+                    let row = &x[i * width..][..vocab];
+                    let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let distance = |k: usize| match i % 4 {
+                        0 => row[k] - largest,
+                        1 => 0.3 * (k % 11) as f64,
+                        2 => 0.9 * (row[k] - largest) + 0.1 * (k % 3) as f64,
+                        _ => 0.0,
+                    };
+                    let powers: Vec<f64> = (0..vocab).map(|k| distance(k).exp()).collect();
+                    let sum: f64 = powers.iter().sum();
+                    for k in 0..vocab {
+                        t[i * width + k] = match i % 4 {
+                            3 => f64::from(k as f64 == y[i]),
+                            2 => 0.7 * powers[k] / sum,
+                            _ => powers[k] / sum,
+                        };
+                    }
+                }
+                Targets::Probabilities(tensor(t, &[&dims[..], &[width]].concat(), dtype))
+            }
+            Kind::TopK(k) => {
+                let (mut classes, mut t) = (Vec::new(), Vec::new());
+                for i in 0..rows {
+                    for j in 0..k {
+                        let absent = j % 5 == 4 || (rows > 2 && i == rows / 2) || y[i] < 0.0;
+                        let class = match j {
+                            _ if absent => self.setup.ignore,
+                            0 => y[i] as i64,
+                            3 => *classes.last().unwrap(), // named twice
+                            _ => rng.random_range(0..vocab) as i64,
+                        };
+                        classes.push(class);
+                        t.push(match absent {
+                            true => f64::NAN, // not read
+                            false => rng.random::<f64>() * 1.5 / k as f64,
+                        });
+                    }
+                }
+                let shape = [&dims[..], &[k]].concat();
+                Targets::top_k(
+                    &targets(classes, &shape, DType::I64),
+                    &tensor(t, &shape, DType::F32),
+                )
+            }
+        });
+        self
+    }
+
+    /// What the entry points are given.
+    pub fn given(&self) -> Targets {
+        let classes = || Targets::Classes(self.targets.clone());
+        self.distribution.clone().unwrap_or_else(classes)
+    }
+
+    /// The factor of each row in the gradient, w·s and the largest c over the divisor: what its absolute tolerance grows
+    /// with.
+    pub fn row_factors(&self) -> Vec<f64> {
+        let (setup, y) = (&self.setup, values(&self.targets));
+        let class_weight = |k: usize| {
+            setup
+                .class_weights
+                .as_ref()
+                .map_or(1.0, |c| f64::from(c[k]))
+        };
+        let counted = |i: usize| match &self.distribution {
+            None => y[i] != setup.ignore as f64,
+            Some(Targets::TopK { classes, .. }) => {
+                let k = classes.elem_count() / y.len();
+                let ignored = |&class: &f64| class == setup.ignore as f64;
+                !values(classes)[i * k..(i + 1) * k].iter().all(ignored)
+            }
+            Some(_) => true,
+        };
+        let weight = |i: usize| setup.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
+        let count = |i: usize| match &self.distribution {
+            None if (0.0..1e9).contains(&y[i]) => weight(i) * class_weight(y[i] as usize),
+            _ => weight(i),
+        };
+        let rows = y.len();
+        let total: f64 = (0..rows).filter(|&i| counted(i)).map(count).sum();
+        let divisor = match setup.reduction {
+            Reduction::None | Reduction::Sum => 1.0,
+            Reduction::Mean if total == 0.0 => 1.0,
+            Reduction::Mean => total,
+            Reduction::SumOver(n) => n,
+        };
+        let classes = setup.class_weights.iter().flatten();
+        let largest = classes.fold(1.0, |most: f64, &c| most.max(c.into()));
+        let factor = |i| weight(i) * f64::from(setup.scale) * largest / divisor;
+        (0..rows).map(factor).collect()
     }
 
     /// Every option at once, with rows of ε 0 and 1, rows of weight 0, ignored first and last rows.
@@ -261,6 +415,7 @@ impl Problem {
             scale: 0.75,
             vocab: Some(width - width / 8),
             reduction,
+            ..Setup::default()
         };
         let mut problem = Self::random(seed, shape, dtype, setup);
         if rows >= 3 {
@@ -287,23 +442,26 @@ impl Problem {
     }
 
     pub fn reference(&self) -> LossAndGrad {
-        self.loss().reference(&self.logits, &self.targets).unwrap()
+        self.loss().reference(&self.logits, self.given()).unwrap()
     }
 
     /// Compares every entry point with the reference.
     pub fn check(&self) -> Accuracy {
-        let Self {
-            logits, targets, ..
-        } = self;
+        let (logits, targets) = (&self.logits, &self.given());
         let loss = self.loss();
         let expected = self.reference();
         let untouched = bits(logits);
         let mut accuracy = Accuracy::new(logits.dtype());
         let context = || {
             format!(
-                "{} {:?} {:?}",
+                "{} {:?} {} {:?}",
                 logits.dtype().as_str(),
                 logits.dims(),
+                match &self.distribution {
+                    None => "",
+                    Some(Targets::TopK { .. }) => "top k",
+                    Some(_) => "probabilities",
+                },
                 self.setup
             )
         };
@@ -494,7 +652,7 @@ impl Accuracy {
             "shape of the gradient, {}",
             context()
         );
-        let factors = problem.setup.row_factors(&values(&problem.targets));
+        let factors = problem.row_factors();
         let width = expected.dims().last().copied().unwrap();
         let rows = values(actual).into_iter().zip(values(expected)).enumerate();
         for (i, (a, e)) in rows {

@@ -301,6 +301,7 @@ fn sure_of_the_target() {
                         setup,
                         logits: tensor(x, &[3, width], dtype),
                         targets: targets(y, &[3], DType::I64),
+                        distribution: None,
                     });
                 }
             }
@@ -508,6 +509,7 @@ fn strided_rows() {
                 setup,
                 logits: view.clone(),
                 targets: y.clone(),
+                distribution: None,
             };
             problem.check();
 

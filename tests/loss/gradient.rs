@@ -12,7 +12,7 @@ fn check(problem: &Problem) {
     let x = values(&problem.logits);
     let at = |x: Vec<f64>| {
         let logits = tensor(x, problem.logits.dims(), DType::F64);
-        values(&loss.reference(&logits, &problem.targets).unwrap().loss)
+        values(&loss.reference(&logits, problem.given()).unwrap().loss)
             .into_iter()
             .sum::<f64>()
     };
@@ -78,6 +78,73 @@ fn of_each_option() {
         eps: Eps::Uniform(0.5),
         ..Setup::default()
     }));
+}
+
+/// With a target of each kind; the loss is linear in t, c, u and β, so one set of values shows every term.
+#[test]
+fn of_each_kind_of_target() {
+    let kinds = [
+        None,
+        Some(Kind::Probabilities(DType::F64)),
+        Some(Kind::TopK(4)),
+    ];
+    for kind in kinds {
+        let with = |setup: Setup| {
+            let problem = problem(setup);
+            let problem = match kind {
+                None => problem,
+                Some(kind) => problem.with(kind, 1),
+            };
+            check(&problem);
+            problem
+        };
+        with(Setup::default());
+        let values = |start: f32| Some((0..7).map(|k| start + 0.3 * k as f32).collect());
+        for eps in [0.0, 0.3, 1.0] {
+            let smoothed = || Setup {
+                eps: Eps::Uniform(eps),
+                ..Setup::default()
+            };
+            with(smoothed());
+            with(Setup {
+                class_weights: values(0.0),
+                ..smoothed()
+            });
+            with(Setup {
+                prior: values(0.1),
+                ..smoothed()
+            });
+            for entropy in [0.4, -1.5] {
+                with(Setup {
+                    entropy: Eps::Uniform(entropy),
+                    ..smoothed()
+                });
+            }
+            let problem = with(Setup {
+                z_loss: 0.05,
+                softcap: Some(5.0),
+                scale: 0.9,
+                vocab: Some(6),
+                class_weights: Some(vec![0.5, 0.0, 1.0, 2.0, 0.25, 3.0]),
+                prior: Some(vec![0.5, 1.0, 0.0, 2.0, 0.25, 3.0]),
+                entropy: Eps::PerRow(vec![0.5, -0.25, 0.0]),
+                weights: Some(vec![0.5, 2.0, 3.0]),
+                reduction: Reduction::Sum,
+                ..smoothed()
+            });
+            // With masked classes, to which no part of the prior goes.
+            let mut x = self::values(&problem.logits);
+            let y = self::values(&problem.targets);
+            for (i, row) in x.chunks_mut(7).enumerate() {
+                let k = (i + 2) % 6;
+                if kind.is_none() && k != y[i] as usize {
+                    row[k] = f64::NEG_INFINITY;
+                }
+            }
+            let logits = tensor(x, &[3, 7], DType::F64);
+            check(&Problem { logits, ..problem });
+        }
+    }
 }
 
 #[test]

@@ -104,6 +104,7 @@ fn any_problem(rng: &mut StdRng) -> Problem {
         },
         targets,
         logits: tensor(x, &[rows, width + padding], dtype),
+        distribution: None,
     }
 }
 
@@ -160,6 +161,7 @@ fn a_scale_does_not_lose_the_largest_logit() {
             },
             logits: tensor(x.to_vec(), &[1, x.len()], dtype),
             targets: targets(vec![y], &[1], DType::I64),
+            distribution: None,
         };
         problem.check();
         let actual = problem
@@ -234,6 +236,7 @@ fn hidden_states_give_what_logits_give() {
                         setup: setup.clone(),
                         logits: logits.clone(),
                         targets: targets.clone(),
+                        distribution: None,
                     };
                     accuracy.grad(&problem, &grad, &expected.grad, context);
                 }

@@ -6,6 +6,7 @@ mod bad_input;
 mod common;
 mod cpu;
 mod determinism;
+mod distributions;
 mod drop_in;
 mod gradient;
 mod graph;

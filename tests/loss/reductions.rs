@@ -54,6 +54,7 @@ fn sum_and_mean_of_row_losses() {
             setup,
             logits,
             targets,
+            ..
         } = problem(dtype);
         let with = |reduction| {
             each(
@@ -95,6 +96,7 @@ fn losses_have_the_targets_shape_or_none() {
             setup,
             logits,
             targets,
+            ..
         } = problem(dtype);
         for (reduction, shape) in [
             (Reduction::None, &[2usize, 3][..]),
@@ -123,6 +125,7 @@ fn upstream_gradients() {
             setup,
             logits,
             targets,
+            ..
         } = problem(dtype);
         let var = Var::from_tensor(&logits).unwrap();
         for reduction in [Reduction::Sum, Reduction::Mean, Reduction::SumOver(9.0)] {

@@ -165,6 +165,7 @@ fn masked_classes_are_absent_classes() {
                 setup: problem_setup.clone(),
                 logits: short.clone(),
                 targets: want.stats.predicted.clone(),
+                distribution: None,
             };
             Accuracy::new(got.grad.dtype()).grad(
                 &problem,
