@@ -306,13 +306,14 @@ impl Problem {
                     let row = &x[i * width..][..vocab];
                     let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let distance = |k: usize| match i % 4 {
+                        _ if !row[k].is_finite() || !largest.is_finite() => -1e3,
                         0 => row[k] - largest,
                         1 => 0.3 * (k % 11) as f64,
                         2 => 0.9 * (row[k] - largest) + 0.1 * (k % 3) as f64,
                         _ => 0.0,
                     };
                     let powers: Vec<f64> = (0..vocab).map(|k| distance(k).exp()).collect();
-                    let sum: f64 = powers.iter().sum();
+                    let sum = powers.iter().sum::<f64>().max(1e-300); // all may be out of reach
                     for k in 0..vocab {
                         t[i * width + k] = match i % 4 {
                             3 => f64::from(k as f64 == y[i]),

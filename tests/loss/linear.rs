@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Result, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
 
 const REDUCTIONS: [Reduction; 4] = [
     Reduction::Mean,
@@ -20,6 +20,7 @@ struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
     targets: Tensor,
+    distribution: Option<Targets>,
     upstream: Tensor,
 }
 
@@ -47,6 +48,7 @@ impl Linear {
             bias: bias.then(|| random(&[width], 1.0)),
             upstream: tensor(normal(&mut rng, count, 1.0), rows, loss_dtype(dtype)),
             targets: problem.targets,
+            distribution: problem.distribution,
             setup: problem.setup,
         }
     }
@@ -62,6 +64,11 @@ impl Linear {
             ..Setup::default()
         };
         Self::new(Problem::random(seed, shape, dtype, setup), 24, false, seed)
+    }
+
+    fn given(&self) -> Targets {
+        let classes = || Targets::Classes(self.targets.clone());
+        self.distribution.clone().unwrap_or_else(classes)
     }
 
     fn loss(&self) -> CrossEntropy {
@@ -81,10 +88,10 @@ impl Linear {
         let variables = self.variables();
         let bias = variables.get(2).map(|bias| bias.as_tensor());
         let (value, stats) = loss
-            .forward_linear_with_stats(&variables[0], &variables[1], bias, &self.targets)
+            .forward_linear_with_stats(&variables[0], &variables[1], bias, self.given())
             .unwrap();
         let plain = loss
-            .forward_linear(&variables[0], &variables[1], bias, &self.targets)
+            .forward_linear(&variables[0], &variables[1], bias, self.given())
             .unwrap();
         // Rows of weight 0 take part in products only where they have statistics, so bits may differ.
         assert_all_close(&plain, &value, 1e-6);
@@ -127,7 +134,7 @@ impl Linear {
             .reshape([self.targets.dims(), &[width]].concat())
             .unwrap();
         let LossAndGrad { loss, grad, stats } =
-            self.loss().reference(&logits, &self.targets).unwrap();
+            self.loss().reference(&logits, self.given()).unwrap();
         let mut grad = grad.reshape((rows, width)).unwrap();
         if self.setup.reduction == Reduction::None {
             let upstream = f64(&self.upstream).reshape((rows, 1)).unwrap();
@@ -312,6 +319,46 @@ fn options_one_by_one() {
                 for tile in [3000, usize::MAX] {
                     let loss = linear.loss().tile_bytes(tile).memory_budget(0);
                     linear.check(&linear.run(&loss), &expected, &format!("{setup:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Every kind of target with values of the classes and a weight of the entropy, whichever tile the classes are in.
+#[test]
+fn target_distributions() {
+    let kinds = [
+        None,
+        Some(Kind::Probabilities(DType::F32)),
+        Some(Kind::TopK(1)),
+        Some(Kind::TopK(40)),
+    ];
+    for dtype in FLOATS {
+        for (seed, shape) in [
+            (0, vec![3, 5, 41]),
+            (1, vec![9, 300]),
+            (2, vec![90, 17]),
+            (3, vec![1, 2100]),
+        ] {
+            for (kind, reduction) in kinds.into_iter().zip(REDUCTIONS) {
+                for general in [true, false] {
+                    let mut problem = match general {
+                        true => Problem::everything(seed, &shape, dtype, reduction).general(seed),
+                        false => Problem::random(seed, &shape, dtype, Setup::default()),
+                    };
+                    if let Some(kind) = kind {
+                        problem = problem.with(kind, seed);
+                    }
+                    let linear = Linear::new(problem, 24, seed.is_multiple_of(2), seed);
+                    let expected = linear.exact();
+                    for (tile, budget) in
+                        [(0, 0), (3000, 4000), (3000, usize::MAX), (usize::MAX, 0)]
+                    {
+                        let loss = linear.loss().tile_bytes(tile).memory_budget(budget);
+                        let context = format!("{dtype:?} {shape:?} {kind:?}, tiles of {tile}");
+                        linear.check(&linear.run(&loss), &expected, &context);
+                    }
                 }
             }
         }

@@ -117,6 +117,27 @@ fn every_magnitude() {
     });
 }
 
+/// With values of the classes, a weight of the entropy, and targets of every kind.
+#[test]
+fn every_magnitude_of_target_distributions() {
+    cases(|rng| {
+        let seed = rng.random();
+        let mut problem = any_problem(rng);
+        if rng.random() {
+            problem = problem.general(seed);
+            // Below 0 it cancels, in the loss too.
+            let rows = problem.targets.elem_count();
+            problem.setup.entropy = Eps::PerRow([0.3, 0.0, 1.0].repeat(rows)[..rows].to_vec());
+        }
+        match rng.random_range(0..3) {
+            0 => {}
+            1 => problem = problem.with(Kind::TopK(rng.random_range(1..50)), seed),
+            _ => problem = problem.with(Kind::Probabilities(FLOATS[rng.random_range(0..4)]), seed),
+        }
+        problem.check();
+    });
+}
+
 /// Row i is the i-th unit vector and the projection the logits' transpose, so the products are the logits themselves.
 #[test]
 fn every_magnitude_from_hidden_states() {

@@ -2,14 +2,14 @@
 
 use crate::common::*;
 use candle_core::{DType, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, Reduction};
+use candle_cross_entropy::{CrossEntropy, Reduction, Targets};
 use serde_json::Value;
 
 struct Case {
     name: String,
     dtype: DType,
     logits: Tensor,
-    targets: Tensor,
+    targets: Targets,
     loss: CrossEntropy,
     json: Value,
 }
@@ -37,7 +37,7 @@ fn cases() -> Vec<Case> {
         .iter()
         .map(case)
         .collect();
-    assert!(cases.len() > 25, "only {} cases", cases.len());
+    assert!(cases.len() > 80, "only {} cases", cases.len());
     cases
 }
 
@@ -74,17 +74,44 @@ fn case(json: &Value) -> Case {
     if let Some(value) = json["ignore_index"].as_i64() {
         loss = loss.ignore_index(value);
     }
-    let y = json["targets"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|v| v.as_i64().unwrap())
-        .collect();
+    let vector = |key: &str| tensor(numbers(&json[key]), &[width], DType::F64);
+    if json["class_weights"].is_array() {
+        loss = loss.class_weights(&vector("class_weights"));
+    }
+    if json["prior"].is_array() {
+        loss = loss.smoothing_prior(&vector("prior"));
+    }
+    if json["entropy_weight"].is_array() {
+        loss = loss.entropy_weight(tensor(
+            numbers(&json["entropy_weight"]),
+            &[rows],
+            DType::F64,
+        ));
+    }
+    // (rows, …) by rows.
+    let matrix = |key: &str| -> Vec<f64> {
+        let rows = json[key].as_array().unwrap().iter();
+        rows.flat_map(numbers).collect()
+    };
+    let given: Targets = if json["probabilities"].is_array() {
+        tensor(matrix("probabilities"), &[rows, width], DType::F32).into()
+    } else if json["top_k"].is_array() {
+        let classes = matrix("top_k")
+            .into_iter()
+            .map(|k| k as i64)
+            .collect::<Vec<_>>();
+        let shape = [rows, classes.len() / rows];
+        let t = tensor(matrix("top_k_probabilities"), &shape, DType::F32);
+        Targets::top_k(&targets(classes, &shape, DType::I64), &t)
+    } else {
+        let y = numbers(&json["targets"]).into_iter().map(|y| y as i64);
+        targets(y.collect(), &[rows], DType::I64).into()
+    };
     Case {
         name: json["name"].as_str().unwrap().into(),
         dtype,
         logits: tensor(numbers(&json["logits"]), &[rows, width], dtype),
-        targets: targets(y, &[rows], DType::I64),
+        targets: given,
         loss: loss.reduction(match json["reduction"].as_str().unwrap() {
             "none" => Reduction::None,
             "sum" => Reduction::Sum,
