@@ -7,7 +7,7 @@
 use std::{hint::black_box, time::Duration};
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
-use candle_cross_entropy::CrossEntropy;
+use candle_cross_entropy::{CrossEntropy, Targets};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 const SHAPES: [(usize, usize); 2] = [(512, 32000), (256, 128256)];
@@ -35,6 +35,28 @@ impl Case {
 
     fn loss(&self) -> CrossEntropy {
         CrossEntropy::new().smoothing(&self.smoothing)
+    }
+
+    /// The loss and the targets with each option that is about all classes, or about several.
+    fn distributions(&self) -> Result<Vec<(&'static str, CrossEntropy, Targets)>> {
+        let (device, (n, v)) = (&Device::Cpu, self.logits.dims2()?);
+        let (loss, classes) = (self.loss(), Targets::from(&self.targets));
+        let values = Tensor::rand(0.5f32, 1.5f32, v, device)?;
+        let t = Tensor::rand(0f32, 2.0 / v as f32, (n, v), device)?;
+        let few = Tensor::rand(0f32, v as f32, (n, 32), device)?.to_dtype(DType::U32)?;
+        let few = Targets::top_k(&few, &Tensor::rand(0f32, 1.0 / 16.0, (n, 32), device)?);
+        let weighted = loss.clone().class_weights(&values);
+        Ok(vec![
+            ("class weights", weighted, classes.clone()),
+            (
+                "prior",
+                loss.clone().smoothing_prior(&values),
+                classes.clone(),
+            ),
+            ("entropy weight", loss.clone().entropy_weight(0.1), classes),
+            ("32 classes a row", loss.clone(), few),
+            ("probabilities", loss, t.into()),
+        ])
     }
 }
 
@@ -90,6 +112,15 @@ fn bench(c: &mut Criterion) {
                         .expect("loss")
                 });
             });
+            for (name, loss, targets) in case.distributions().expect("inputs") {
+                group.bench_function(id(&format!("loss_and_grad_inplace, {name}")), |b| {
+                    let logits = case.logits.copy().expect("copy");
+                    b.iter(|| {
+                        loss.loss_and_grad_inplace(logits.clone(), &targets)
+                            .expect("loss")
+                    });
+                });
+            }
             group.bench_function(id("loss_and_grad_inplace_without_stats"), |b| {
                 let logits = case.logits.copy().expect("copy");
                 let loss = case.loss();

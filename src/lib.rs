@@ -29,6 +29,20 @@
 //! loss_i = w_i · [ (1−ε_i)·nll + ε_i·smooth + λ·lse² ]
 //! ```
 //!
+//! In general a row has a target distribution t ([`Targets`]), a prior u that ε is spread by (even, or
+//! [one of the caller's](CrossEntropy::smoothing_prior), renormalised over the row's classes that are not masked),
+//! [class weights](CrossEntropy::class_weights) c and a [weight β of its entropy](CrossEntropy::entropy_weight)
+//! H = −Σ p log p:
+//!
+//! ```text
+//! q_k    = (1−ε)·t_k + ε·u_k                C = Σ_k c_k q_k
+//! loss_i = w_i · [ Σ_k c_k q_k (lse − z_k) + λ·lse² + β·H ]
+//! dz_k   = w_i · [ (C + 2λ·lse)·p_k − c_k q_k − β·p_k·(log p_k + H) ]
+//! ```
+//!
+//! Probabilities are used as they are and need not sum to 1. A probability above 0 of a masked class makes the loss +inf.
+//! On CUDA a row's target is one class so far, without these options: others are an error there.
+//!
 //! * ε is spread over all K classes, the target among them (PyTorch's convention).
 //! * A logit of −inf is a masked class: probability and gradient 0, no smoothing mass; K counts the others. A masked
 //!   target has loss +inf, a row with every class masked has loss +inf and gradient 0. The lowest finite value is a class
@@ -54,7 +68,7 @@
 //!
 //! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside, from the top:
 //!
-//! * `options` and `results` are what a caller sets and gets, `loss` the entry points; `reference` is the oracle.
+//! * `options`, `targets` and `results` are what a caller sets and gets, `loss` the entry points; `reference` is the oracle.
 //! * `call` checks the arguments of one call and brings them to the form that everything below reads; `rows` finds rows
 //!   in memory.
 //! * `op` ties the loss of logits into candle's graph, `linear` that of hidden states; `tiles` cuts the latter's logits.

@@ -6,7 +6,8 @@ use candle_core::Tensor;
 /// unless stated, 0 for ignored rows, and never takes part in a gradient.
 #[derive(Clone, Debug)]
 pub struct RowStats {
-    /// Negative log-likelihood of the target, −log p_y, in nats: without smoothing, weight and z-loss.
+    /// Negative log-likelihood of the target, −log p_y, or −Σ t log p of a distribution, in nats: without smoothing, weights
+    /// and z-loss.
     pub nll: Tensor,
     /// Log-sum-exp of the (scaled, capped) logits, in nats.
     pub lse: Tensor,
@@ -14,7 +15,8 @@ pub struct RowStats {
     pub entropy: Tensor,
     /// Probability of the predicted class.
     pub max_prob: Tensor,
-    /// ‖p − q‖², q the smoothed target: the squared norm of the gradient by z with w = 1 and no z-loss.
+    /// ‖p·Σq − q‖², q the smoothed target: the squared norm of the gradient by z with w = 1, no class weights, no weight of
+    /// the entropy and no z-loss.
     pub grad_norm_sq: Tensor,
     /// Class of the largest logit, the lowest index among equals; u32.
     pub predicted: Tensor,

@@ -12,7 +12,7 @@ use super::{
     element::Element,
     memory::{Starts, readable},
     real::Real,
-    row::{CAPPED, Form, LANES, PIECE, SCALED, Transform},
+    row::{CAPPED, Form, LANES, PIECE, SCALED, Transform, total},
     tasks::{Task, dispatch},
 };
 use crate::call::{ClassValues, bad_probability};
@@ -32,16 +32,61 @@ struct ClassVectors<R> {
     shares: Option<Vec<R>>,
     weights: Option<Vec<R>>,
     prior: Option<Vec<R>>,
+    weighted: bool,
 }
 
 /// What stands beside a piece.
 #[derive(Clone, Copy)]
 pub(super) struct Beside<'a, R> {
-    shares: Option<&'a [R]>,
-    weights: Option<&'a [R]>,
+    pub shares: Option<&'a [R]>,
+    pub weights: Option<&'a [R]>,
     prior: Option<&'a [R]>,
-    target: Option<&'a [R]>,
+    pub target: Option<&'a [R]>,
+    /// Whether the shares are not the prior alone.
+    weighted: bool,
 }
+
+/// Runs `$body` for each of `$items` and what is subtracted there of [share, target], as [`Beside::subtrahend`] says. One
+/// loop for whatever stands beside, so that each vectorises.
+macro_rules! for_each_class {
+    ($beside:expr, $factors:expr, $items:expr, $item:pat, $subtracted:ident => $body:expr) => {{
+        let [share, target] = $factors;
+        match ($beside.shares, $beside.target, $beside.weights) {
+            (None, None, _) => {
+                let $subtracted = share;
+                for $item in $items {
+                    $body
+                }
+            }
+            (Some(v), None, _) => {
+                for ($item, &v) in $items.zip(v) {
+                    let $subtracted = share * v;
+                    $body
+                }
+            }
+            // Weights are among the shares.
+            (None, Some(t), _) => {
+                for ($item, &t) in $items.zip(t) {
+                    let $subtracted = target.fma::<FUSED>(t, share);
+                    $body
+                }
+            }
+            (Some(v), Some(t), None) => {
+                for (($item, &v), &t) in $items.zip(v).zip(t) {
+                    let $subtracted = target.fma::<FUSED>(t, share * v);
+                    $body
+                }
+            }
+            (Some(v), Some(t), Some(c)) => {
+                for ((($item, &v), &t), &c) in $items.zip(v).zip(t).zip(c) {
+                    let $subtracted = (target * c).fma::<FUSED>(t, share * v);
+                    $body
+                }
+            }
+        }
+    }};
+}
+pub(super) use for_each_class;
 
 impl<R: Real> Beside<'_, R> {
     pub const NOTHING: Self = Self {
@@ -49,9 +94,10 @@ impl<R: Real> Beside<'_, R> {
         weights: None,
         prior: None,
         target: None,
+        weighted: false,
     };
 
-    /// What [`subtrahends`] has of class `k`.
+    /// What a row's gradient subtracts from its multiples of probabilities, share·c·u + target·c·t, of class `k`, in f64.
     pub fn subtrahend(&self, k: usize, share: f64, target: f64) -> f64 {
         let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
         let t = self.target.map_or(0.0, |target| target[k].f64());
@@ -77,6 +123,7 @@ impl<'a, R: Real> General<'a, R> {
         });
         Self {
             vectors: ClassVectors {
+                weighted: classes.weights.is_some(),
                 shares,
                 // For targets that are probabilities: a class's is known where it is used.
                 weights: probabilities.and_then(|_| vector(&classes.weights)),
@@ -97,6 +144,7 @@ impl<'a, R: Real> General<'a, R> {
             shares,
             weights,
             prior,
+            ..
         } = &self.vectors;
         let target = match &self.probabilities {
             Some((values, (first_row, first_class))) => {
@@ -111,6 +159,7 @@ impl<'a, R: Real> General<'a, R> {
             weights: part(weights, columns),
             prior: part(prior, columns),
             target,
+            weighted: self.vectors.weighted,
         }
     }
 }
@@ -315,12 +364,11 @@ impl Dots {
     }
 
     /// The masses of the target's probabilities of masked classes.
-    #[cold]
-    fn add_masked_target<R: Real>(&mut self, beside: &Beside<R>, e: &[R]) {
-        self.out_of_reach = true;
-        for (k, _) in e.iter().enumerate().filter(|(_, e)| e.is_negative()) {
+    fn add_masked_target<R: Real>(&mut self, beside: &Beside<R>, x: &[R]) {
+        for (k, _) in x.iter().enumerate().filter(|(_, x)| **x == R::NEG_INFINITY) {
             let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
             let t = at(beside.target);
+            self.out_of_reach |= t != 0.0;
             self.target.mass += t;
             self.weighted_target.mass += at(beside.weights) * t;
         }
@@ -332,29 +380,36 @@ impl Dots {
     }
 }
 
-/// The sums of the piece `x` from its exponents d, 0 for masked classes and for a target that is left out, and their
-/// exponentials, −0 for these. `buffer` is scratch memory.
+/// The logits x of a piece; their exponents d, 0 for masked classes and for a target that is left out; their exponentials e,
+/// −0 for these.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'a, R> {
+    pub x: &'a [R],
+    pub d: &'a [R],
+    pub e: &'a [R],
+    /// Whether any of its classes is masked or left out.
+    pub masked: bool,
+}
+
+/// The sums of a piece. `buffer` is scratch memory.
 pub(super) fn dots<R: Real>(
     beside: &Beside<R>,
-    d: &[R],
-    e: &[R],
+    piece: Piece<R>,
     form: Form,
     (exact, largest): (&Transform<f64>, f64),
-    x: &[R],
     buffer: &mut [R; PIECE],
 ) -> Dots {
     let mut dots = Dots::default();
     dispatch(Add {
         beside,
-        d,
-        e,
+        piece,
         buffer,
         dots: &mut dots,
     });
     if !dots.is_finite() && !dots.bad {
         match form {
-            CAPPED => resum::<R, CAPPED>(&mut dots, beside, e, exact, largest, x),
-            _ => resum::<R, SCALED>(&mut dots, beside, e, exact, largest, x),
+            CAPPED => resum::<R, CAPPED>(&mut dots, beside, piece, exact, largest),
+            _ => resum::<R, SCALED>(&mut dots, beside, piece, exact, largest),
         }
     }
     dots
@@ -363,8 +418,7 @@ pub(super) fn dots<R: Real>(
 /// [`dots`] as work for the instruction set, apart from what depends on the logits' type.
 struct Add<'a, R> {
     beside: &'a Beside<'a, R>,
-    d: &'a [R],
-    e: &'a [R],
+    piece: Piece<'a, R>,
     buffer: &'a mut [R; PIECE],
     dots: &'a mut Dots,
 }
@@ -374,45 +428,54 @@ impl<R: Real> Task for Add<'_, R> {
     fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
         let Self {
             beside,
-            d,
-            e,
+            piece,
             buffer,
             dots,
         } = self;
-        if let Some(shares) = beside.shares {
-            dots.shares = weigh::<R, FUSED>(shares, d, e).0;
+        if piece.masked {
+            add::<R, true, FUSED>(beside, piece, buffer, dots);
+        } else {
+            add::<R, false, FUSED>(beside, piece, buffer, dots);
         }
-        if let Some(prior) = beside.prior {
-            let [u_exp, u_squares] = correlate::<R, FUSED>(prior, prior, e);
-            let (u, _) = weigh::<R, FUSED>(prior, d, e);
-            dots.prior = [u.mass, u_exp, u_squares];
+    }
+}
+
+/// `MASKED` says that there are masked classes, or one that is left out.
+#[inline(always)]
+fn add<R: Real, const MASKED: bool, const FUSED: bool>(
+    beside: &Beside<R>,
+    piece: Piece<R>,
+    buffer: &mut [R; PIECE],
+    dots: &mut Dots,
+) {
+    if let Some(prior) = beside.prior {
+        let all = all_sums::<R, MASKED, FUSED>(prior, piece);
+        dots.prior = [all.sum.mass, all.with_exp, all.squares];
+        dots.shares = all.sum;
+    }
+    if let (Some(shares), true) = (beside.shares, beside.weighted) {
+        dots.shares = weigh::<R, MASKED, FUSED>(shares, piece);
+    }
+    if let Some(target) = beside.target {
+        let all = all_sums::<R, MASKED, FUSED>(target, piece);
+        let t_u = match beside.prior {
+            Some(prior) => product::<R, MASKED, FUSED>(target, prior, piece),
+            None => all.sum.mass,
+        };
+        dots.target = all.sum;
+        dots.target_products = [all.with_exp, all.squares, t_u];
+        dots.weighted_target = all.sum;
+        if let Some(weights) = beside.weights {
+            let weighted = &mut buffer[..target.len()];
+            for ((to, &t), &c) in weighted.iter_mut().zip(target).zip(weights) {
+                *to = t * c;
+            }
+            dots.weighted_target = weigh::<R, MASKED, FUSED>(weighted, piece);
         }
-        if let Some(target) = beside.target {
-            let (sum, least) = weigh::<R, FUSED>(target, d, e);
-            let [t_exp, t_squares] = correlate::<R, FUSED>(target, target, e);
-            let t_u = match beside.prior {
-                Some(prior) => correlate::<R, FUSED>(target, prior, e)[1],
-                None => sum.mass,
-            };
-            dots.target = sum;
-            dots.target_products = [t_exp, t_squares, t_u];
-            dots.weighted_target = sum;
-            if let Some(weights) = beside.weights {
-                let weighted = &mut buffer[..d.len()];
-                for ((to, &t), &c) in weighted.iter_mut().zip(target).zip(weights) {
-                    *to = t * c;
-                }
-                dots.weighted_target = weigh::<R, FUSED>(weighted, d, e).0;
-            }
-            let mut reached = false;
-            for (&t, &e) in target.iter().zip(e) {
-                reached |= e.is_negative() & (t != R::ZERO);
-            }
-            if reached {
-                dots.add_masked_target(beside, e);
-            }
-            dots.bad = least < R::ZERO || !dots.target.mass.is_finite();
+        if MASKED {
+            dots.add_masked_target(beside, piece.x);
         }
+        dots.bad = all.least < R::ZERO || !dots.target.mass.is_finite();
     }
 }
 
@@ -421,14 +484,16 @@ impl<R: Real> Task for Add<'_, R> {
 fn resum<R: Real, const FORM: Form>(
     dots: &mut Dots,
     beside: &Beside<R>,
-    e: &[R],
+    piece: Piece<R>,
     transform: &Transform<f64>,
     largest: f64,
-    x: &[R],
 ) {
     let reference = transform.relative_to::<FORM, true>(largest);
     let [mut shares, mut target, mut weighted] = [0.0; 3];
-    for (k, &x) in x.iter().enumerate().filter(|&(k, _)| !e[k].is_negative()) {
+    for (k, &x) in piece.x.iter().enumerate() {
+        if x == R::NEG_INFINITY {
+            continue;
+        }
         let (d, _) = transform.difference::<FORM, true>(x.f64(), &reference);
         let at = |values: Option<&[R]>| values.map_or(1.0, |values| values[k].f64());
         let add = |sum: &mut f64, a: f64| *sum += if a == 0.0 { 0.0 } else { a * d };
@@ -441,120 +506,113 @@ fn resum<R: Real, const FORM: Form>(
     dots.weighted_target.linear = weighted;
 }
 
-/// Σ a and Σ a·d over the classes that are not masked, and the least a, if it is below 0.
+/// Σ a and Σ a·d, over the classes that are not masked.
 #[inline(always)]
-fn weigh<R: Real, const FUSED: bool>(a: &[R], d: &[R], e: &[R]) -> (Sum, R) {
+fn weigh<R: Real, const MASKED: bool, const FUSED: bool>(a: &[R], piece: Piece<R>) -> Sum {
+    let zero = R::ZERO;
+    let (mut mass, mut linear) = ([zero; LANES], [zero; LANES]);
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (x, x_rest) = piece.x.as_chunks::<LANES>();
+    let (d, d_rest) = piece.d.as_chunks::<LANES>();
+    for ((a, x), d) in a.iter().zip(x).zip(d) {
+        for l in 0..LANES {
+            let masked = MASKED && x[l] == R::NEG_INFINITY;
+            mass[l] = mass[l] + if masked { zero } else { a[l] };
+            linear[l] = a[l].fma::<FUSED>(d[l], linear[l]);
+        }
+    }
+    let (mut mass, mut linear) = (total(&mass), total(&linear));
+    for ((&a, &x), &d) in a_rest.iter().zip(x_rest).zip(d_rest) {
+        mass += if x == R::NEG_INFINITY { 0.0 } else { a.f64() };
+        linear += (a * d).f64();
+    }
+    Sum { mass, linear }
+}
+
+/// Sums over the classes that are not masked.
+struct AllSums<R> {
+    sum: Sum,
+    /// Σ a·e, Σ a².
+    with_exp: f64,
+    squares: f64,
+    /// The least a of all classes, if it is below 0.
+    least: R,
+}
+
+#[inline(always)]
+fn all_sums<R: Real, const MASKED: bool, const FUSED: bool>(
+    a: &[R],
+    piece: Piece<R>,
+) -> AllSums<R> {
     let zero = R::ZERO;
     let (mut mass, mut linear, mut least) = ([zero; LANES], [zero; LANES], [zero; LANES]);
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (d_chunks, d_rest) = d.as_chunks::<LANES>();
-    let (e_chunks, e_rest) = e.as_chunks::<LANES>();
-    let (a_last, d_last, e_last) = (padded(a_rest), padded(d_rest), padded(e_rest));
-    for c in 0..a.len().div_ceil(LANES) {
-        let (a, d, e) = if c < a_chunks.len() {
-            (&a_chunks[c], &d_chunks[c], &e_chunks[c])
-        } else {
-            (&a_last, &d_last, &e_last)
-        };
+    let (mut with_exp, mut squares) = ([zero; LANES], [zero; LANES]);
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (x, x_rest) = piece.x.as_chunks::<LANES>();
+    let (d, d_rest) = piece.d.as_chunks::<LANES>();
+    let (e, e_rest) = piece.e.as_chunks::<LANES>();
+    for (((a, x), d), e) in a.iter().zip(x).zip(d).zip(e) {
         for l in 0..LANES {
-            let counted = if e[l].is_negative() { zero } else { a[l] };
+            let masked = MASKED && x[l] == R::NEG_INFINITY;
+            let counted = if masked { zero } else { a[l] };
             mass[l] = mass[l] + counted;
-            linear[l] = a[l].fma::<FUSED>(d[l], linear[l]);
+            linear[l] = counted.fma::<FUSED>(d[l], linear[l]);
+            with_exp[l] = counted.fma::<FUSED>(e[l], with_exp[l]);
+            squares[l] = counted.fma::<FUSED>(counted, squares[l]);
             least[l] = if a[l] < least[l] { a[l] } else { least[l] };
         }
     }
-    let mut smallest = zero;
-    for l in 0..LANES {
-        smallest = if least[l] < smallest {
-            least[l]
-        } else {
-            smallest
-        };
-    }
-    let sum = Sum {
-        mass: super::row::total(&mass),
-        linear: super::row::total(&linear),
+    let mut sum = Sum {
+        mass: total(&mass),
+        linear: total(&linear),
     };
-    (sum, smallest)
+    let (mut with_exp, mut squares) = (total(&with_exp), total(&squares));
+    let mut smallest = zero;
+    for a in least {
+        smallest = if a < smallest { a } else { smallest };
+    }
+    for (((&a, &x), &d), &e) in a_rest.iter().zip(x_rest).zip(d_rest).zip(e_rest) {
+        smallest = if a < smallest { a } else { smallest };
+        let counted = if x == R::NEG_INFINITY { zero } else { a };
+        sum.mass += counted.f64();
+        sum.linear += (counted * d).f64();
+        with_exp += (counted * e).f64();
+        squares += (counted * counted).f64();
+    }
+    AllSums {
+        sum,
+        with_exp,
+        squares,
+        least: smallest,
+    }
 }
 
-/// Σ a·e and Σ a·b, over the classes that are not masked.
+/// Σ a·b over the classes that are not masked.
 #[inline(always)]
-fn correlate<R: Real, const FUSED: bool>(a: &[R], b: &[R], e: &[R]) -> [f64; 2] {
+fn product<R: Real, const MASKED: bool, const FUSED: bool>(
+    a: &[R],
+    b: &[R],
+    piece: Piece<R>,
+) -> f64 {
     let zero = R::ZERO;
-    let (mut with_exp, mut with_b) = ([zero; LANES], [zero; LANES]);
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    let (e_chunks, e_rest) = e.as_chunks::<LANES>();
-    let (a_last, b_last, e_last) = (padded(a_rest), padded(b_rest), padded(e_rest));
-    for c in 0..a.len().div_ceil(LANES) {
-        let (a, b, e) = if c < a_chunks.len() {
-            (&a_chunks[c], &b_chunks[c], &e_chunks[c])
-        } else {
-            (&a_last, &b_last, &e_last)
-        };
+    let mut sum = [zero; LANES];
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let (x, x_rest) = piece.x.as_chunks::<LANES>();
+    for ((a, b), x) in a.iter().zip(b).zip(x) {
         for l in 0..LANES {
-            let counted = if e[l].is_negative() { zero } else { a[l] };
-            with_exp[l] = a[l].fma::<FUSED>(e[l], with_exp[l]);
-            with_b[l] = counted.fma::<FUSED>(b[l], with_b[l]);
+            let masked = MASKED && x[l] == R::NEG_INFINITY;
+            let counted = if masked { zero } else { a[l] };
+            sum[l] = counted.fma::<FUSED>(b[l], sum[l]);
         }
     }
-    [super::row::total(&with_exp), super::row::total(&with_b)]
-}
-
-#[inline(always)]
-fn padded<R: Real>(rest: &[R]) -> [R; LANES] {
-    let mut padded = [R::ZERO; LANES];
-    padded[..rest.len()].copy_from_slice(rest);
-    padded
-}
-
-/// What a row's gradient subtracts from its multiples of probabilities: share·c·u + target·c·t.
-pub(super) fn subtrahends<R: Real>(beside: &Beside<R>, share: R, target: R, out: &mut [R]) {
-    dispatch(Subtrahends {
-        beside,
-        share,
-        target,
-        out,
-    });
-}
-
-struct Subtrahends<'a, R> {
-    beside: &'a Beside<'a, R>,
-    share: R,
-    target: R,
-    out: &'a mut [R],
-}
-
-impl<R: Real> Task for Subtrahends<'_, R> {
-    #[inline(always)]
-    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
-        let Self {
-            beside,
-            share,
-            target,
-            out,
-        } = self;
-        match beside.shares {
-            Some(shares) => {
-                for (out, &v) in out.iter_mut().zip(shares) {
-                    *out = share * v;
-                }
-            }
-            None => out.fill(share),
-        }
-        match (beside.target, beside.weights) {
-            (Some(t), Some(c)) => {
-                for ((out, &t), &c) in out.iter_mut().zip(t).zip(c) {
-                    *out = (target * c).fma::<FUSED>(t, *out);
-                }
-            }
-            (Some(t), None) => {
-                for (out, &t) in out.iter_mut().zip(t) {
-                    *out = target.fma::<FUSED>(t, *out);
-                }
-            }
-            (None, _) => {}
-        }
+    let mut sum = total(&sum);
+    for ((&a, &b), &x) in a_rest.iter().zip(b_rest).zip(x_rest) {
+        sum += if x == R::NEG_INFINITY {
+            0.0
+        } else {
+            (a * b).f64()
+        };
     }
+    sum
 }

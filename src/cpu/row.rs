@@ -5,7 +5,7 @@
 
 use super::{
     element::Element,
-    general::{Beside, Dots, Sum, subtrahends},
+    general::{Beside, Dots, Sum, for_each_class},
     real::Real,
 };
 use crate::call::{Call, ClassValues, Row, RowTarget};
@@ -252,6 +252,11 @@ impl Partial {
         }
     }
 
+    /// Whether any of the stretch's `len` classes is masked or left out.
+    pub fn has_masked(&self, len: usize) -> bool {
+        self.classes != len
+    }
+
     /// Σ exp d over all classes.
     fn all_exp(&self) -> f64 {
         self.exp + self.largest_classes as f64
@@ -393,6 +398,8 @@ pub(super) fn partial<
     differences: &mut [T::Real],
     buffer: &'a mut [T::Real; PIECE],
 ) -> (Partial, &'a [T::Real]) {
+    // A copy, as what the loops write might be behind the reference.
+    let transform = &{ *transform };
     let reals = without_target(x, index, target, buffer);
     let (mut largest, smallest) = T::Real::extremes(simd, reals);
     if target / PIECE == index {
@@ -407,6 +414,7 @@ pub(super) fn partial<
     let sums = if narrow && reals.len().is_multiple_of(LANES) {
         sum::<T, FORM, STATS, KEEP, GENERAL, false, FUSED>(
             reals,
+            largest,
             transform,
             &reference,
             kept,
@@ -416,6 +424,7 @@ pub(super) fn partial<
     } else {
         sum::<T, FORM, STATS, KEEP, GENERAL, true, FUSED>(
             reals,
+            largest,
             transform,
             &reference,
             kept,
@@ -450,6 +459,7 @@ fn sum<
     const FUSED: bool,
 >(
     x: &[T::Real],
+    largest: T::Real,
     transform: &Transform<T::Real>,
     reference: &Reference<T::Real>,
     kept: &mut [T::Real],
@@ -462,7 +472,7 @@ fn sum<
     let mut weighted = [zero; LANES];
     let mut squares = [zero; LANES];
     let mut masked = [zero; LANES];
-    let mut largest = [zero; LANES];
+    let mut largest_classes = [zero; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (kept_chunks, kept_rest) = kept.as_chunks_mut::<LANES>();
     let (difference_chunks, differences_rest) = differences.as_chunks_mut::<LANES>();
@@ -488,9 +498,9 @@ fn sum<
             };
             let power = if hidden { zero } else { power };
             if GENERAL {
-                let is_largest = d == zero && !hidden;
+                let is_largest = chunk[l] == largest;
                 exp[l] = exp[l] + if is_largest { zero } else { power };
-                largest[l] = largest[l] + if is_largest { one } else { zero };
+                largest_classes[l] = largest_classes[l] + if is_largest { one } else { zero };
                 exponents[l] = d;
             } else {
                 exp[l] = exp[l] + power;
@@ -523,7 +533,12 @@ fn sum<
     let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
     Partial {
         exp: total(&exp),
-        largest_classes: total(&largest) as usize,
+        // Of masked classes alone, the largest is masked too.
+        largest_classes: if counted == 0 {
+            0
+        } else {
+            total(&largest_classes) as usize
+        },
         linear: total(&linear),
         weighted: total(&weighted),
         squares: total(&squares),
@@ -953,22 +968,23 @@ pub(super) fn gradient<T: Element, const FORM: Form, const FUSED: bool>(
     if !factors.in_range {
         return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors, &Beside::NOTHING);
     }
+    // Copies, as what the loop writes might be behind the references.
+    let transform = &{ *transform };
+    let (exponential, share, masked) = (factors.exponential, factors.share, factors.masked);
     let reference = transform.relative_to::<FORM, FUSED>(factors.largest);
     for (g, &x) in result.iter_mut().zip(reals) {
         let (d, slope) = transform.difference::<FORM, FUSED>(x, &reference);
-        let dz = d
-            .exp::<FUSED>()
-            .fma::<FUSED>(factors.exponential, -factors.share);
+        let dz = d.exp::<FUSED>().fma::<FUSED>(exponential, -share);
         let dx = if FORM == CAPPED { dz * slope } else { dz };
         *g = if x == T::Real::NEG_INFINITY {
-            factors.masked
+            masked
         } else {
             dx
         };
     }
 }
 
-/// [`gradient`] of a row of the general kind; `result` first holds what is subtracted.
+/// [`gradient`] of a row of the general kind.
 #[inline(always)]
 pub(super) fn general_gradient<T: Element, const FORM: Form, const FUSED: bool>(
     x: &[T],
@@ -983,29 +999,35 @@ pub(super) fn general_gradient<T: Element, const FORM: Form, const FUSED: bool>(
     if !factors.in_range {
         return gradient_in_f64::<T::Real, FORM>(reals, result, exact, factors, beside);
     }
-    subtrahends(
-        beside,
-        factors.share,
-        factors.target,
-        &mut result[..x.len()],
-    );
+    // Copies, as above.
+    let transform = &{ *transform };
+    let GradFactors {
+        exponential,
+        entropy,
+        outer,
+        masked,
+        ..
+    } = *factors;
     let reference = transform.relative_to::<FORM, FUSED>(factors.largest);
+    // An exponential that is 0 whatever multiplies it.
+    let far = T::Real::LEAST + T::Real::LEAST;
+    let both = [factors.share, factors.target];
+    for_each_class!(beside, both, result.iter_mut(), g, subtracted => *g = subtracted);
     for (g, &x) in result.iter_mut().zip(reals) {
         let (d, slope) = transform.difference::<FORM, FUSED>(x, &reference);
-        // Where the exponential is 0 whatever it is multiplied by.
-        let d = if d < T::Real::LEAST + T::Real::LEAST {
-            T::Real::LEAST + T::Real::LEAST
-        } else {
-            d
-        };
-        let factor = d.fma::<FUSED>(-factors.entropy, factors.exponential);
-        let dz = d.exp::<FUSED>().fma::<FUSED>(factor, -*g) * factors.outer;
-        let dx = if FORM == CAPPED { dz * slope } else { dz };
-        *g = if x == T::Real::NEG_INFINITY {
-            factors.masked
-        } else {
-            dx
-        };
+        let factor = far.largest(d).fma::<FUSED>(-entropy, exponential);
+        let dz = d.exp::<FUSED>().fma::<FUSED>(factor, -*g) * outer;
+        *g = if FORM == CAPPED { dz * slope } else { dz };
+    }
+    // By itself: a choice above would be a branch, and the loop no vectors.
+    if factors.any_masked {
+        for (g, &x) in result.iter_mut().zip(reals) {
+            *g = if x == T::Real::NEG_INFINITY {
+                masked
+            } else {
+                *g
+            };
+        }
     }
 }
 
@@ -1059,7 +1081,7 @@ pub(super) fn gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
 /// [`gradient_of_kept`] of a row of the general kind without a weight of the entropy. `buffer` is scratch memory.
 #[inline(always)]
 pub(super) fn general_gradient_of_kept<T: Element, const FORM: Form, const FUSED: bool>(
-    kept: &mut [T::Real],
+    kept: &[T::Real],
     beside: &Beside<T::Real>,
     grad: &mut [T],
     partial: &Partial,
@@ -1068,13 +1090,22 @@ pub(super) fn general_gradient_of_kept<T: Element, const FORM: Form, const FUSED
     buffer: &mut [T::Real; PIECE],
 ) {
     let exponential = kept_factor::<T::Real, FORM>(partial, factors, transform);
-    let subtracted = &mut buffer[..kept.len()];
-    subtrahends(beside, factors.share, factors.target, subtracted);
-    for (e, &subtracted) in kept.iter_mut().zip(&*subtracted) {
-        let dz = e.fma::<FUSED>(exponential, -subtracted) * factors.outer;
-        *e = if e.is_negative() { factors.masked } else { dz };
+    let (outer, masked) = (factors.outer, factors.masked);
+    if !factors.any_masked && T::NARROWS_ONE {
+        let both = [factors.share, factors.target];
+        for_each_class!(beside, both, grad.iter_mut().zip(kept), (g, e), subtracted => {
+            *g = T::narrow_one(e.fma::<FUSED>(exponential, -subtracted) * outer);
+        });
+        return;
     }
-    T::narrow(kept, grad);
+    let wide = &mut buffer[..kept.len()];
+    let both = [factors.share, factors.target];
+    for_each_class!(beside, both, wide.iter_mut(), g, subtracted => *g = subtracted);
+    for (g, &e) in wide.iter_mut().zip(kept) {
+        let dz = e.fma::<FUSED>(exponential, -*g) * outer;
+        *g = if e.is_negative() { masked } else { dz };
+    }
+    T::narrow(wide, grad);
 }
 
 /// What a piece's exponentials, relative to its own largest logit, are multiplied by.

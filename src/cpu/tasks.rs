@@ -121,7 +121,13 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
             );
             let beside = self.general.piece(self.row, &columns, &mut target);
             let relative_to = (self.transforms.1, sums.largest);
-            *dots = general::dots(&beside, d, e, FORM, relative_to, x, &mut products);
+            let piece = general::Piece {
+                x,
+                d,
+                e,
+                masked: sums.has_masked(len),
+            };
+            *dots = general::dots(&beside, piece, FORM, relative_to, &mut products);
             *partial = sums;
         }
     }
@@ -257,7 +263,7 @@ impl<T: Element, const FORM: Form> Task for KeptGeneralGradients<'_, T, FORM> {
         let (mut buffer, mut target) = (zeros, zeros);
         for (p, partial) in of.partials.iter().enumerate() {
             let end = ((p + 1) * PIECE).min(of.kept.len());
-            let kept = &mut of.kept[p * PIECE..end];
+            let kept = &of.kept[p * PIECE..end];
             let columns = of.first_column + p * PIECE..of.first_column + end;
             let beside = general.piece(of.row, &columns, &mut target);
             // SAFETY: these columns of this row are this task's alone.
