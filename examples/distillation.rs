@@ -44,7 +44,10 @@ fn main() -> Result<()> {
             let log_p = candle_nn::ops::log_softmax(&student.forward(&hidden)?, D::Minus1)?;
             let terms = (&probabilities * (probabilities.log()? - log_p)?)?;
             let kl = terms.sum(D::Minus1)?.mean_all()?.to_scalar::<f32>()?;
-            println!("step {step:3}: loss {:.4}, KL {kl:.4}", loss.to_scalar::<f32>()?);
+            println!(
+                "step {step:3}: loss {:.4}, KL {kl:.4}",
+                loss.to_scalar::<f32>()?
+            );
         }
     }
     Ok(())

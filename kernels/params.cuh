@@ -66,4 +66,4 @@ struct Params {
 };
 static_assert(sizeof(Params) == 19 * 8 + 4 * 72 + 16 + 64, "src/kernels/abi.rs has the same fields");
 
-enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2, kBadEntropyWeight = 3 };
+enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };

@@ -310,6 +310,15 @@ impl Call {
         }
     }
 
+    /// The targets, which are one class a row.
+    #[cfg(feature = "cuda")]
+    pub fn classes(&self) -> Result<&Tensor> {
+        match &self.targets {
+            Targets::Classes(classes) => Ok(classes),
+            _ => bail!("targets: must be one class a row on CUDA"),
+        }
+    }
+
     /// Where everything is.
     pub fn device(&self) -> &Device {
         match &self.targets {
@@ -414,7 +423,12 @@ impl Call {
                 return Err(self.bad_value(BadValue::Weight, i, weight));
             }
             if !entropy_weight.is_finite() {
-                return Err(self.bad_value(BadValue::EntropyWeight, i, entropy_weight));
+                return Err(bad_row(
+                    "entropy_weight",
+                    i,
+                    entropy_weight,
+                    "must be finite",
+                ));
             }
             Ok(Some(Row {
                 target,
@@ -526,10 +540,13 @@ impl Call {
             ),
             BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
             BadValue::Weight => ("row_weights", "must be finite and not negative".into()),
-            BadValue::EntropyWeight => ("entropy_weight", "must be finite".into()),
         };
-        candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
+        bad_row(argument, row, value, &rule)
     }
+}
+
+fn bad_row(argument: &str, row: usize, value: impl Display, rule: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
 }
 
 /// The error for a probability, the same on every device.

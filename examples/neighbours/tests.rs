@@ -26,7 +26,7 @@ fn logits(data: &Data, model: &Model) -> Var {
 
 fn row_losses(logits: &Tensor, data: &Data) -> Vec<f32> {
     let options = CrossEntropy::new().reduction(Reduction::None);
-    let losses = options.forward(logits, &data.targets().unwrap()).unwrap();
+    let losses = options.forward(logits, data.targets().unwrap()).unwrap();
     losses.to_vec1().unwrap()
 }
 
@@ -60,7 +60,7 @@ fn dro_weights_follow_the_losses_and_the_gradient_the_weights() {
         .row_weights(&weights)
         .reduction(Reduction::Sum);
     let plain = plain
-        .loss_and_grad(&logits, &data.targets().unwrap())
+        .loss_and_grad(&logits, data.targets().unwrap())
         .unwrap();
     assert_close(
         &values(gradient.get(&logits).unwrap()),

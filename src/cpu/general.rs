@@ -12,7 +12,7 @@ use super::{
     element::Element,
     memory::{Starts, readable},
     real::Real,
-    row::{CAPPED, Form, LANES, PIECE, SCALED, Transform, total},
+    row::{Extra, Form, LANES, PIECE, Transform, total},
     tasks::{Task, dispatch},
 };
 use crate::call::{ClassValues, bad_probability};
@@ -21,6 +21,7 @@ use crate::call::{ClassValues, bad_probability};
 pub(super) struct General<'a, R> {
     vectors: ClassVectors<R>,
     probabilities: Option<(&'a Probabilities<'a>, Tile)>,
+    ones: Vec<R>,
 }
 
 /// First row and first class.
@@ -33,6 +34,8 @@ struct ClassVectors<R> {
     weights: Option<Vec<R>>,
     prior: Option<Vec<R>>,
     weighted: bool,
+    /// Of each piece, [`Beside::masses`].
+    masses: Vec<[f64; 3]>,
 }
 
 /// What stands beside a piece.
@@ -44,6 +47,8 @@ pub(super) struct Beside<'a, R> {
     pub target: Option<&'a [R]>,
     /// Whether the shares are not the prior alone.
     weighted: bool,
+    /// Σ c·u, Σ u, Σ u² over all of its classes.
+    masses: [f64; 3],
 }
 
 /// Runs `$body` for each of `$items` and what is subtracted there of [share, target], as [`Beside::subtrahend`] says. One
@@ -95,6 +100,7 @@ impl<R: Real> Beside<'_, R> {
         prior: None,
         target: None,
         weighted: false,
+        masses: [0.0; 3],
     };
 
     /// What a row's gradient subtracts from its multiples of probabilities, share·c·u + target·c·t, of class `k`, in f64.
@@ -121,8 +127,20 @@ impl<'a, R: Real> General<'a, R> {
             let share = |k| R::of(classes.weight(k) * classes.prior(k));
             columns.clone().map(share).collect()
         });
+        let masses = |start: usize| {
+            let mut sums = [0.0; 3];
+            for k in columns.clone().skip(start).take(PIECE) {
+                let u = classes.prior(k);
+                sums[0] += classes.weight(k) * u;
+                sums[1] += u;
+                sums[2] += u * u;
+            }
+            sums
+        };
         Self {
+            ones: vec![R::ONE; if shares.is_some() { 0 } else { PIECE }],
             vectors: ClassVectors {
+                masses: (0..columns.len()).step_by(PIECE).map(masses).collect(),
                 weighted: classes.weights.is_some(),
                 shares,
                 // For targets that are probabilities: a class's is known where it is used.
@@ -131,6 +149,13 @@ impl<'a, R: Real> General<'a, R> {
             },
             probabilities: probabilities.map(|values| (values, (first_row, columns.start))),
         }
+    }
+
+    /// What smoothing is multiplied by in a piece of `len` classes, c·u or 1.
+    pub fn values<'b>(&'b self, beside: &Beside<'b, R>, len: usize) -> &'b [R] {
+        beside
+            .shares
+            .unwrap_or(&self.ones[..len.min(self.ones.len())])
     }
 
     /// Of `columns` of a row. `buffer` is scratch memory.
@@ -160,6 +185,7 @@ impl<'a, R: Real> General<'a, R> {
             prior: part(prior, columns),
             target,
             weighted: self.vectors.weighted,
+            masses: self.vectors.masses[columns.start / PIECE],
         }
     }
 }
@@ -374,7 +400,7 @@ impl Dots {
         }
     }
 
-    fn is_finite(&self) -> bool {
+    pub fn is_finite(&self) -> bool {
         let sums = [self.shares, self.target, self.weighted_target];
         sums.iter().all(|sum| sum.linear.is_finite())
     }
@@ -391,14 +417,41 @@ pub(super) struct Piece<'a, R> {
     pub masked: bool,
 }
 
-/// The sums of a piece. `buffer` is scratch memory.
-pub(super) fn dots<R: Real>(
-    beside: &Beside<R>,
-    piece: Piece<R>,
-    form: Form,
-    (exact, largest): (&Transform<f64>, f64),
-    buffer: &mut [R; PIECE],
-) -> Dots {
+/// The sums of a piece of a row whose target names classes: all but those of a prior beside class weights come with the
+/// partial result.
+pub(super) fn dots_of_values<R: Real>(beside: &Beside<R>, extra: &Extra<R>, x: &[R]) -> Dots {
+    let e = &*extra.kept;
+    let [shares, prior_mass, prior_squares] = beside.masses;
+    let mass = extra.visible.unwrap_or(shares);
+    let mut dots = Dots {
+        shares: Sum {
+            mass,
+            linear: extra.linear,
+        },
+        ..Dots::default()
+    };
+    if let Some(prior) = beside.prior {
+        let masked = extra.visible.is_some();
+        let squares = if masked {
+            product(prior, prior, x)
+        } else {
+            prior_squares
+        };
+        dots.prior = match (beside.weighted, masked) {
+            (false, _) => [mass, extra.with_exp, squares],
+            (true, false) => [prior_mass, product(prior, e, x), squares],
+            (true, true) => [
+                product(prior, &[R::ONE; PIECE], x),
+                product(prior, e, x),
+                squares,
+            ],
+        };
+    }
+    dots
+}
+
+/// The sums of a piece of a row of which no class is left out. `buffer` is scratch memory.
+pub(super) fn dots<R: Real>(beside: &Beside<R>, piece: Piece<R>, buffer: &mut [R; PIECE]) -> Dots {
     let mut dots = Dots::default();
     dispatch(Add {
         beside,
@@ -406,13 +459,33 @@ pub(super) fn dots<R: Real>(
         buffer,
         dots: &mut dots,
     });
-    if !dots.is_finite() && !dots.bad {
-        match form {
-            CAPPED => resum::<R, CAPPED>(&mut dots, beside, piece, exact, largest),
-            _ => resum::<R, SCALED>(&mut dots, beside, piece, exact, largest),
-        }
-    }
     dots
+}
+
+/// Σ a·b over the classes that are not masked.
+fn product<R: Real>(a: &[R], b: &[R], x: &[R]) -> f64 {
+    let mut sum = 0.0;
+    dispatch(Product {
+        a,
+        b,
+        x,
+        sum: &mut sum,
+    });
+    sum
+}
+
+struct Product<'a, R> {
+    a: &'a [R],
+    b: &'a [R],
+    x: &'a [R],
+    sum: &'a mut f64,
+}
+
+impl<R: Real> Task for Product<'_, R> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        *self.sum = add_product::<R, true, FUSED>(self.a, self.b, self.x);
+    }
 }
 
 /// [`dots`] as work for the instruction set, apart from what depends on the logits' type.
@@ -459,7 +532,7 @@ fn add<R: Real, const MASKED: bool, const FUSED: bool>(
     if let Some(target) = beside.target {
         let all = all_sums::<R, MASKED, FUSED>(target, piece);
         let t_u = match beside.prior {
-            Some(prior) => product::<R, MASKED, FUSED>(target, prior, piece),
+            Some(prior) => add_product::<R, MASKED, FUSED>(target, prior, piece.x),
             None => all.sum.mass,
         };
         dots.target = all.sum;
@@ -481,16 +554,16 @@ fn add<R: Real, const MASKED: bool, const FUSED: bool>(
 
 /// Takes the sums of products with d in f64: exponents may be beyond the type.
 #[cold]
-fn resum<R: Real, const FORM: Form>(
+pub(super) fn resum<R: Real, const FORM: Form>(
     dots: &mut Dots,
     beside: &Beside<R>,
-    piece: Piece<R>,
+    x: &[R],
     transform: &Transform<f64>,
     largest: f64,
 ) {
     let reference = transform.relative_to::<FORM, true>(largest);
     let [mut shares, mut target, mut weighted] = [0.0; 3];
-    for (k, &x) in piece.x.iter().enumerate() {
+    for (k, &x) in x.iter().enumerate() {
         if x == R::NEG_INFINITY {
             continue;
         }
@@ -589,16 +662,12 @@ fn all_sums<R: Real, const MASKED: bool, const FUSED: bool>(
 
 /// Σ a·b over the classes that are not masked.
 #[inline(always)]
-fn product<R: Real, const MASKED: bool, const FUSED: bool>(
-    a: &[R],
-    b: &[R],
-    piece: Piece<R>,
-) -> f64 {
+fn add_product<R: Real, const MASKED: bool, const FUSED: bool>(a: &[R], b: &[R], x: &[R]) -> f64 {
     let zero = R::ZERO;
     let mut sum = [zero; LANES];
     let (a, a_rest) = a.as_chunks::<LANES>();
-    let (b, b_rest) = b.as_chunks::<LANES>();
-    let (x, x_rest) = piece.x.as_chunks::<LANES>();
+    let (b, b_rest) = b[..x.len()].as_chunks::<LANES>();
+    let (x, x_rest) = x.as_chunks::<LANES>();
     for ((a, b), x) in a.iter().zip(b).zip(x) {
         for l in 0..LANES {
             let masked = MASKED && x[l] == R::NEG_INFINITY;

@@ -20,7 +20,10 @@ use super::{
         Partials, dispatch,
     },
 };
-use crate::call::{Call, ClassValues, Row, RowTarget, Rows};
+use crate::{
+    call::{Call, ClassValues, Row, RowTarget, Rows},
+    targets::Targets,
+};
 
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
 const FEW_ROWS: usize = 4;
@@ -66,6 +69,8 @@ pub(super) struct Work<'a, T: Element> {
     transform: Transform<T::Real>,
     pub exact: Transform<f64>,
     general: General<'a, T::Real>,
+    /// Whether a class of each row is left out of the sums.
+    leaves_out: bool,
 }
 
 /// A class that a row's target names: its column, its probability, its logit, and whether it was left out of the sums.
@@ -87,12 +92,17 @@ impl<'a, T: Element> Work<'a, T> {
             general: General::new(given.classes, given.probabilities, first_row, columns),
             columns: columns.clone(),
             first_row,
+            // Which of several has the largest logit is known only after the last tile.
+            leaves_out: matches!(given.call.targets, Targets::Classes(_)),
             given,
         }
     }
 
     fn all(given: Given<'a>) -> Self {
-        Self::new(given, 0, &(0..given.call.vocab))
+        Self {
+            leaves_out: given.probabilities.is_none(),
+            ..Self::new(given, 0, &(0..given.call.vocab))
+        }
     }
 
     /// Of row `i` of the tile.
@@ -232,15 +242,29 @@ pub(super) fn row_partial<
         ..
     } = scratch;
     let transforms = (&work.transform, &work.exact);
+    let named = work.leaves_out;
     let run = |first_piece, partials: &mut [Partial], dots: &mut [Dots], kept: &mut [T::Real]| {
-        if GENERAL {
-            dispatch(GeneralPartials::<T, FORM> {
+        let general = &work.general;
+        if GENERAL && named {
+            dispatch(GeneralPartials::<T, FORM, true> {
                 x,
                 row: i,
                 first_piece,
                 target,
                 transforms,
-                general: &work.general,
+                general,
+                partials,
+                dots,
+                kept,
+            });
+        } else if GENERAL {
+            dispatch(GeneralPartials::<T, FORM, false> {
+                x,
+                row: i,
+                first_piece,
+                target,
+                transforms,
+                general,
                 partials,
                 dots,
                 kept,

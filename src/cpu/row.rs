@@ -206,7 +206,7 @@ pub(super) struct Partial {
     exp: f64,
     /// How many these are, so that 1 − p of such a class is a sum too.
     largest_classes: usize,
-    /// Σ d.
+    /// Σ d; of no meaning where classes have values.
     linear: f64,
     /// Σ d·exp d.
     weighted: f64,
@@ -375,9 +375,44 @@ pub(super) fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
-/// Partial result of piece `index` of the row `x`, and the piece without the target. With `KEEP`, its exponentials go to
-/// `kept`, −0 for masked classes and the target; with `GENERAL` also its exponents to `differences`, 0 for these. `buffer`
-/// is scratch memory.
+/// What is summed, a constant where it is compiled: [`USUAL`], [`VALUES`] or [`APART`].
+pub(super) type Kind = u8;
+/// A class a row, or a few, smoothed evenly.
+pub(super) const USUAL: Kind = 0;
+/// The same with values v of the classes.
+pub(super) const VALUES: Kind = 1;
+/// No class is left out, so the largest is counted apart; exponents are kept for what else is summed.
+pub(super) const APART: Kind = 2;
+
+/// What a piece's sums read and write besides.
+pub(super) struct Extra<'a, R> {
+    /// With `KEEP`: exponentials, −0 for masked classes and the target.
+    pub kept: &'a mut [R],
+    /// Of [`VALUES`].
+    pub values: &'a [R],
+    /// Of [`APART`]: exponents, 0 for masked classes.
+    pub differences: &'a mut [R],
+    /// Of [`VALUES`]: Σ v·d, Σ v·exp d, and Σ v over the classes that are not masked, if there are masked ones.
+    pub linear: f64,
+    pub with_exp: f64,
+    pub visible: Option<f64>,
+}
+
+impl<R> Default for Extra<'_, R> {
+    #[inline(always)]
+    fn default() -> Self {
+        Self {
+            kept: &mut [],
+            values: &[],
+            differences: &mut [],
+            linear: 0.0,
+            with_exp: 0.0,
+            visible: None,
+        }
+    }
+}
+
+/// Partial result of piece `index` of the row `x`, and the piece without the target. `buffer` is scratch memory.
 #[inline(always)]
 pub(super) fn partial<
     'a,
@@ -385,7 +420,7 @@ pub(super) fn partial<
     const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
-    const GENERAL: bool,
+    const KIND: Kind,
     const FUSED: bool,
     S: pulp::Simd,
 >(
@@ -394,8 +429,7 @@ pub(super) fn partial<
     index: usize,
     target: usize,
     (transform, exact): (&Transform<T::Real>, &Transform<f64>),
-    kept: &mut [T::Real],
-    differences: &mut [T::Real],
+    extra: &mut Extra<T::Real>,
     buffer: &'a mut [T::Real; PIECE],
 ) -> (Partial, &'a [T::Real]) {
     // A copy, as what the loops write might be behind the reference.
@@ -412,24 +446,12 @@ pub(super) fn partial<
     let narrow = smallest != T::Real::NEG_INFINITY && least >= T::Real::LEAST;
     let next = x.as_ptr().wrapping_add((index + 1) * PIECE);
     let sums = if narrow && reals.len().is_multiple_of(LANES) {
-        sum::<T, FORM, STATS, KEEP, GENERAL, false, FUSED>(
-            reals,
-            largest,
-            transform,
-            &reference,
-            kept,
-            differences,
-            next,
+        sum::<T, FORM, STATS, KEEP, KIND, false, FUSED>(
+            reals, largest, transform, &reference, extra, next,
         )
     } else {
-        sum::<T, FORM, STATS, KEEP, GENERAL, true, FUSED>(
-            reals,
-            largest,
-            transform,
-            &reference,
-            kept,
-            differences,
-            next,
+        sum::<T, FORM, STATS, KEEP, KIND, true, FUSED>(
+            reals, largest, transform, &reference, extra, next,
         )
     };
     let partial = Partial {
@@ -454,7 +476,7 @@ fn sum<
     const FORM: Form,
     const STATS: bool,
     const KEEP: bool,
-    const GENERAL: bool,
+    const KIND: Kind,
     const WIDE: bool,
     const FUSED: bool,
 >(
@@ -462,8 +484,7 @@ fn sum<
     largest: T::Real,
     transform: &Transform<T::Real>,
     reference: &Reference<T::Real>,
-    kept: &mut [T::Real],
-    differences: &mut [T::Real],
+    extra: &mut Extra<T::Real>,
     next: *const T,
 ) -> Partial {
     let [zero, one] = [T::Real::ZERO, T::Real::ONE];
@@ -474,8 +495,12 @@ fn sum<
     let mut masked = [zero; LANES];
     let mut largest_classes = [zero; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
-    let (kept_chunks, kept_rest) = kept.as_chunks_mut::<LANES>();
-    let (difference_chunks, differences_rest) = differences.as_chunks_mut::<LANES>();
+    let (kept_chunks, kept_rest) = extra.kept.as_chunks_mut::<LANES>();
+    let (mut with_exp, mut visible) = ([zero; LANES], [zero; LANES]);
+    let (difference_chunks, differences_rest) = extra.differences.as_chunks_mut::<LANES>();
+    let (value_chunks, values_rest) = extra.values.as_chunks::<LANES>();
+    let mut padded_values = [zero; LANES];
+    padded_values[..values_rest.len()].copy_from_slice(values_rest);
     let mut padded = [T::Real::NEG_INFINITY; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
@@ -487,6 +512,11 @@ fn sum<
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [zero; LANES];
         let mut exponents = [zero; LANES];
+        // By value: the compiler would check in every round whether it overlaps with what is written.
+        let values = match KIND {
+            VALUES if c < value_chunks.len() => value_chunks[c],
+            _ => padded_values,
+        };
         for l in 0..LANES {
             let hidden = WIDE && chunk[l] == T::Real::NEG_INFINITY;
             let d = transform.difference::<FORM, FUSED>(chunk[l], reference).0;
@@ -497,7 +527,7 @@ fn sum<
                 d.exp_in_range::<FUSED>()
             };
             let power = if hidden { zero } else { power };
-            if GENERAL {
+            if KIND == APART {
                 let is_largest = chunk[l] == largest;
                 exp[l] = exp[l] + if is_largest { zero } else { power };
                 largest_classes[l] = largest_classes[l] + if is_largest { one } else { zero };
@@ -505,7 +535,15 @@ fn sum<
             } else {
                 exp[l] = exp[l] + power;
             }
-            linear[l] = linear[l] + d;
+            if KIND == VALUES {
+                linear[l] = values[l].fma::<FUSED>(d, linear[l]);
+                with_exp[l] = values[l].fma::<FUSED>(power, with_exp[l]);
+                if WIDE {
+                    visible[l] = visible[l] + if hidden { zero } else { values[l] };
+                }
+            } else {
+                linear[l] = linear[l] + d;
+            }
             if WIDE {
                 masked[l] = masked[l] + if hidden { one } else { zero };
             }
@@ -522,13 +560,18 @@ fn sum<
                 kept_rest.copy_from_slice(&powers[..rest.len()]);
             }
         }
-        if GENERAL {
+        if KIND == APART {
             if c < difference_chunks.len() {
                 difference_chunks[c] = exponents;
             } else {
                 differences_rest.copy_from_slice(&exponents[..rest.len()]);
             }
         }
+    }
+    if KIND == VALUES {
+        extra.linear = total(&linear);
+        extra.with_exp = total(&with_exp);
+        extra.visible = WIDE.then(|| total(&visible));
     }
     let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
     Partial {

@@ -5,7 +5,7 @@ use super::{
     general::{self, Dots, General},
     memory::{GradRows, Logits},
     real::Real,
-    row::{self, Form, GradFactors, PIECE, Partial, Transform},
+    row::{self, APART, Extra, Form, GradFactors, PIECE, Partial, Transform, USUAL, VALUES},
 };
 use crate::call::ClassValues;
 
@@ -60,27 +60,26 @@ impl<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> Task
         let mut buffer = [T::Real::ZERO; PIECE];
         for (p, partial) in partials.iter_mut().enumerate() {
             let end = ((p + 1) * PIECE).min(kept.len());
-            let kept = if KEEP {
-                &mut kept[p * PIECE..end]
-            } else {
-                &mut []
-            };
-            (*partial, _) = row::partial::<T, FORM, STATS, KEEP, false, FUSED, S>(
+            let mut extra = Extra::default();
+            if KEEP {
+                extra.kept = &mut kept[p * PIECE..end];
+            }
+            (*partial, _) = row::partial::<T, FORM, STATS, KEEP, USUAL, FUSED, S>(
                 simd,
                 x,
                 first_piece + p,
                 target,
                 transforms,
-                kept,
-                &mut [],
+                &mut extra,
                 &mut buffer,
             );
         }
     }
 }
 
-/// [`Partials`] of a row of the general kind, with statistics.
-pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
+/// [`Partials`] of a row of the general kind, with statistics. `NAMED` says that its target names classes, one of which is
+/// left out.
+pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form, const NAMED: bool> {
     pub x: &'a [T],
     pub row: usize,
     pub first_piece: usize,
@@ -93,42 +92,58 @@ pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
     pub kept: &'a mut [T::Real],
 }
 
-impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
+impl<T: Element, const FORM: Form, const NAMED: bool> Task for GeneralPartials<'_, T, FORM, NAMED> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
         let zeros = [T::Real::ZERO; PIECE];
         let (mut buffer, mut differences, mut powers) = (zeros, zeros, zeros);
         let (mut target, mut products) = (zeros, zeros);
         for (p, (partial, dots)) in self.partials.iter_mut().zip(self.dots).enumerate() {
-            let start = (self.first_piece + p) * PIECE;
-            let columns = start..(start + PIECE).min(self.x.len());
+            let index = self.first_piece + p;
+            let columns = index * PIECE..((index + 1) * PIECE).min(self.x.len());
             let len = columns.len();
-            let e = if self.kept.is_empty() {
+            let kept = if self.kept.is_empty() {
                 &mut powers[..len]
             } else {
                 &mut self.kept[p * PIECE..][..len]
             };
-            let d = &mut differences[..len];
-            let (sums, x) = row::partial::<T, FORM, true, true, true, FUSED, S>(
-                simd,
-                self.x,
-                self.first_piece + p,
-                self.target,
-                self.transforms,
-                e,
-                d,
-                &mut buffer,
-            );
             let beside = self.general.piece(self.row, &columns, &mut target);
-            let relative_to = (self.transforms.1, sums.largest);
-            let piece = general::Piece {
-                x,
-                d,
-                e,
-                masked: sums.has_masked(len),
+            let mut extra = Extra {
+                kept,
+                ..Extra::default()
             };
-            *dots = general::dots(&beside, piece, FORM, relative_to, &mut products);
-            *partial = sums;
+            let x;
+            if NAMED {
+                extra.values = self.general.values(&beside, len);
+                (*partial, x) = row::partial::<T, FORM, true, true, VALUES, FUSED, S>(
+                    simd,
+                    self.x,
+                    index,
+                    self.target,
+                    self.transforms,
+                    &mut extra,
+                    &mut buffer,
+                );
+                *dots = general::dots_of_values(&beside, &extra, x);
+            } else {
+                extra.differences = &mut differences[..len];
+                (*partial, x) = row::partial::<T, FORM, true, true, APART, FUSED, S>(
+                    simd,
+                    self.x,
+                    index,
+                    self.target,
+                    self.transforms,
+                    &mut extra,
+                    &mut buffer,
+                );
+                let (d, e) = (&*extra.differences, &*extra.kept);
+                let masked = partial.has_masked(len);
+                let piece = general::Piece { x, d, e, masked };
+                *dots = general::dots(&beside, piece, &mut products);
+            }
+            if !dots.is_finite() && !dots.bad {
+                general::resum::<_, FORM>(dots, &beside, x, self.transforms.1, partial.largest);
+            }
         }
     }
 }

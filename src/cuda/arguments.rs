@@ -68,8 +68,8 @@ pub(super) struct Inputs<'a> {
 impl<'a> Inputs<'a> {
     pub fn of(call: &'a Call) -> Result<Self> {
         Ok(Self {
-            targets: OnDevice::of(&call.targets),
-            targets_are_i64: call.targets.dtype() == DType::I64,
+            targets: OnDevice::of(call.classes()?),
+            targets_are_i64: call.classes()?.dtype() == DType::I64,
             smoothing: call.smoothing.as_ref().map(OnDevice::of),
             weights: call.weights.as_ref().map(OnDevice::of),
         })
@@ -127,7 +127,7 @@ impl FirstError {
                 return Err(call.bad_value(
                     BadValue::Target,
                     row,
-                    at_row(&call.targets, DType::I64)?.to_vec1::<i64>()?[0],
+                    at_row(call.classes()?, DType::I64)?.to_vec1::<i64>()?[0],
                 ));
             }
             1 => (BadValue::Smoothing, &call.smoothing),

@@ -132,7 +132,6 @@ pub enum BadValue {
     Target = 0,
     Smoothing = 1,
     Weight = 2,
-    EntropyWeight = 3,
 }
 
 /// Threads of the single block that reduces row losses.

@@ -326,12 +326,12 @@ impl Problem {
             }
             Kind::TopK(k) => {
                 let (mut classes, mut t) = (Vec::new(), Vec::new());
-                for i in 0..rows {
+                for (i, &y) in y.iter().enumerate() {
                     for j in 0..k {
-                        let absent = j % 5 == 4 || (rows > 2 && i == rows / 2) || y[i] < 0.0;
+                        let absent = j % 5 == 4 || (rows > 2 && i == rows / 2) || y < 0.0;
                         let class = match j {
                             _ if absent => self.setup.ignore,
-                            0 => y[i] as i64,
+                            0 => y as i64,
                             3 => *classes.last().unwrap(), // named twice
                             _ => rng.random_range(0..vocab) as i64,
                         };

@@ -466,9 +466,7 @@ fn views_and_types_of_probabilities() {
         // A model against itself, detached: entropy. In place, the targets are read before they are overwritten.
         let logits = problem.logits.abs().unwrap();
         let loss = CrossEntropy::new();
-        let expected = loss
-            .loss_and_grad(&logits, &logits.copy().unwrap())
-            .unwrap();
+        let expected = loss.loss_and_grad(&logits, logits.copy().unwrap()).unwrap();
         let got = loss.loss_and_grad_inplace(logits.clone(), &logits).unwrap();
         assert_eq!(bits(&got.loss), bits(&expected.loss));
         assert_eq!(bits(&got.grad), bits(&expected.grad));
@@ -617,7 +615,7 @@ fn bad_targets() {
         (t[9], t[17]) = (bad, bad);
         let dense = Tensor::from_vec(t, (4, 6), CPU).unwrap();
         refused(&loss, &dense, &parts);
-        refused(&loss, &dense.to_dtype(DType::F16).unwrap(), &parts);
+        refused(&loss, dense.to_dtype(DType::F16).unwrap(), &parts);
         // Beside a masked class, and where rows before it are left out.
         let x = Tensor::new(&[f32::NEG_INFINITY; 24], CPU)
             .unwrap()

@@ -154,7 +154,7 @@ fn other_arguments_are_constants() {
             .smoothing(0.125)
             .row_weights(&weights.detach());
         let expected = same
-            .forward(&logits, &targets.detach())
+            .forward(&logits, targets.detach())
             .unwrap()
             .backward()
             .unwrap();
@@ -396,7 +396,7 @@ fn takes_the_place_of_candle_nn() {
     let flat = cross_entropy(&logits, &model(DType::F32).targets).unwrap();
     let shaped = cross_entropy(
         &logits.reshape((2, 3, 21)).unwrap(),
-        &model(DType::F32).targets.reshape((2, 3)).unwrap(),
+        model(DType::F32).targets.reshape((2, 3)).unwrap(),
     );
     assert_eq!(bits(&flat), bits(&shaped.unwrap()));
 }

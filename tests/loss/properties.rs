@@ -36,10 +36,10 @@ fn run(loss: &CrossEntropy, x: &[f64], y: usize, dtype: DType) -> LossAndGrad {
     let logits = tensor(x.to_vec(), &[1, x.len()], dtype);
     let loss = loss.clone().reduction(Reduction::None);
     let result = loss
-        .loss_and_grad(&logits, &targets(vec![y as i64], &[1], DType::U32))
+        .loss_and_grad(&logits, targets(vec![y as i64], &[1], DType::U32))
         .unwrap();
     let forward = loss
-        .forward(&logits, &targets(vec![y as i64], &[1], DType::U32))
+        .forward(&logits, targets(vec![y as i64], &[1], DType::U32))
         .unwrap();
     assert_close(
         values(&forward)[0],

@@ -262,7 +262,7 @@ fn accumulation_over_parts() {
         for (start, rows) in [(0, 3), (3, 1), (4, 6)] {
             let cut = |t: &Tensor| t.narrow(0, start, rows).unwrap();
             let got = part
-                .loss_and_grad(&cut(&whole.logits), &cut(&whole.targets))
+                .loss_and_grad(&cut(&whole.logits), cut(&whole.targets))
                 .unwrap();
             loss += scalar(&got.loss);
             grads.push(got.grad);

@@ -205,7 +205,7 @@ fn the_loss_over_packed_rows_is_that_over_padded_rows() {
             let options = CrossEntropy::new()
                 .smoothing(batch.smoothing(layout, of_tokens))
                 .reduction(reduction);
-            options.forward(logits, &batch.targets(layout)).unwrap()
+            options.forward(logits, batch.targets(layout)).unwrap()
         };
         for reduction in [Reduction::Mean, Reduction::Sum] {
             let (a, b) = (
