@@ -131,6 +131,10 @@ impl<'a, T: Element> Work<'a, T> {
         match row.target {
             RowTarget::Class(class) => self.column(class).unwrap_or(NO_COLUMN),
             RowTarget::Entries { .. } => {
+                // Far apart in memory: all at once.
+                for column in self.named(row).iter().filter_map(|e| self.column(e.0)) {
+                    row::prefetch(&x[column]);
+                }
                 let mut best = (NO_COLUMN, T::Real::NEG_INFINITY);
                 for column in self.named(row).iter().filter_map(|e| self.column(e.0)) {
                     let logit = row::one(x[column]);

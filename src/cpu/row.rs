@@ -359,7 +359,7 @@ fn without_target<'a, T: Element>(
 
 /// Asks for the cache line at `at`, which need not be valid: nothing is read.
 #[inline(always)]
-fn prefetch<T>(at: *const T) {
+pub(super) fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch has no effect but on the caches, whatever the address; SSE is part of x86-64.
     unsafe {
