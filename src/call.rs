@@ -63,7 +63,7 @@ pub(crate) enum RowTarget {
     /// Of [`Rows::entries`].
     Entries {
         start: usize,
-        end: usize,
+        count: u32,
     },
     /// A row of the tensor of probabilities.
     Probabilities,
@@ -75,6 +75,16 @@ pub(crate) struct Rows {
     pub rows: Vec<Option<Row>>,
     /// Classes and probabilities of rows that have a few; no class twice in a row.
     pub entries: Vec<(usize, f64)>,
+}
+
+impl Rows {
+    /// The classes that a target names, with their probabilities, where there are several.
+    pub fn named(&self, target: RowTarget) -> &[(usize, f64)] {
+        match target {
+            RowTarget::Entries { start, count } => &self.entries[start..][..count as usize],
+            _ => &[],
+        }
+    }
 }
 
 /// What classes are given, a value for each of [`Call::vocab`].
@@ -405,7 +415,7 @@ impl Call {
                     }
                     RowTarget::Entries {
                         start,
-                        end: entries.len(),
+                        count: (entries.len() - start) as u32, // no class twice
                     }
                 }
                 Targets::Probabilities(_) => RowTarget::Probabilities,

@@ -42,7 +42,8 @@ impl CrossEntropy {
 
     /// [`loss_and_grad`](Self::loss_and_grad) that writes the gradient over the logits and returns their memory as
     /// `grad`. Every tensor that shares it sees the change. Rows that overlap, or whose elements are not adjacent,
-    /// are an error.
+    /// are an error. After an error for a negative probability, or one that is not finite, of targets that have one for each
+    /// class, other rows are overwritten: these values are seen as they are used.
     pub fn loss_and_grad_inplace(
         &self,
         logits: Tensor,

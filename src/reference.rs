@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{
-    call::{Call, ClassValues, Row, RowTarget, Rows},
+    call::{Call, ClassValues, Row, RowTarget},
     options::{CrossEntropy, Reduction, RowValue, Smoothing},
     results::{LossAndGrad, RowStats},
     targets::Targets,
@@ -32,7 +32,7 @@ pub(crate) fn loss_and_grad(
     let (logits, targets) = (cpu(logits)?, targets.try_map(cpu)?);
     let call = Call::new(&options, &logits, &targets)?;
     let classes = call.read_classes()?;
-    let Rows { rows, entries } = call.read_rows(&classes)?;
+    let rows = call.read_rows(&classes)?;
     let probabilities = match &call.targets {
         Targets::Probabilities(values) => Some(call.probability_reader(values)?),
         _ => None,
@@ -44,13 +44,13 @@ pub(crate) fn loss_and_grad(
 
     let mut grad = vec![0.0; x.len()];
     let mut results = vec![RowResult::default(); call.rows];
-    for (i, row) in rows.iter().enumerate() {
+    for (i, row) in rows.rows.iter().enumerate() {
         if let Some(row) = row {
             let mut t = vec![0.0; call.vocab]; // the target distribution
             match &row.target {
                 &RowTarget::Class(y) => t[y] = 1.0,
-                &RowTarget::Entries { start, end } => {
-                    for &(y, probability) in &entries[start..end] {
+                RowTarget::Entries { .. } => {
+                    for &(y, probability) in rows.named(row.target) {
                         t[y] = probability;
                     }
                 }
@@ -67,7 +67,7 @@ pub(crate) fn loss_and_grad(
         }
     }
 
-    let total_weight: f64 = rows.iter().flatten().map(|row| row.count).sum();
+    let total_weight: f64 = rows.rows.iter().flatten().map(|row| row.count).sum();
     let divisor = match call.reduction {
         Reduction::None | Reduction::Sum => 1.0,
         Reduction::Mean if total_weight == 0.0 => 1.0, // no rows, or none that counts

@@ -4,12 +4,13 @@
 //! and the step is a descent of the Lagrangian in the model, after an ascent in the multipliers:
 //!
 //! ```text
-//! min_θ max_{λ≥0}  Σ λ_i·(loss_i − c)          λ_i ← max(0, λ_i + η·(loss_i − c))
+//! min_θ max_{λ≥0}  Σ λ_i·(loss_i − c)          λ_i ← max(0, λ_i + η·(loss_i − c − λ_i/α))
 //! ```
 //!
-//! The multipliers start at 0 as in the authors' code. That they move before the model in each step, and that the
-//! Lagrangian is divided by the number of samples, is this crate's choice. The paper's resilient form, which relaxes c for
-//! samples that cannot meet it, is left out.
+//! With a finite α this is the paper's resilient form: a sample that cannot meet c gets a slack s_i at the price of α/2·s_i²,
+//! whose best value is λ_i/α, so its multiplier settles instead of growing without bound. The multipliers start at 0 as in
+//! the authors' code. That they move before the model in each step, and that the Lagrangian is divided by the number of
+//! samples, is this crate's choice.
 
 use candle_core::{Result, Tensor};
 use candle_cross_entropy::{CrossEntropy, Reduction};
@@ -21,6 +22,8 @@ pub struct Feasible {
     pub bound: f64,
     /// η.
     pub dual_rate: f64,
+    /// α; infinite for no slack.
+    pub alpha: f64,
 }
 
 impl Feasible {
@@ -29,7 +32,8 @@ impl Feasible {
         let losses = CrossEntropy::new()
             .reduction(Reduction::None)
             .forward(logits, targets)?;
-        let violation = (losses.detach() - self.bound)?;
+        let slack = (&self.multipliers / self.alpha)?;
+        let violation = ((losses.detach() - self.bound)? - slack)?;
         self.multipliers = (&self.multipliers + violation * self.dual_rate)?.relu()?;
         // −λ·c has no gradient by the model.
         (losses * &self.multipliers)?.mean_all()

@@ -4,11 +4,12 @@
 //! ```sh
 //! cargo run --release --example neighbours            # all
 //! cargo run --release --example neighbours -- dro     # one: dro, feasible, pseudo-labels, reliable, gradient-norm,
-//!                                                     # confidence
+//!                                                     # confidence, adaptation
 //! ```
 //!
 //! The problem is a toy; the numbers show that a step does what it should, not how good a method is.
 
+mod adaptation;
 mod confidence;
 mod dro;
 mod feasible;
@@ -24,13 +25,14 @@ use candle_core::{Result, bail};
 
 type Method = (&'static str, fn() -> Result<String>);
 
-const METHODS: [Method; 6] = [
+const METHODS: [Method; 7] = [
     ("dro", dro_report),
     ("feasible", feasible_report),
     ("pseudo-labels", pseudo_labels_report),
     ("reliable", reliable_report),
     ("gradient-norm", gradient_norm_report),
     ("confidence", confidence_report),
+    ("adaptation", adaptation_report),
 ];
 
 fn main() -> Result<()> {
@@ -112,5 +114,14 @@ fn confidence_report() -> Result<String> {
     let [plain, weighted] = run.test_accuracy;
     Ok(format!(
         "weights of wrong labels {wrong:.2}, of right ones {right:.2}; test accuracy {weighted:.3}, plainly trained {plain:.3}"
+    ))
+}
+
+fn adaptation_report() -> Result<String> {
+    let run = runs::adaptation()?;
+    let [before, after] = run.accuracy;
+    let [entropy_before, entropy_after] = run.entropy;
+    Ok(format!(
+        "accuracy on turned data {before:.3} → {after:.3}, entropy {entropy_before:.3} → {entropy_after:.3}"
     ))
 }

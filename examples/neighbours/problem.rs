@@ -77,6 +77,11 @@ impl Model {
         vec![self.input.clone(), self.bias.clone(), self.output.clone()]
     }
 
+    /// Of the first layer.
+    pub fn first(&self) -> Vec<Var> {
+        vec![self.input.clone(), self.bias.clone()]
+    }
+
     pub fn output(&self) -> &Tensor {
         &self.output
     }

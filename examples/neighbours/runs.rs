@@ -6,7 +6,7 @@ use candle_nn::{AdamW, Optimizer};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
-    confidence, dro,
+    adaptation, confidence, dro,
     feasible::Feasible,
     gradient_norm,
     problem::{CLASSES, DEVICE, Data, Model},
@@ -108,6 +108,7 @@ pub fn feasible() -> Result<FeasibleLearning> {
         multipliers: Tensor::zeros(80, DType::F32, DEVICE)?,
         bound,
         dual_rate: 0.05,
+        alpha: f64::INFINITY,
     };
     let mut always_satisfied = vec![true; 80];
     let mut multipliers = method.multipliers.clone();
@@ -305,5 +306,33 @@ pub fn confidence() -> Result<Confidence> {
             test.accuracy(&erm.logits(&test.inputs)?)?,
             test.accuracy(&model.logits(&test.inputs)?)?,
         ],
+    })
+}
+
+pub struct Adaptation {
+    /// On data turned by a quarter of a quarter: before, and after.
+    pub accuracy: [f64; 2],
+    /// Mean entropy there, in nats.
+    pub entropy: [f32; 2],
+}
+
+pub fn adaptation() -> Result<Adaptation> {
+    let data = Data::clusters(400, 0.3, 0.0, 2)?;
+    let turned = Data::clusters(400, 0.3, std::f64::consts::FRAC_PI_8 * 1.5, 3)?;
+    let model = train(60, |model| plain(model, &data))?;
+    let state = || -> Result<(f64, f32)> {
+        let logits = model.logits(&turned.inputs)?;
+        let entropy = adaptation::loss(&logits)?.to_scalar()?;
+        Ok((turned.accuracy(&logits)?, entropy))
+    };
+    let before = state()?;
+    let mut optimizer = AdamW::new_lr(model.first(), 0.01)?;
+    for _ in 0..60 {
+        optimizer.backward_step(&adaptation::loss(&model.logits(&turned.inputs)?)?)?;
+    }
+    let after = state()?;
+    Ok(Adaptation {
+        accuracy: [before.0, after.0],
+        entropy: [before.1, after.1],
     })
 }

@@ -6,7 +6,7 @@ use candle_nn::ops::softmax;
 use rand::{SeedableRng, rngs::StdRng};
 
 use crate::{
-    confidence, dro, feasible, gradient_norm,
+    adaptation, confidence, dro, feasible, gradient_norm,
     problem::{CLASSES, DEVICE, Data, Model},
     pseudo_labels, reliable, runs,
 };
@@ -94,12 +94,13 @@ fn multipliers_ascend_by_the_violation_and_weigh_the_loss() {
         multipliers,
         bound,
         dual_rate,
+        alpha: 0.5,
     };
     let loss = method.loss(&logits, &data.targets().unwrap()).unwrap();
     let wanted: Vec<f32> = start
         .iter()
         .zip(&losses)
-        .map(|(m, l)| (m + 0.5 * (l - 1.0)).max(0.0))
+        .map(|(m, l)| (m + 0.5 * (l - 1.0 - m / 0.5)).max(0.0))
         .collect();
     assert!(wanted.contains(&0.0) && wanted.iter().any(|m| *m > 0.0));
     assert_close(&values(&method.multipliers), &wanted, 1e-6);
@@ -109,6 +110,26 @@ fn multipliers_ascend_by_the_violation_and_weigh_the_loss() {
     for (row, multiplier) in gradient.chunks(CLASSES).zip(&wanted) {
         assert_eq!(row.iter().any(|g| *g != 0.0), *multiplier > 0.0);
     }
+}
+
+/// Of samples that cannot meet the bound: their slack is worth what it costs.
+#[test]
+fn resilient_multipliers_settle() {
+    let (data, model) = setting();
+    let logits = logits(&data, &model).detach();
+    let losses = row_losses(&logits, &data);
+    let mut method = feasible::Feasible {
+        multipliers: Tensor::zeros(40, DType::F32, DEVICE).unwrap(),
+        bound: 0.5,
+        dual_rate: 0.3,
+        alpha: 2.0,
+    };
+    for _ in 0..100 {
+        method.loss(&logits, &data.targets().unwrap()).unwrap();
+    }
+    let wanted: Vec<f32> = losses.iter().map(|l| (2.0 * (l - 0.5)).max(0.0)).collect();
+    assert!(wanted.iter().any(|m| *m > 0.0));
+    assert_close(&values(&method.multipliers), &wanted, 1e-4);
 }
 
 #[test]
@@ -251,6 +272,36 @@ fn reliable_samples_have_better_labels() {
     );
 }
 
+/// The sum of the rows', by candle's operations.
+fn entropy(logits: &Tensor) -> Tensor {
+    let log_p = candle_nn::ops::log_softmax(logits, 1).unwrap();
+    let terms = (log_p.exp().unwrap() * &log_p).unwrap();
+    terms.sum_all().unwrap().neg().unwrap()
+}
+
+#[test]
+fn adaptation_descends_the_entropy() {
+    let (data, model) = setting();
+    let logits = logits(&data, &model);
+    let loss = adaptation::loss(&logits).unwrap();
+    let wanted = (entropy(&logits) / 40.0).unwrap();
+    let scalar = |loss: &Tensor| loss.to_scalar::<f32>().unwrap();
+    assert_close(&[scalar(&loss)], &[scalar(&wanted)], 1e-6);
+    let gradient = |loss: Tensor| values(loss.backward().unwrap().get(&logits).unwrap());
+    assert_close(&gradient(loss), &gradient(wanted), 1e-6);
+}
+
+#[test]
+fn adaptation_helps_on_turned_data() {
+    let run = runs::adaptation().unwrap();
+    assert!(run.entropy[1] < run.entropy[0], "{:?}", run.entropy);
+    assert!(
+        run.accuracy[1] > run.accuracy[0] + 0.02,
+        "{:?}",
+        run.accuracy
+    );
+}
+
 #[test]
 fn the_largest_gradient_norms_are_selected() {
     let (data, model) = setting();
@@ -264,11 +315,7 @@ fn the_largest_gradient_norms_are_selected() {
                 .unwrap()
                 .matmul(&weight.t().unwrap())
                 .unwrap();
-            let predicted = logits.argmax(1).unwrap();
-            let gradient = cross_entropy(&logits, &predicted)
-                .unwrap()
-                .backward()
-                .unwrap();
+            let gradient = entropy(&logits).backward().unwrap();
             values(gradient.get(&weight).unwrap())
                 .iter()
                 .map(|g| g * g)

@@ -47,7 +47,7 @@ pub(super) struct Beside<'a, R> {
     pub target: Option<&'a [R]>,
     /// Whether the shares are not the prior alone.
     weighted: bool,
-    /// Σ c·u, Σ u, Σ u² over all of its classes.
+    /// Σ c·u, Σ u, Σ u² over all of its classes, if they have values.
     masses: [f64; 3],
 }
 
@@ -140,7 +140,10 @@ impl<'a, R: Real> General<'a, R> {
         Self {
             ones: vec![R::ONE; if shares.is_some() { 0 } else { PIECE }],
             vectors: ClassVectors {
-                masses: (0..columns.len()).step_by(PIECE).map(masses).collect(),
+                masses: match shares {
+                    Some(_) => (0..columns.len()).step_by(PIECE).map(masses).collect(),
+                    None => Vec::new(),
+                },
                 weighted: classes.weights.is_some(),
                 shares,
                 // For targets that are probabilities: a class's is known where it is used.
@@ -185,7 +188,10 @@ impl<'a, R: Real> General<'a, R> {
             prior: part(prior, columns),
             target,
             weighted: self.vectors.weighted,
-            masses: self.vectors.masses[columns.start / PIECE],
+            masses: match self.vectors.masses.get(columns.start / PIECE) {
+                Some(masses) => *masses,
+                None => [0.0; 3],
+            },
         }
     }
 }

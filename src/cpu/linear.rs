@@ -302,12 +302,18 @@ impl<'a, E: Element<Real: Compute> + WithDType> Factors<'a, E> {
 #[derive(Clone)]
 struct Running {
     others: Partial,
-    dots: Dots,
     /// Of the target's one class, which is left out of the sums.
     target_logit: f64,
-    /// Of a few classes that the target names, of which none is.
-    entries: Vec<f64>,
     predicted: u32,
+    /// Of rows of the general kind.
+    general: Option<Box<General>>,
+}
+
+#[derive(Clone, Default)]
+struct General {
+    dots: Dots,
+    /// Logits of a few classes that the target names, of which none is left out.
+    entries: Vec<f64>,
 }
 
 /// Whether rows are of the general kind: which of a few classes has the largest logit, and would be left out, is known only
@@ -338,11 +344,14 @@ fn merge_tile<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bo
             if let Some(column) = target {
                 running.target_logit = logit(column);
             }
-            let named = work.named(row);
-            running.entries.resize(named.len(), f64::NAN);
-            for (entry, &(class, _)) in running.entries.iter_mut().zip(named) {
-                if let Some(column) = work.column(class) {
-                    *entry = logit(column);
+            if GENERAL {
+                let named = work.named(row);
+                let entries = &mut running.general.get_or_insert_default().entries;
+                entries.resize(named.len(), f64::NAN);
+                for (entry, &(class, _)) in entries.iter_mut().zip(named) {
+                    if let Some(column) = work.column(class) {
+                        *entry = logit(column);
+                    }
                 }
             }
             let (partial, dots) = row_partial::<T, FORM, STATS, false, GENERAL>(
@@ -357,11 +366,11 @@ fn merge_tile<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bo
                 running.predicted = work.columns.start as u32 + row::largest_column(x, &partial);
             }
             let all = running.others.merge::<FORM>(partial, &work.exact);
-            if GENERAL {
+            if let Some(general) = &mut running.general {
                 let before = running
                     .others
-                    .relate::<FORM>(running.dots, &all, &work.exact);
-                running.dots = before.plus(partial.relate::<FORM>(dots, &all, &work.exact));
+                    .relate::<FORM>(general.dots, &all, &work.exact);
+                general.dots = before.plus(partial.relate::<FORM>(dots, &all, &work.exact));
             }
             running.others = all;
         },
@@ -378,18 +387,18 @@ fn finish<const FORM: Form>(
     let Some(row) = row else {
         return Default::default();
     };
+    let none = General::default();
+    let General { dots, entries } = running.general.as_deref().unwrap_or(&none);
     let named: Vec<_> = match row.target {
         RowTarget::Class(class) => vec![(class, 1.0, running.target_logit)],
-        RowTarget::Entries { start, end } => {
-            let entries = given.rows.entries[start..end].iter();
-            let with_logits = entries.zip(&running.entries);
+        target => {
+            let with_logits = given.rows.named(target).iter().zip(entries);
             with_logits.map(|(&(class, t), &x)| (class, t, x)).collect()
         }
-        RowTarget::Probabilities => Vec::new(),
     };
     let sums = Sums {
         others: &running.others,
-        dots: &running.dots,
+        dots,
         named: &named,
         left_out: matches!(row.target, RowTarget::Class(_)).then_some(0),
         predicted: running.predicted,
@@ -415,10 +424,9 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
     let mut factors = Factors::<E>::new(operands)?;
     let empty = Running {
         others: Partial::EMPTY,
-        dots: Dots::default(),
         target_logit: f64::NAN,
-        entries: Vec::new(),
         predicted: 0,
+        general: None,
     };
     let mut running = vec![empty; call.rows];
     let (mut kept, mut logits) = (Vec::new(), Vec::new());

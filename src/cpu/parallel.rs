@@ -112,10 +112,7 @@ impl<'a, T: Element> Work<'a, T> {
 
     /// The classes that the target of a row names, with their probabilities.
     pub fn named(&self, row: &Row) -> &[(usize, f64)] {
-        match row.target {
-            RowTarget::Entries { start, end } => &self.given.rows.entries[start..end],
-            _ => &[],
-        }
+        self.given.rows.named(row.target)
     }
 
     /// The column of a class in the tile.
