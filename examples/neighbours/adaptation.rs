@@ -10,27 +10,18 @@
 //! The paper adapts the scales and shifts of normalisation layers and their statistics; here it is the first layer, as there
 //! is no other that normalises.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_cross_entropy::{CrossEntropy, Targets};
 
 /// The loss of logits (N, V).
 pub fn loss(logits: &Tensor) -> Result<Tensor> {
-    entropy_alone().forward(logits, nothing(logits)?)
-}
-
-/// The loss that is the entropy, with [`nothing`] for targets.
-pub fn entropy_alone() -> CrossEntropy {
-    CrossEntropy::new().entropy_weight(1.0)
-}
-
-/// Targets without mass: a class for each row of logits (N, V), with probability 0. Its row counts in a mean.
-pub fn nothing(logits: &Tensor) -> Result<Targets> {
-    let (rows, device) = (
-        logits.elem_count() / logits.dim(D::Minus1)?,
-        logits.device(),
-    );
-    Ok(Targets::top_k(
+    let (rows, device) = (logits.dim(0)?, logits.device());
+    // Targets without mass: a class for each row, with probability 0.
+    let nothing = Targets::top_k(
         &Tensor::zeros((rows, 1), DType::U32, device)?,
         &Tensor::zeros((rows, 1), DType::F32, device)?,
-    ))
+    );
+    CrossEntropy::new()
+        .entropy_weight(1.0)
+        .forward(logits, nothing)
 }

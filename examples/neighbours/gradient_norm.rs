@@ -1,30 +1,27 @@
 //! Active learning by gradient norms, after LPLgrad: Gul et al., "LPLgrad: Optimizing Active Learning Through Gradient Norm
 //! Sample Selection and Auxiliary Model Training", arXiv 2411.15217.
 //!
-//! Of the unlabelled samples those are sent to be labelled whose predictions' entropy H has the largest gradient. With
-//! logits z = W·h, that gradient by W is ∂H/∂z·hᵀ, and
+//! Of the unlabelled samples those are sent to be labelled whose gradient is largest. With logits z = W·h, prediction p
+//! and q the one-hot vector of the predicted class, the loss at that class has the gradient (p − q)·hᵀ by W, and
 //!
 //! ```text
-//! score_i = ‖∂H_i/∂W‖² = ‖∂H_i/∂z‖²·‖h_i‖²      ∂H/∂z_k = −p_k·(log p_k + H)
+//! score_i = ‖∂loss_i/∂W‖² = ‖p_i − q_i‖²·‖h_i‖²
 //! ```
 //!
-//! The paper takes the gradient by all parameters; the output layer alone is this crate's reading, by which no backward is
-//! needed. Its second network, which predicts losses, is left out.
+//! whose first factor comes with the loss, so that no backward is needed. The paper takes the norm of the gradient of the
+//! prediction's entropy by all parameters; the loss at the predicted class, and the output layer alone, are this crate's
+//! reading. Its second network, which predicts losses, is left out.
 
 use candle_core::{D, Result, Tensor};
-use candle_cross_entropy::Reduction;
-
-use crate::adaptation::{entropy_alone, nothing};
+use candle_cross_entropy::CrossEntropy;
 
 /// Scores (N) of hidden states (N, D) and output projection W (V, D).
 pub fn scores(hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (hidden, weight) = (hidden.detach(), weight.detach());
-    let logits = hidden.matmul(&weight.t()?)?;
-    let targets = nothing(&logits)?;
-    let (_, gradient) = entropy_alone()
-        .reduction(Reduction::None)
-        .loss_and_grad_inplace_without_stats(logits, targets)?;
-    gradient.sqr()?.sum(D::Minus1)? * hidden.sqr()?.sum(D::Minus1)?
+    let predicted = hidden.matmul(&weight.t()?)?.argmax(D::Minus1)?;
+    let (_, stats) =
+        CrossEntropy::new().forward_linear_with_stats(&hidden, &weight, None, &predicted)?;
+    stats.grad_norm_sq * hidden.sqr()?.sum(D::Minus1)?
 }
 
 /// The k samples with the largest scores, the largest first.

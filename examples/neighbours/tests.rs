@@ -315,7 +315,11 @@ fn the_largest_gradient_norms_are_selected() {
                 .unwrap()
                 .matmul(&weight.t().unwrap())
                 .unwrap();
-            let gradient = entropy(&logits).backward().unwrap();
+            let predicted = logits.argmax(1).unwrap();
+            let gradient = cross_entropy(&logits, &predicted)
+                .unwrap()
+                .backward()
+                .unwrap();
             values(gradient.get(&weight).unwrap())
                 .iter()
                 .map(|g| g * g)
