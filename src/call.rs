@@ -222,44 +222,20 @@ impl Call {
         }
         let targets = row_targets(targets, &shape, (vocab, width), rows)?;
         let row_type = if on_cpu { DType::F64 } else { DType::F32 };
+        let per_row = |argument, values, may_be_mask| {
+            row_values(argument, values, may_be_mask, &shape, row_type, rows)
+        };
         let (smoothing, uniform_smoothing) = match &options.smoothing {
-            Smoothing::PerRow(values) => (
-                Some(row_values(
-                    "smoothing",
-                    values,
-                    false,
-                    &shape,
-                    row_type,
-                    rows,
-                )?),
-                0.0,
-            ),
+            Smoothing::PerRow(values) => (Some(per_row("smoothing", values, false)?), 0.0),
             &Smoothing::Uniform(value) if (0.0..=1.0).contains(&value) => (None, value),
             Smoothing::Uniform(value) => bail!("smoothing: {value}, must be in [0, 1]"),
         };
         let weights = match &options.row_weights {
-            Some(values) => Some(row_values(
-                "row_weights",
-                values,
-                true,
-                &shape,
-                row_type,
-                rows,
-            )?),
+            Some(values) => Some(per_row("row_weights", values, true)?),
             None => None,
         };
         let (entropy_weight, uniform_entropy_weight) = match &options.entropy_weight {
-            RowValue::PerRow(values) => (
-                Some(row_values(
-                    "entropy_weight",
-                    values,
-                    false,
-                    &shape,
-                    row_type,
-                    rows,
-                )?),
-                0.0,
-            ),
+            RowValue::PerRow(values) => (Some(per_row("entropy_weight", values, false)?), 0.0),
             &RowValue::Uniform(value) if value.is_finite() => (None, value),
             RowValue::Uniform(value) => bail!("entropy_weight: {value}, must be finite"),
         };

@@ -1,7 +1,7 @@
 //! What a row may have beside its logits: values of the classes, and a probability for each as its target. From these and
 //! the exponents of a piece (`row`), the sums that loss and gradient need, and what the gradient subtracts.
 
-use std::ops::Range;
+use std::{ops::Range, sync::OnceLock};
 
 use candle_core::{
     CpuStorage, Layout, Result, Storage, StorageRef, Tensor, backend::BackendStorage, bail,
@@ -21,7 +21,8 @@ use crate::call::{ClassValues, bad_probability};
 pub(super) struct General<'a, R> {
     vectors: ClassVectors<R>,
     probabilities: Option<(&'a Probabilities<'a>, Tile)>,
-    ones: Vec<R>,
+    /// For rows of the general kind alone.
+    ones: OnceLock<Vec<R>>,
 }
 
 /// First row and first class.
@@ -138,7 +139,6 @@ impl<'a, R: Real> General<'a, R> {
             sums
         };
         Self {
-            ones: vec![R::ONE; if shares.is_some() { 0 } else { PIECE }],
             vectors: ClassVectors {
                 masses: match shares {
                     Some(_) => (0..columns.len()).step_by(PIECE).map(masses).collect(),
@@ -151,14 +151,14 @@ impl<'a, R: Real> General<'a, R> {
                 prior: vector(&classes.prior),
             },
             probabilities: probabilities.map(|values| (values, (first_row, columns.start))),
+            ones: OnceLock::new(),
         }
     }
 
     /// What smoothing is multiplied by in a piece of `len` classes, c·u or 1.
     pub fn values<'b>(&'b self, beside: &Beside<'b, R>, len: usize) -> &'b [R] {
-        beside
-            .shares
-            .unwrap_or(&self.ones[..len.min(self.ones.len())])
+        let ones = || &self.ones.get_or_init(|| vec![R::ONE; PIECE])[..len];
+        beside.shares.unwrap_or_else(ones)
     }
 
     /// Of `columns` of a row. `buffer` is scratch memory.

@@ -21,7 +21,7 @@ use super::{
         row_partial,
     },
     real::Real,
-    results::{self, forward_result, result_type},
+    results::{self, Inputs, forward_result, result_type},
     row::{self, Form, Normaliser, Partial, RowResult, Sums, Transform, with_path},
 };
 use crate::{
@@ -607,27 +607,20 @@ impl LinearBackend for Cpu {
         operands: &Operands<CpuStorage>,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let classes = call.read_classes()?;
-        let rows = call.read_rows(&classes)?;
+        let inputs = Inputs::read(call)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = Given {
-            call,
-            rows: &rows,
-            classes: &classes,
-            probabilities: probabilities.as_ref(),
-        };
+        let given = inputs.given(call, probabilities.as_ref());
         let (results, normalisers, kept) =
             with_type!(operands, E => evaluate::<E>(given, plan, operands, stats)?);
         let dtype = result_type(operands.hidden.0.dtype());
-        let (loss, stats) = forward_result(call, &rows.rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &inputs.rows.rows, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,
             saved: Saved {
                 of_rows: results::Saved {
-                    rows,
-                    classes,
+                    inputs,
                     normalisers,
                 },
                 kept: KeptTiles::new(kept),
@@ -645,7 +638,7 @@ impl LinearBackend for Cpu {
     ) -> Result<[Option<CpuStorage>; 3]> {
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = saved.of_rows.given(call, probabilities.as_ref());
+        let given = saved.of_rows.inputs.given(call, probabilities.as_ref());
         with_type!(operands, E => differentiate::<E>(given, plan, saved, upstream, operands, wanted))
     }
 }

@@ -8,8 +8,8 @@ use super::{
     element::{Element, InOrder, Precise},
     general::Locked,
     memory::{GradRows, Logits, readable},
-    parallel::{Given, differentiate_all, evaluate, evaluate_and_differentiate},
-    results::{Saved, forward_result, fused_result, result_type},
+    parallel::{differentiate_all, evaluate, evaluate_and_differentiate},
+    results::{Inputs, Saved, forward_result, fused_result, result_type},
 };
 use crate::{
     backend::{Backend, Forward, Fused},
@@ -55,26 +55,19 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let classes = call.read_classes()?;
-        let rows = call.read_rows(&classes)?;
+        let inputs = Inputs::read(call)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = Given {
-            call,
-            rows: &rows,
-            classes: &classes,
-            probabilities: probabilities.as_ref(),
-        };
+        let given = inputs.given(call, probabilities.as_ref());
         let (results, normalisers) =
             with_elements!(call, logits, cast_slice, x => evaluate(given, x, layout, stats)?);
         let dtype = result_type(logits.dtype());
-        let (loss, stats) = forward_result(call, &rows.rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &inputs.rows.rows, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,
             saved: Saved {
-                rows,
-                classes,
+                inputs,
                 normalisers,
             },
         })
@@ -89,7 +82,7 @@ impl Backend for Cpu {
     ) -> Result<CpuStorage> {
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = saved.given(call, probabilities.as_ref());
+        let given = saved.inputs.given(call, probabilities.as_ref());
         with_elements!(call, logits, cast_slice, x => {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
@@ -107,7 +100,7 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = saved.given(call, probabilities.as_ref());
+        let given = saved.inputs.given(call, probabilities.as_ref());
         with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
             differentiate_all(given, saved, upstream, Logits::InPlace, &out)
@@ -120,23 +113,17 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<(CpuStorage, Fused)> {
-        let classes = call.read_classes()?;
-        let rows = call.read_rows(&classes)?;
+        let inputs = Inputs::read(call)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = Given {
-            call,
-            rows: &rows,
-            classes: &classes,
-            probabilities: probabilities.as_ref(),
-        };
+        let given = inputs.given(call, probabilities.as_ref());
         let dtype = result_type(logits.dtype());
         with_elements!(call, logits, cast_slice, x => {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
             let logits = Logits::Separate(x, readable(layout)?);
             let results = evaluate_and_differentiate(given, logits, &out, stats)?;
-            Ok((Element::storage(grad), fused_result(call, &rows.rows, &results, dtype, stats)?))
+            Ok((Element::storage(grad), fused_result(call, &inputs.rows.rows, &results, dtype, stats)?))
         })
     }
 
@@ -146,21 +133,15 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Fused> {
-        let classes = call.read_classes()?;
-        let rows = call.read_rows(&classes)?;
+        let inputs = Inputs::read(call)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
-        let given = Given {
-            call,
-            rows: &rows,
-            classes: &classes,
-            probabilities: probabilities.as_ref(),
-        };
+        let given = inputs.given(call, probabilities.as_ref());
         let dtype = result_type(logits.dtype());
         let results = with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
             evaluate_and_differentiate(given, Logits::InPlace, &out, stats)?
         });
-        fused_result(call, &rows.rows, &results, dtype, stats)
+        fused_result(call, &inputs.rows.rows, &results, dtype, stats)
     }
 }

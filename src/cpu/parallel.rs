@@ -10,7 +10,7 @@ use super::{
     general::{Dots, General, Probabilities},
     memory::{GradRows, Logits, readable},
     real::Real,
-    results::{Saved, divisor},
+    results::{Inputs, Saved, divisor},
     row::{
         self, CAPPED, Form, GradFactors, Normaliser, PIECE, Partial, RowResult, Sums, Transform,
         with_path,
@@ -45,7 +45,7 @@ pub(super) struct Given<'a> {
     pub probabilities: Option<&'a Probabilities<'a>>,
 }
 
-impl Saved {
+impl Inputs {
     pub(super) fn given<'a>(
         &'a self,
         call: &'a Call,
@@ -243,29 +243,16 @@ pub(super) fn row_partial<
         ..
     } = scratch;
     let transforms = (&work.transform, &work.exact);
-    let named = work.leaves_out;
     let run = |first_piece, partials: &mut [Partial], dots: &mut [Dots], kept: &mut [T::Real]| {
-        let general = &work.general;
-        if GENERAL && named {
-            dispatch(GeneralPartials::<T, FORM, true> {
+        if GENERAL {
+            dispatch(GeneralPartials::<T, FORM> {
                 x,
                 row: i,
                 first_piece,
                 target,
+                leaves_out: work.leaves_out,
                 transforms,
-                general,
-                partials,
-                dots,
-                kept,
-            });
-        } else if GENERAL {
-            dispatch(GeneralPartials::<T, FORM, false> {
-                x,
-                row: i,
-                first_piece,
-                target,
-                transforms,
-                general,
+                general: &work.general,
                 partials,
                 dots,
                 kept,
@@ -520,7 +507,7 @@ pub(super) fn differentiate_tile<T: Element>(
 ) -> Result<()> {
     let call = work.given.call;
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let divisor = divisor(call, &saved.rows.rows);
+    let divisor = divisor(call, &work.given.rows.rows);
     let write = with_path!(T, call, general, FORM, GENERAL => write_gradient::<T, FORM, GENERAL>);
     for_each_row(
         work.columns.len(),

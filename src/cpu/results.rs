@@ -10,10 +10,24 @@ use crate::{
     results::RowStats,
 };
 
-/// What the forward leaves for the backward.
-pub(crate) struct Saved {
+/// What rows and classes are given beside the logits.
+pub(crate) struct Inputs {
     pub(super) rows: Rows,
     pub(super) classes: ClassValues,
+}
+
+impl Inputs {
+    /// Reads them; an error for the first bad value.
+    pub(super) fn read(call: &Call) -> Result<Self> {
+        let classes = call.read_classes()?;
+        let rows = call.read_rows(&classes)?;
+        Ok(Self { rows, classes })
+    }
+}
+
+/// What the forward leaves for the backward.
+pub(crate) struct Saved {
+    pub(super) inputs: Inputs,
     pub(super) normalisers: Vec<Normaliser>,
 }
 

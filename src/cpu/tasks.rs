@@ -77,13 +77,14 @@ impl<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> Task
     }
 }
 
-/// [`Partials`] of a row of the general kind, with statistics. `NAMED` says that its target names classes, one of which is
-/// left out.
-pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form, const NAMED: bool> {
+/// [`Partials`] of a row of the general kind, with statistics.
+pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
     pub x: &'a [T],
     pub row: usize,
     pub first_piece: usize,
     pub target: usize,
+    /// Whether a class that the target names is left out.
+    pub leaves_out: bool,
     pub transforms: (&'a Transform<T::Real>, &'a Transform<f64>),
     pub general: &'a General<'a, T::Real>,
     pub partials: &'a mut [Partial],
@@ -92,7 +93,7 @@ pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form, const NAMED:
     pub kept: &'a mut [T::Real],
 }
 
-impl<T: Element, const FORM: Form, const NAMED: bool> Task for GeneralPartials<'_, T, FORM, NAMED> {
+impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
         let zeros = [T::Real::ZERO; PIECE];
@@ -113,7 +114,7 @@ impl<T: Element, const FORM: Form, const NAMED: bool> Task for GeneralPartials<'
                 ..Extra::default()
             };
             let x;
-            if NAMED {
+            if self.leaves_out {
                 extra.values = self.general.values(&beside, len);
                 (*partial, x) = row::partial::<T, FORM, true, true, VALUES, FUSED, S>(
                     simd,
