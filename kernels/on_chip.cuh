@@ -11,10 +11,20 @@
 
 constexpr int kMaxBlocksPerRow = 16;
 constexpr int kMaxChunks = 15;
-// Groups of a chunk that a thread adds up at once, so that few instructions go to anything but logits. With a softcap
-// those are so many that it does not matter.
-constexpr int kAtOnce = 4;
-DEVICE int chunk_groups() { return kAtOnce * dev::on_chip_threads(); }
+// Groups that a thread adds up at once, so that few instructions go to anything but logits: four would be fewer still, and
+// took longer on an H200, with 64 registers. With a softcap there are so many that it does not matter.
+constexpr int kAtOnce = 2;
+// Groups of a chunk that each thread has, multiples of `kAtOnce`, so that what is added up at once depends on the row
+// alone. Every chunk is waited for, which costs more than to have the sums begin a little earlier.
+constexpr int kChunk = 8;
+// The first chunk's where there is a gradient: so much is copied before it is known whether the row is ignored, which
+// takes as long as the copy. An ignored row without a gradient takes nothing else, and is better not copied.
+constexpr int kEarly = 2;
+
+// Groups of a slice before chunk c.
+template <bool GRAD> DEVICE int chunk_begin(int c) {
+  return c == 0 ? 0 : ((GRAD ? kEarly : kChunk) + (c - 1) * kChunk) * dev::on_chip_threads();
+}
 
 struct alignas(128) OnChip {
   uint64_t filled[kMaxChunks];       // one mbarrier a chunk
@@ -22,6 +32,8 @@ struct alignas(128) OnChip {
   Partial slices[kMaxBlocksPerRow];  // the blocks' partial results
 };
 static_assert(sizeof(OnChip) == 640, "src/kernels/select.rs counts it");
+
+template <class T> DEVICE int groups_of(const Stretch& slice) { return (slice.classes + kGroup<T> - 1) / kGroup<T>; }
 
 // The slice of block `rank`; the last one has the padding.
 template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {
@@ -33,25 +45,27 @@ template <class T> DEVICE Stretch slice_of_row(const Params& p, int rank) {
   return {begin, classes, last ? static_cast<int>(p.width) - begin : classes};
 }
 
-DEVICE int chunks_of(int groups) { return (groups + chunk_groups() - 1) / chunk_groups(); }
-
-// Starts the copies of a slice into `image`, whose first word holds the 16 bytes that the slice starts in, and gets ready
-// for partial results of `senders` blocks. One thread.
-//
-// Chunk c brings what its groups need that earlier chunks did not: as a group may straddle two words, the word after
-// its last group too. Words that are not wholly in the slice are left out.
-template <class T> DEVICE void start_copies(OnChip* on_chip, char* image, const T* x, int count, unsigned phase, unsigned senders) {
-  const int groups = (count + kGroup<T> - 1) / kGroup<T>;
-  const int words = static_cast<int>((phase + count * sizeof(T)) / 16);
-  const char* from = reinterpret_cast<const char*>(x) - phase;
-  const int chunks = chunks_of(groups);
-  ROLLED for (int c = 0; c < chunks; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
+// Gets ready for the copies of a slice of `groups`, and for partial results of `senders` blocks. One thread.
+template <bool GRAD> DEVICE void init_mbarriers(OnChip* on_chip, int groups, unsigned senders) {
+  ROLLED for (int c = 0; chunk_begin<GRAD>(c) < groups; c++) dev::mbarrier_init(&on_chip->filled[c], 1);
   if (senders != 0) dev::mbarrier_init(&on_chip->received, 1);
   dev::mbarrier_fence_init();
   if (senders != 0) dev::mbarrier_arrive_expect(&on_chip->received, senders * static_cast<unsigned>(sizeof(Partial)));
-  int begin = phase == 0 ? 0 : 1;
-  ROLLED for (int c = 0; c < chunks; c++) {
-    const int limit = (c + 1) * chunk_groups() + 1, end = limit < words ? limit : words;
+}
+
+// Starts the copies of chunks `c` to `stop` of a slice into `image`, whose first word holds the 16 bytes that the slice
+// starts in. One thread.
+//
+// A chunk brings what its groups need that earlier chunks did not: as a group may straddle two words, the word after
+// its last group too. Words that are not wholly in the slice are left out.
+template <class T, bool GRAD>
+DEVICE void start_copies(OnChip* on_chip, char* image, const T* x, const Stretch& slice, unsigned phase, int c, int stop) {
+  const int groups = groups_of<T>(slice);
+  const int words = static_cast<int>((phase + slice.classes * sizeof(T)) / 16);
+  const char* from = reinterpret_cast<const char*>(x) - phase;
+  int begin = c > 0 ? chunk_begin<GRAD>(c) + 1 : phase == 0 ? 0 : 1;
+  ROLLED for (; c < stop && chunk_begin<GRAD>(c) < groups; c++) {
+    const int limit = chunk_begin<GRAD>(c + 1) + 1, end = limit < words ? limit : words;
     const unsigned bytes = end > begin ? static_cast<unsigned>(end - begin) * 16 : 0;
     dev::mbarrier_arrive_expect(&on_chip->filled[c], bytes);
     if (bytes != 0) dev::bulk_copy(image + begin * 16, from + begin * 16, bytes, &on_chip->filled[c]);
@@ -86,22 +100,21 @@ DEVICE void add_from_image(ThreadSums& sums, const char* image, int group, int t
 }
 
 // Sums over the classes of a slice as its chunks arrive.
-template <class T, bool STATS, bool SOFTCAP, bool ALIGNED>
+template <class T, bool STATS, bool SOFTCAP, bool GRAD, bool ALIGNED>
 DEVICE ThreadSums sum_slice(OnChip* on_chip, const char* image, int groups, int target, unsigned phase,
                             const Transform<SOFTCAP>& transform) {
   ThreadSums sums = empty_sums();
   const int threads = dev::on_chip_threads();
-  int first = static_cast<int>(threadIdx.x);
-  for (int c = 0; c * chunk_groups() < groups; c++, first += chunk_groups()) {
+  int group = static_cast<int>(threadIdx.x);
+  for (int c = 0; chunk_begin<GRAD>(c) < groups; c++) {
     dev::mbarrier_wait(&on_chip->filled[c], 0);
+    const int limit = chunk_begin<GRAD>(c + 1), end = limit < groups ? limit : groups;
     if constexpr (!SOFTCAP) {
-      if (first + (kAtOnce - 1) * threads < groups) {
-        add_from_image<T, STATS, SOFTCAP, ALIGNED, kAtOnce>(sums, image, first, target, phase, transform);
-        continue;
+      ROLLED for (; group + (kAtOnce - 1) * threads < end; group += kAtOnce * threads) {
+        add_from_image<T, STATS, SOFTCAP, ALIGNED, kAtOnce>(sums, image, group, target, phase, transform);
       }
     }
-    const int end = (c + 1) * chunk_groups() < groups ? (c + 1) * chunk_groups() : groups;
-    ROLLED for (int group = first; group < end; group += threads) {
+    ROLLED for (; group < end; group += threads) {
       add_from_image<T, STATS, SOFTCAP, ALIGNED, 1>(sums, image, group, target, phase, transform);
     }
   }
@@ -191,27 +204,21 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
   const bool one_block = p.blocks_per_row == 1, first_warp = threadIdx.x < 32;
   const Transform<SOFTCAP> transform(p);
   ThreadSums sums;
+  float target_logit = 0.f, scale = 0.f;
   {
     const unsigned blocks = static_cast<unsigned>(p.blocks_per_row), row = blockIdx.x / blocks;
     const int rank = static_cast<int>(blockIdx.x % blocks);
     const Stretch slice = slice_of_row<T>(p, rank);
-    const RowInputs in = read_inputs(p, row);
-    if (in.kind != RowKind::kCounted) {  // the whole cluster
-      const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
-      if (rank == 0) finish_unused_row<STATS>(p, row, value);
-      if constexpr (GRAD) fill_gradient<T>(p, row, value, slice);
-      return;
-    }
+    const int groups = groups_of<T>(slice);
     const T* logits = static_cast<const T*>(p.logits) + row_offset<uint64_t>(p.logits_rows, row);
     const unsigned phase = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits + slice.begin) & 15u);
     // The two warps do this at once; only the second waits for the memory.
     if (threadIdx.x == 0) {
       const unsigned senders = one_block || (!GRAD && rank != 0) ? 0 : blocks;
-      start_copies(on_chip, image, logits + slice.begin, slice.classes, phase, senders);
-      // Loaded behind the copies' start, which hide the wait.
-      const float target_logit = widen_one(logits[in.target]);
-      kept[0] = {in, slice, target_logit, GRAD ? gradient_scale(p, row) : 0.f, rank, row, phase};
+      init_mbarriers<GRAD>(on_chip, groups, senders);
+      if constexpr (GRAD) start_copies<T, GRAD>(on_chip, image, logits + slice.begin, slice, phase, 0, 1);
     }
+    const LoadedInputs loaded = load_inputs(p, row);
     if (threadIdx.x / 32 == 1) {
       T* x = reinterpret_cast<T*>(image + phase);
       copy_edges(x, logits + slice.begin, slice.classes, phase, static_cast<int>(threadIdx.x % 32));
@@ -219,13 +226,31 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_on_chip(
     if (!one_block) dev::cluster_arrive_relaxed();
     dev::sync_block();  // edges and mbarriers are there
 
-    const int groups = (slice.classes + kGroup<T> - 1) / kGroup<T>, in_slice = in.target - slice.begin;
+    const RowInputs in = check_inputs(p, row, loaded);
+    if (in.kind != RowKind::kCounted) {  // the whole cluster
+      // No block ends, and in place nothing is overwritten, while a copy is under way.
+      if (GRAD && groups > 0) dev::mbarrier_wait(&on_chip->filled[0], 0);
+      const float value = in.kind == RowKind::kIgnored ? 0.f : NAN;
+      if (rank == 0) finish_unused_row<STATS>(p, row, value);
+      if constexpr (GRAD) fill_gradient<T>(p, row, value, slice);
+      if (!one_block) dev::cluster_wait();
+      return;
+    }
+    if (threadIdx.x == 0) {
+      start_copies<T, GRAD>(on_chip, image, logits + slice.begin, slice, phase, GRAD ? 1 : 0, kMaxChunks);
+      kept[0] = {in, slice, 0.f, 0.f, rank, row, phase};
+      // Loaded behind the copies' start, and not waited for before the sums.
+      target_logit = widen_one(logits[in.target]);
+      if constexpr (GRAD) scale = gradient_scale(p, row);
+    }
+    const int in_slice = in.target - slice.begin;
     const int target = in_slice >= 0 && in_slice < slice.classes && is_own(in_slice / kGroup<T>, dev::on_chip_threads()) ? in_slice : -1;
-    sums = phase == 0 ? sum_slice<T, STATS, SOFTCAP, true>(on_chip, image, groups, target, phase, transform)
-                      : sum_slice<T, STATS, SOFTCAP, false>(on_chip, image, groups, target, phase, transform);
+    sums = phase == 0 ? sum_slice<T, STATS, SOFTCAP, GRAD, true>(on_chip, image, groups, target, phase, transform)
+                      : sum_slice<T, STATS, SOFTCAP, GRAD, false>(on_chip, image, groups, target, phase, transform);
   }
   Partial a = merge_warp<STATS>(sums, transform);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
+  if (threadIdx.x == 0) kept[0].target_logit = target_logit, kept[0].gradient_scale = scale;
   if (!one_block) dev::cluster_wait();  // the other blocks have started, and their mbarriers count
   dev::sync_block();  // the warps' results are there
   const Kept known = kept[0];

@@ -27,12 +27,21 @@ DEVICE long long read_target(const Params& p, uint64_t row) {
   return static_cast<const uint32_t*>(p.targets)[row];
 }
 
-DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
-  const long long target = read_target(p, row);
-  // All loads before the first use.
-  RowInputs in = {RowKind::kCounted, 0,
-                  p.smoothing ? p.smoothing[row_offset<unsigned>(p.smoothing_rows, row)] : p.uniform_smoothing,
-                  p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f};
+// A row's inputs as they are in memory, whatever they are.
+struct LoadedInputs {
+  long long target;
+  float smoothing;
+  float weight;
+};
+
+DEVICE LoadedInputs load_inputs(const Params& p, uint64_t row) {
+  return {read_target(p, row), p.smoothing ? p.smoothing[row_offset<unsigned>(p.smoothing_rows, row)] : p.uniform_smoothing,
+          p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f};
+}
+
+DEVICE RowInputs check_inputs(const Params& p, uint64_t row, const LoadedInputs& loaded) {
+  const long long target = loaded.target;
+  RowInputs in = {RowKind::kCounted, 0, loaded.smoothing, loaded.weight};
   if (target == p.ignore_index) {
     in.kind = RowKind::kIgnored;
     return in;
@@ -52,6 +61,8 @@ DEVICE RowInputs read_inputs(const Params& p, uint64_t row) {
   }
   return in;
 }
+
+DEVICE RowInputs read_inputs(const Params& p, uint64_t row) { return check_inputs(p, row, load_inputs(p, row)); }
 
 // Columns `begin` to `begin + width` of a row, of which the first `classes` are classes and the rest is padding.
 struct Stretch {

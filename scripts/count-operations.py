@@ -28,7 +28,9 @@ BOUNDS = HERE / "operation-bounds.tsv"
 GEOMETRY = HERE / "geometry.tsv"
 ARCHS = ["90", "100", "103", "120"]  # for the rules; bounds are on BOUNDED
 BOUNDED = ["90", "100", "120"]
-WARPS = 8  # a block of the on-chip kernels
+# Of the on-chip kernels (kernels/on_chip.cuh): warps of a block; groups that a thread takes at once; groups of a chunk that
+# it has, and of the first where there is a gradient.
+WARPS, AT_ONCE, CHUNK, EARLY = 8, 2, 8, 2
 
 # Whose code it runs, multiprocessors, GHz, a copy's TB/s.
 GPUS = {
@@ -40,7 +42,8 @@ GPUS = {
 
 # (function, pattern of a line in it). A block of instructions most of which come from such lines, inlined or not.
 RARE = [
-    ("read_inputs", r"kIgnored|kBad|first_error"),
+    ("check_inputs", r"kIgnored|kBad|first_error"),
+    ("row_on_chip", r"in\.kind|filled\[0\]"),
     ("finish_unused_row", r"."),
     ("fill_gradient", r"."),
     ("row_offset", r"offset \+= row %|row /=|size ="),
@@ -54,12 +57,12 @@ RARE = [
     ("load_edge", r"."),
 ]
 EDGES = [("gradient_of_one", r"."), ("write_words", r"at_edge|edge|last")]
-LEADER = [("start_copies|find_column|send", r"."), ("merge_block", r"merge_warps"), ("row_loss|row_gradient", r"find_column|finish_row|gradient_factors|factors\[0\] ="), ("row_on_chip", r"find_column|dev::send|mbarrier_wait_cluster|senders|merge_warps|finish_row|gradient_factors|gradient_scale|known.rank == 0|kept\[0\] = |merge_lanes<STATS, kMaxB")]
+LEADER = [("init_mbarriers|start_copies|find_column|send", r"."), ("merge_block", r"merge_warps"), ("row_loss|row_gradient", r"find_column|finish_row|gradient_factors|factors\[0\] ="), ("row_on_chip", r"find_column|dev::send|mbarrier_wait_cluster|senders|merge_warps|finish_row|gradient_factors|gradient_scale|known.rank == 0|kept\[0\] = |merge_lanes<STATS, kMaxB")]
 WRITER = [("finish_row", r"(?s)if \(!writes\) return state;.*")]
 SECOND = [("copy_edges", r".")]
-CLUSTER = [("send", r"."), ("start_copies", r"senders"), ("row_on_chip", r"if \(!one_block\)|mbarrier_wait_cluster|kMaxBlocksPerRow")]
-ALIGNED = [("row_on_chip", r"SOFTCAP, true>\(on_chip"), ("for_each_group", r"<T, true,")]
-MISALIGNED = [("row_on_chip", r"SOFTCAP, false>\(on_chip"), ("for_each_group", r"<T, false,")]
+CLUSTER = [("send", r"."), ("init_mbarriers", r"senders"), ("row_on_chip", r"if \(!one_block\)|mbarrier_wait_cluster|kMaxBlocksPerRow")]
+ALIGNED = [("row_on_chip", r"GRAD, true>\(on_chip"), ("for_each_group", r"<T, true,")]
+MISALIGNED = [("row_on_chip", r"GRAD, false>\(on_chip"), ("for_each_group", r"<T, false,")]
 
 
 class Sources:
@@ -305,18 +308,18 @@ def counts(kernel, code, sources):
 
 def rounds(groups):
     """Batches, and rounds of one group, of all warps of a block for consecutive groups, of which each thread takes every
-    256th, four at once where it has as many. A warp issues what any of its lanes does."""
+    256th, several at once where it has as many. A warp issues what any of its lanes does."""
     threads = 32 * WARPS
     batches = single = 0
     for warp in range(WARPS):
         each = [max(0, math.ceil((groups - 32 * warp - lane) / threads)) for lane in (0, 31)]
-        batches += each[0] // 4
+        batches += each[0] // AT_ONCE
         # Where the last round is partial, lanes have one more or one fewer.
-        single += max(each[0] % 4, each[1] % 4)
+        single += max(each[0] % AT_ONCE, each[1] % AT_ONCE)
     return batches, single
 
 
-def row_instructions(count, blocks, groups_per_block, groups, misaligned):
+def row_instructions(count, blocks, groups_per_block, groups, misaligned, gradient):
     """Warp instructions of a row on chip."""
     total, sums = 0.0, "sums, misaligned" if misaligned else "sums, aligned"
     suffix = " in a cluster" if blocks > 1 else ""
@@ -324,17 +327,16 @@ def row_instructions(count, blocks, groups_per_block, groups, misaligned):
     def work(what, groups):
         batches, single = rounds(groups)
         each = count.get(what, 0)
-        return 4 * batches * each + single * count.get(what + ", one by one", each)
+        return AT_ONCE * batches * each + single * count.get(what + ", one by one", each)
 
     for rank in range(blocks):
         here = max(0, min(groups_per_block, groups - rank * groups_per_block))
-        chunks = math.ceil(here / 1024)
+        first = 32 * WARPS * (EARLY if gradient else CHUNK)
+        chunks = (here > 0) + math.ceil(max(0, here - first) / (32 * WARPS * CHUNK))
         total += count[("writer" if rank == 0 else "leader") + suffix] + count["second" + suffix]
         total += (WARPS - 2) * count["warp" + suffix]
-        # A batch is a whole chunk, so what a chunk costs is in its count.
-        others = here % 1024 > 0 if sums + ", one by one" in count else chunks
-        total += chunks * count.get("chunk of the leader", 0) + others * (WARPS - 1) * count.get("chunk", 0)
-        total += sum(work(sums, min(1024, here - 1024 * chunk)) for chunk in range(chunks)) + work("gradient", here)
+        total += chunks * (count.get("chunk of the leader", 0) + (WARPS - 1) * count.get("chunk", 0))
+        total += work(sums, here) + work("gradient", here)
     return total
 
 
@@ -351,7 +353,7 @@ def shares(all_counts, geometry):
         slots = 4 * multiprocessors * clock * 1e9 * vocab * size * passes / (bandwidth * 1e12)
         # Of rows one behind another, one in `period` is aligned.
         period = 16 // math.gcd(16, vocab * size)
-        rows = [row_instructions(count, blocks, groups_per_block, groups, i > 0) for i in range(period)]
+        rows = [row_instructions(count, blocks, groups_per_block, groups, i > 0, "fused" in kernel) for i in range(period)]
         found[gpu, kernel].append((vocab, sum(rows) / period / slots))
     return found
 

@@ -100,8 +100,8 @@ pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 pub const UNEVEN: [usize; 4] = [3, 5, 6, 7];
 /// Shorter rows are read again from the caches before anything evicts them, and a cluster would only add latency.
 pub const SHORTEST_ON_CHIP: usize = 16 * 1024;
-/// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh).
-const CHUNK_GROUPS: usize = 1024;
+/// 16-byte groups of a chunk, and chunks of a slice, at most (kernels/on_chip.cuh), of which the first may be shorter.
+const CHUNK_GROUPS: usize = 2048;
 const MAX_CHUNKS: usize = 15;
 
 /// Threads a block of the general kernels for a row of `width` elements of `element_size` bytes: a whole number of warps,
@@ -218,7 +218,8 @@ pub fn on_chip_dynamic_shared(groups_per_block: usize) -> usize {
     ON_CHIP_HEADER + (groups_per_block + 1) * 16
 }
 
-/// The smallest cluster of which several blocks fit on a multiprocessor, else the largest there may be, if it fits.
+/// The smallest cluster of which several blocks fit on a multiprocessor, or one more of a cluster up to a third larger, which
+/// an H200 takes less time with (docs/performance.md); else the largest there may be, if it fits.
 fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> Option<Geometry> {
     let groups = (vocab * element.size()).div_ceil(16);
     // Whole cache lines: slices of an aligned row are aligned to them.
@@ -237,16 +238,18 @@ fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> 
                 && fit_at_once(blocks) >= BLOCKS_A_MULTIPROCESSOR;
         even && blocks <= largest
             && block_size(blocks) - gpu.shared_reserved <= gpu.shared_per_block
-            && slice(blocks) <= CHUNK_GROUPS * MAX_CHUNKS
+            && slice(blocks) <= CHUNK_GROUPS * (MAX_CHUNKS - 1)
     };
-    let mut possible = (1..=8).chain([16]).filter(allowed);
+    let possible = (1..=8).chain([16]).filter(allowed);
+    let smallest = |fit: usize| possible.clone().find(|&b| fit_at_once(b) >= fit);
     let blocks = match blocks {
-        Some(blocks) => possible.find(|&b| b == blocks)?,
-        None => {
-            let largest = possible.clone().next_back()?;
-            let several = possible.find(|&b| fit_at_once(b) >= BLOCKS_A_MULTIPROCESSOR);
-            several.unwrap_or(largest)
-        }
+        Some(blocks) => possible.clone().find(|&b| b == blocks)?,
+        None => match smallest(BLOCKS_A_MULTIPROCESSOR) {
+            Some(several) => smallest(BLOCKS_A_MULTIPROCESSOR + 1)
+                .filter(|more| 3 * more <= 4 * several)
+                .unwrap_or(several),
+            None => possible.clone().next_back()?,
+        },
     };
     Some(Geometry {
         threads: ON_CHIP_THREADS,
@@ -308,9 +311,9 @@ mod tests {
             1000, 8191, 8192, 32000, 50257, 128256, 151936, 202048, 262144,
         ];
         let table = |element| vocabularies.map(|vocab| blocks(element, vocab, &H200));
-        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 4, 5, 6, 7]);
+        assert_eq!(table(Element::BF16), [0, 0, 1, 1, 2, 5, 6, 8, 7]);
         assert_eq!(table(Element::F16), table(Element::BF16));
-        assert_eq!(table(Element::F32), [0, 1, 1, 2, 3, 7, 16, 16, 16]);
+        assert_eq!(table(Element::F32), [0, 1, 1, 2, 4, 7, 16, 16, 16]);
         let powers = Gpu {
             uneven_clusters: 0,
             ..H200
@@ -348,7 +351,7 @@ mod tests {
                         let image = ON_CHIP_HEADER + 16 * (g.groups_per_block as usize + 1);
                         assert!(image <= g.dynamic_shared as usize, "{vocab}");
                         assert!(
-                            g.groups_per_block as usize <= CHUNK_GROUPS * MAX_CHUNKS,
+                            g.groups_per_block as usize <= CHUNK_GROUPS * (MAX_CHUNKS - 1),
                             "{vocab}"
                         );
                     }

@@ -428,15 +428,18 @@ fn clusters_of_every_size(build: Build) {
     }
 }
 
-/// A chunk has 16 KiB: one element either side of it, at both ends of a word; several chunks; a real vocabulary.
+/// A chunk has 32 KiB, with a gradient the first has 8: one element either side of them, at both ends of a word; several
+/// chunks; a real vocabulary.
 fn chunks_of_a_slice(build: Build) {
     for element in Element::ALL {
-        let chunk = 16 * 1024 / element.size();
+        let (early, chunk) = (8 * 1024 / element.size(), 32 * 1024 / element.size());
         let sizes = [
-            (chunk - 1, 0),
+            (early - 1, 0),
+            (early, 12),
+            (early + 1, 0),
             (chunk, 12),
             (chunk + 1, 0),
-            (2 * chunk + 7, 4),
+            (early + chunk + 7, 4),
         ];
         for (vocab, offset) in sizes {
             let mut problem = problem("chunks", element, vocab, &short_menu()[..2]);

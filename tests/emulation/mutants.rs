@@ -176,7 +176,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "no barrier after mbarriers are initialised", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "    dev::sync_block();  // edges", replace: "    // edges" },
     Mutant { name: "blocks that may not have started are written to", file: "on_chip.cuh", builds: PLAIN, times: 1,
-        find: "  if (!one_block) dev::cluster_wait();", replace: "  " },
+        find: "  if (!one_block) dev::cluster_wait();  // the other", replace: "  // the other" },
     Mutant { name: "the blocks' results are not waited for", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "dev::mbarrier_wait_cluster(&on_chip->received, 0);", replace: "" },
     Mutant { name: "results are waited for as if no other block had sent them", file: "on_chip.cuh", builds: RACES, times: 1,
@@ -222,18 +222,28 @@ const MUTANTS: &[Mutant] = &[
     Mutant { name: "gradients are taken to lie as the image does", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "if (!same_words || ", replace: "if (" },
     Mutant { name: "the word before a row is copied", file: "on_chip.cuh", builds: SANITIZED, times: 1,
-        find: "int begin = phase == 0 ? 0 : 1;", replace: "int begin = 0;" },
+        find: ": phase == 0 ? 0 : 1;", replace: ": 0;" },
     Mutant { name: "a word that a chunk straddles comes with the next", file: "on_chip.cuh", builds: RACES, times: 1,
-        find: "(c + 1) * chunk_groups() + 1,", replace: "(c + 1) * chunk_groups()," },
+        find: "const int limit = chunk_begin<GRAD>(c + 1) + 1,", replace: "const int limit = chunk_begin<GRAD>(c + 1)," },
     Mutant { name: "chunks are not waited for", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "dev::mbarrier_wait(&on_chip->filled[c], 0);", replace: "" },
     Mutant { name: "the first chunk is waited for, over and over", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "dev::mbarrier_wait(&on_chip->filled[c], 0);", replace: "dev::mbarrier_wait(&on_chip->filled[0], 0);" },
+    Mutant { name: "an ignored row is left while its first chunk is on the way", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "if (GRAD && groups > 0) dev::mbarrier_wait(&on_chip->filled[0], 0);", replace: "" },
+    Mutant { name: "the first chunk is copied twice", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "phase, GRAD ? 1 : 0, kMaxChunks);", replace: "phase, 0, kMaxChunks);" },
+    Mutant { name: "without a gradient the first chunk is not copied", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "phase, GRAD ? 1 : 0, kMaxChunks);", replace: "phase, 1, kMaxChunks);" },
+    Mutant { name: "the target's logit is not kept", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: "kept[0].target_logit = target_logit, ", replace: "" },
+    Mutant { name: "the gradient's scale is not kept", file: "on_chip.cuh", builds: PLAIN, times: 1,
+        find: ", kept[0].gradient_scale = scale;", replace: ";" },
     Mutant { name: "copies that may not see their mbarrier", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "dev::mbarrier_fence_init();", replace: "" },
     Mutant { name: "a block without classes leaves", file: "on_chip.cuh", builds: PLAIN, times: 1,
-        find: "  const RowInputs in = read_inputs(p, row);",
-        replace: "  const RowInputs in = read_inputs(p, row);\n  if (slice.classes == 0) return;" },
+        find: "const int groups = groups_of<T>(slice);\n    const T* logits",
+        replace: "const int groups = groups_of<T>(slice);\n    if (slice.classes == 0) return;\n    const T* logits" },
     Mutant { name: "padding of a cluster's row is left as it is", file: "on_chip.cuh", builds: PLAIN, times: 1,
         find: "last ? static_cast<int>(p.width) - begin : classes", replace: "classes" },
     Mutant { name: "the target's place in the row, not in the slice", file: "on_chip.cuh", builds: PLAIN, times: 1,
@@ -322,7 +332,7 @@ fn problems() -> Vec<Problem> {
     };
     // Two chunks, words that groups straddle, and a target in the last of the groups taken at once.
     let rising = row(Kind::Rising, 0.1, 1.0);
-    let mut chunks = problem("chunks", Element::F32, 2047, &[rows[0], rising]);
+    let mut chunks = problem("chunks", Element::F32, 3599, &[rows[0], rising]);
     (chunks.logits_view.offset, chunks.grad_view.offset) = (4, 4);
     chunks.seeds = vec![0, 1, 2, 3];
     let several = Problem {
