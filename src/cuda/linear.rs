@@ -362,9 +362,14 @@ fn tile_scalars(call: &Call, tile: &Tile) -> Result<Params> {
     })
 }
 
+/// Memory for a tile, zeros where rows are apart: cuBLAS reads what is between them, though no result depends on it.
 fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
     let count = tile.rows.len() * pitch(tile);
-    alloc_floats(&products.device, products.dtype(), count)
+    if pitch(tile) == tile.classes.len() {
+        alloc_floats(&products.device, products.dtype(), count)
+    } else {
+        (products.device).zeros_impl(&count.into(), products.dtype())
+    }
 }
 
 impl LinearBackend for Cuda {

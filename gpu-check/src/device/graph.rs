@@ -7,7 +7,8 @@ use candle_cross_entropy::CrossEntropy;
 
 use crate::{cases::values, report::Report};
 
-pub fn check(device: &Device, report: &mut Report) {
+/// `linear` with graphs of `forward_linear`.
+pub fn check(device: &Device, linear: bool, report: &mut Report) {
     report.holds("CUDA graph of forward and backward", || of_logits(device));
     report.holds("CUDA graph with a value a sample", || {
         let (batch, length, width) = (4, 16, 1000);
@@ -26,6 +27,9 @@ pub fn check(device: &Device, report: &mut Report) {
         unsafe { device.as_cuda_device()?.disable_event_tracking() };
         of_logits(&device)
     });
+    if !linear {
+        return;
+    }
     // Slices of the vocabulary and blocks of rows; logits computed again and kept.
     for (rows, vocab) in [(64, 4099), (700, 129)] {
         for budget in [0, usize::MAX] {
