@@ -504,15 +504,15 @@ fn sum<
     let mut padded = [T::Real::NEG_INFINITY; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
+        // By value: the compiler would check in every round whether they overlap with what is written.
         let chunk = if c < chunks.len() {
-            &chunks[c]
+            chunks[c]
         } else {
-            &padded
+            padded
         };
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [zero; LANES];
         let mut exponents = [zero; LANES];
-        // By value: the compiler would check in every round whether it overlaps with what is written.
         let values = match KIND {
             VALUES if c < value_chunks.len() => value_chunks[c],
             _ => padded_values,
