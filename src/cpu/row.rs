@@ -505,11 +505,7 @@ fn sum<
     padded[..rest.len()].copy_from_slice(rest);
     for c in 0..x.len().div_ceil(LANES) {
         // By value: the compiler would check in every round whether they overlap with what is written.
-        let chunk = if c < chunks.len() {
-            chunks[c]
-        } else {
-            padded
-        };
+        let chunk = if c < chunks.len() { chunks[c] } else { padded };
         prefetch(next.wrapping_add(c * LANES));
         let mut powers = [zero; LANES];
         let mut exponents = [zero; LANES];

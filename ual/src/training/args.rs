@@ -12,7 +12,7 @@ use crate::{
     model::pretrained::Overrides,
     training::{
         plan::{Loss, Plan},
-        smoothing,
+        smoothing::{self, Prior},
     },
 };
 
@@ -70,6 +70,9 @@ pub struct Args {
     /// Largest smoothing of a sample
     #[arg(long, default_value_t = smoothing::MAX)]
     pub max_smoothing: f32,
+    /// What smoothing is spread over
+    #[arg(long, value_enum, default_value_t)]
+    pub smoothing_prior: Prior,
     /// Peak learning rate, after a warm-up of a tenth of the steps and before a cosine down to a tenth of it
     /// [default: 3e-3; with --model 2e-5, with --lora 2e-4]
     #[arg(long)]
@@ -163,6 +166,10 @@ impl Args {
         ensure!(
             (0.0..=max).contains(&mean),
             "--mean-smoothing is {mean}; it must be in [0, {max}], {max} being --max-smoothing"
+        );
+        ensure!(
+            self.smoothing_prior == Prior::Even || self.device == "cpu",
+            "--smoothing-prior needs --device cpu: on CUDA smoothing is spread evenly"
         );
         let (dim, twice_heads) = (self.dim, self.heads.saturating_mul(2));
         ensure!(

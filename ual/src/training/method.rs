@@ -1,6 +1,6 @@
 //! The methods that are compared.
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 use candle_cross_entropy::{CrossEntropy, ual::SmoothingMap};
 
 use crate::data::{batches::Batch, samples::Sample};
@@ -13,6 +13,8 @@ pub enum Method {
     Constant(f32),
     /// Uncertainty-aware learning.
     Ual(SmoothingMap),
+    /// Another one, with its smoothing spread by a prior (V) instead of evenly.
+    Spread(Box<Method>, Tensor),
 }
 
 impl Method {
@@ -21,6 +23,7 @@ impl Method {
             Self::Sft => "SFT",
             Self::Constant(_) => "constant",
             Self::Ual(_) => "UAL",
+            Self::Spread(method, _) => method.name(),
         }
     }
 
@@ -29,6 +32,7 @@ impl Method {
         Ok(match self {
             Self::Sft => 0.0,
             Self::Constant(smoothing) => *smoothing,
+            Self::Spread(method, _) => method.mean_smoothing(samples)?,
             Self::Ual(map) => {
                 let of_rows: Vec<f32> = samples.iter().flat_map(Sample::of_rows).collect();
                 let smoothing = map.smoothing_values(&of_rows)?;
@@ -43,6 +47,7 @@ impl Method {
         Ok(match self {
             Self::Sft => loss,
             Self::Constant(smoothing) => loss.smoothing(*smoothing),
+            Self::Spread(method, prior) => method.loss(batch)?.smoothing_prior(prior),
             // (B, 1): the loss broadcasts it over the sequence.
             Self::Ual(map) => {
                 let (uncertainties, device) = (&batch.uncertainties, batch.inputs.device());

@@ -27,7 +27,7 @@ use crate::{
         evaluate::evaluate,
         method::Method,
         plan::Plan,
-        smoothing,
+        smoothing::{self, Prior},
         train::train,
     },
 };
@@ -43,6 +43,8 @@ pub struct Setup {
     pub parameters: usize,
     pub plan: Plan,
     pub pretraining: Option<Curve>,
+    /// What smoothing is spread by; evenly where there is none.
+    prior: Option<Tensor>,
     /// What every training begins with.
     initial: Vec<Tensor>,
     /// What a checkpoint must have been made from.
@@ -124,7 +126,15 @@ impl Setup {
                 device,
             )?)
         };
+        let prior = match args.smoothing_prior {
+            Prior::Even => None,
+            Prior::Unigram => {
+                let vocab = model.output_projection().dim(0)?;
+                Some(smoothing::unigram(&data.train, vocab, device)?)
+            }
+        };
         Ok(Self {
+            prior,
             initial: model.weights()?,
             data,
             threshold,
@@ -137,6 +147,14 @@ impl Setup {
         })
     }
 
+    /// The method with its smoothing spread as `--smoothing-prior` says.
+    pub fn spread(&self, method: &Method) -> Method {
+        match (&self.prior, method) {
+            (None, _) | (_, Method::Sft) => method.clone(),
+            (Some(prior), _) => Method::Spread(Box::new(method.clone()), prior.clone()),
+        }
+    }
+
     /// Trains on `samples` from the initial weights, and evaluates; the model keeps what it learned.
     pub fn run(
         &self,
@@ -147,6 +165,7 @@ impl Setup {
         device: &Device,
     ) -> Result<Run> {
         self.model.set_weights(&self.initial)?;
+        let method = &self.spread(method);
         let training = train(
             name,
             &self.model,

@@ -1,11 +1,40 @@
-//! The smoothing map of given uncertainties, and what to do where there can be none.
+//! The smoothing map of given uncertainties, and what to do where there can be none; what smoothing is spread over.
 
 use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor};
 use candle_cross_entropy::ual::SmoothingMap;
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::data::samples::Sample;
 
 /// `--mean-smoothing` and `--max-smoothing` where they are not given.
 pub const MEAN: f32 = 0.1;
 pub const MAX: f32 = 0.5;
+
+/// What smoothing is spread over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prior {
+    /// All tokens evenly
+    #[default]
+    Even,
+    /// Tokens by how often they are in the training samples' responses
+    Unigram,
+}
+
+/// How often each of `vocab` tokens is in the samples' responses: (V) f32, which sum to 1.
+pub fn unigram(samples: &[Sample], vocab: usize, device: &Device) -> candle_core::Result<Tensor> {
+    let mut counts = vec![0u64; vocab];
+    for sample in samples {
+        for (i, &token) in sample.tokens.iter().enumerate() {
+            counts[token as usize] += u64::from(sample.is_response(i));
+        }
+    }
+    let all = counts.iter().sum::<u64>().max(1) as f64;
+    let shares = counts.into_iter().map(|count| (count as f64 / all) as f32);
+    Tensor::from_vec(shares.collect(), vocab, device)
+}
 
 /// A sample's uncertainty, and how many rows, tokens of its response, it has.
 pub type Weighted = (f32, usize);

@@ -1,11 +1,14 @@
 //! Batches, the synthetic truth and estimated uncertainties.
 
 use candle_core::Device;
-use candle_ual::data::{
-    batches::{Batch, Batches, IGNORED},
-    ngram::{NGram, Ranks},
-    samples::Sample,
-    synthetic,
+use candle_ual::{
+    data::{
+        batches::{Batch, Batches, IGNORED},
+        ngram::{NGram, Ranks},
+        samples::Sample,
+        synthetic,
+    },
+    training::smoothing::unigram,
 };
 
 fn sample(tokens: &[u32], prompt: usize, uncertainty: f32) -> Sample {
@@ -61,6 +64,17 @@ fn what_stands_between_responses_is_no_target() {
     };
     let expected = (apart(2, 3) + apart(5, 7)) / 3.0;
     assert!((model.cross_entropy(&conversation) - expected).abs() < 1e-12);
+}
+
+#[test]
+fn frequencies_are_those_of_responses() {
+    let mut conversation = sample(&[0, 1, 5, 3, 5, 1], 2, 0.5);
+    conversation.between = vec![3..4];
+    let samples = [sample(&[1, 5, 5, 2], 1, 0.5), conversation];
+    let frequencies = unigram(&samples, 7, &Device::Cpu).unwrap();
+    // 5, 5, 2 and 5, 5, 1.
+    let wanted = [0.0, 1.0 / 6.0, 1.0 / 6.0, 0.0, 0.0, 4.0 / 6.0, 0.0];
+    assert_eq!(frequencies.to_vec1::<f32>().unwrap(), wanted);
 }
 
 #[test]

@@ -305,6 +305,33 @@ fn the_linear_loss_trains_alike_in_less_memory() {
     }
 }
 
+/// Smoothing that is spread by how often tokens are used pulls towards tokens that are used: the same training without
+/// smoothing, others with it, and either way to compute the loss.
+#[test]
+fn smoothing_follows_the_prior() {
+    let run = |more: &[&str]| {
+        let out = TempDir::new().unwrap();
+        let (_, metrics) = small_run(out.path(), more);
+        let runs = metrics["runs"].as_array().unwrap().clone();
+        let nll = |run: &Value| run["groups"][0]["summary"]["nll"].as_f64().unwrap();
+        [0, 1, 2].map(|method| nll(&runs[method]))
+    };
+    let (even, unigram) = (run(&[]), run(&["--smoothing-prior", "unigram"]));
+    let logits = run(&["--smoothing-prior", "unigram", "--loss", "logits"]);
+    assert_eq!(even[0], unigram[0]);
+    for method in 1..3 {
+        // Of most of the vocabulary no response has a token.
+        assert!(
+            unigram[method] < even[method] - 1e-4,
+            "{unigram:?} and {even:?}"
+        );
+        assert!(
+            (unigram[method] - logits[method]).abs() <= 1e-3 * logits[method],
+            "{unigram:?} and {logits:?}"
+        );
+    }
+}
+
 #[test]
 fn a_bad_line_is_named() {
     let good = br#"{"prompt": "a", "response": "b"}"#;
@@ -360,7 +387,7 @@ fn data_that_cannot_be_used_is_refused() {
 
 #[test]
 fn bad_arguments_are_named() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--steps", "0"], "--steps is 0"),
         (&["--batch", "0"], "--batch is 0"),
         (&["--layers", "0"], "--layers is 0"),
@@ -378,6 +405,14 @@ fn bad_arguments_are_named() {
         (&["--vocab", "10"], "--vocab is 10"),
         (&["--max-tokens", "2"], "--max-tokens is 2"),
         (&["--loss", "tiles"], "invalid value 'tiles' for '--loss"),
+        (
+            &["--smoothing-prior", "zipf"],
+            "invalid value 'zipf' for '--smoothing-prior",
+        ),
+        (
+            &["--smoothing-prior", "unigram", "--device", "cuda"],
+            "--smoothing-prior needs --device cpu",
+        ),
         (
             &["--device", "tpu"],
             "--device is \"tpu\"; it must be cpu, cuda or cuda:N",

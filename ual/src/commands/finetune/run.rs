@@ -89,7 +89,13 @@ pub fn run(args: &Args) -> Result<()> {
         let path = export::save(source, &args.overrides, &config, &weights, &trained_model)?;
         println!("the model that UAL trained is {}", path.display());
     }
-    report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
+    report.peak_batch_bytes = BatchMemory::measure(
+        model,
+        &setup.spread(&ual),
+        &setup.data.train,
+        &plan,
+        &device,
+    )?;
     if let Some(memory) = report.peak_batch_bytes {
         println!("{memory}");
         save_json(&args.out.join("metrics.json"), &report)?;
