@@ -69,7 +69,7 @@ fn what_stands_between_responses_is_no_target() {
 #[test]
 fn frequencies_are_those_of_responses() {
     let mut conversation = sample(&[0, 1, 5, 3, 5, 1], 2, 0.5);
-    conversation.between = vec![3..4];
+    conversation.between = std::iter::once(3..4).collect();
     let samples = [sample(&[1, 5, 5, 2], 1, 0.5), conversation];
     let frequencies = unigram(&samples, 7, &Device::Cpu).unwrap();
     // 5, 5, 2 and 5, 5, 1.
