@@ -9,11 +9,12 @@ use candle_core::{
 use half::{bf16, f16};
 
 use super::{
+    dispatch::{Task, dispatch},
     element::Element,
     memory::{Starts, readable},
     real::Real,
-    row::{Extra, Form, LANES, PIECE, Transform, total},
-    tasks::{Task, dispatch},
+    row::{Extra, LANES, PIECE, Partial, total},
+    transform::{Form, Transform},
 };
 use crate::call::{ClassValues, bad_probability};
 
@@ -318,7 +319,7 @@ impl<'a> Locked<'a> {
 }
 
 /// Sums over the classes of a stretch of a row against what stands beside them, relative to the largest logit as in
-/// [`Partial`](super::row::Partial). Masked classes count in nothing but the target's masses.
+/// [`Partial`]. Masked classes count in nothing but the target's masses.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Dots {
     /// Of c·u.
@@ -365,8 +366,23 @@ impl Sum {
 }
 
 impl Dots {
+    /// The same sums of a stretch with the partial result `of`, relative to the largest logit of `all`, of which it is a part.
+    pub fn related<const FORM: Form>(
+        self,
+        of: &Partial,
+        all: &Partial,
+        transform: &Transform<f64>,
+    ) -> Self {
+        if of.classes == 0 {
+            return self;
+        }
+        let reference = transform.relative_to::<FORM, true>(all.largest);
+        let (by, _) = transform.difference::<FORM, true>(of.largest, &reference);
+        self.relative(by)
+    }
+
     /// The same sums relative to a logit beyond theirs, by which exponents change.
-    pub fn relative(self, by: f64) -> Self {
+    fn relative(self, by: f64) -> Self {
         if by == 0.0 {
             return self;
         }

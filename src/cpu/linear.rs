@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     element::{Element, Precise},
+    finish::{self, Normaliser, RowResult, Sums},
     general::{Dots, Locked},
     memory::{GradRows, Logits},
     parallel::{
@@ -22,7 +23,8 @@ use super::{
     },
     real::Real,
     results::{self, Inputs, forward_result, result_type},
-    row::{self, Form, Normaliser, Partial, RowResult, Sums, Transform, with_path},
+    row::{self, Partial},
+    transform::{Form, Transform, with_path},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
@@ -367,10 +369,10 @@ fn merge_tile<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bo
             }
             let all = running.others.merge::<FORM>(partial, &work.exact);
             if let Some(general) = &mut running.general {
-                let before = running
-                    .others
-                    .relate::<FORM>(general.dots, &all, &work.exact);
-                general.dots = before.plus(partial.relate::<FORM>(dots, &all, &work.exact));
+                let before = general
+                    .dots
+                    .related::<FORM>(&running.others, &all, &work.exact);
+                general.dots = before.plus(dots.related::<FORM>(&partial, &all, &work.exact));
             }
             running.others = all;
         },
@@ -403,7 +405,7 @@ fn finish<const FORM: Form>(
         left_out: matches!(row.target, RowTarget::Class(_)).then_some(0),
         predicted: running.predicted,
     };
-    row::finish::<FORM>(given.call, given.classes, row, &sums, exact)
+    finish::finish::<FORM>(given.call, given.classes, row, &sums, exact)
 }
 
 /// Memory for a tile's logits, which the product writes in full.

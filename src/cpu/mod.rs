@@ -1,8 +1,11 @@
 //! The CPU path: rows in parallel, or pieces of rows where rows are few, each vectorised for the instruction set
 //! found at run time.
 
+mod dispatch;
 mod element;
+mod finish;
 mod general;
+mod gradient;
 mod linear;
 mod logits;
 mod memory;
@@ -11,6 +14,7 @@ mod real;
 mod results;
 mod row;
 mod tasks;
+mod transform;
 
 /// Its `Backend` is in [`logits`], its `LinearBackend` in [`linear`].
 pub(crate) struct Cpu;

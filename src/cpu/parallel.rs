@@ -6,19 +6,19 @@ use candle_core::{DType, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
+    dispatch::dispatch,
     element::Element,
+    finish::{self, Normaliser, RowResult, Sums},
     general::{Dots, General, Probabilities},
+    gradient::{GradFactors, named_gradient},
     memory::{GradRows, Logits, readable},
     real::Real,
     results::{Inputs, Saved, divisor},
-    row::{
-        self, CAPPED, Form, GradFactors, Normaliser, PIECE, Partial, RowResult, Sums, Transform,
-        with_path,
-    },
+    row::{self, PIECE, Partial},
     tasks::{
-        GeneralGradients, GeneralPartials, Gradients, KeptGeneralGradients, KeptGradients,
-        Partials, dispatch,
+        GeneralGradients, GeneralPartials, Gradients, KeptGeneralGradients, KeptGradients, Partials,
     },
+    transform::{CAPPED, Form, Transform, with_path},
 };
 use crate::{
     call::{Call, ClassValues, Row, RowTarget, Rows},
@@ -185,13 +185,8 @@ impl<'a, T: Element> Work<'a, T> {
         {
             let class = self.columns.start + column;
             let values = self.given.classes;
-            let gradient = row::named_gradient::<T, FORM>(
-                x,
-                (class, t, left_out),
-                values,
-                &self.exact,
-                factors,
-            );
+            let gradient =
+                named_gradient::<T, FORM>(x, (class, t, left_out), values, &self.exact, factors);
             // SAFETY: the row is this call's alone, and nothing of it is in use.
             T::narrow(&[gradient], unsafe { out.stretch(i, column..column + 1) });
         }
@@ -295,7 +290,7 @@ pub(super) fn row_partial<
     let all = partials
         .iter()
         .fold(Partial::EMPTY, |all, &more| all.merge::<FORM>(more, exact));
-    let of_piece = |(partial, &dots): (&Partial, &Dots)| partial.relate::<FORM>(dots, &all, exact);
+    let of_piece = |(partial, &dots): (&Partial, &Dots)| dots.related::<FORM>(partial, &all, exact);
     let dots = partials.iter().zip(&*dots).map(of_piece);
     (all, dots.fold(Dots::default(), Dots::plus))
 }
@@ -421,7 +416,7 @@ fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
         predicted,
     };
     let Given { call, classes, .. } = work.given;
-    row::finish::<FORM>(call, classes, row, &sums, &work.exact)
+    finish::finish::<FORM>(call, classes, row, &sums, &work.exact)
 }
 
 /// Gradient of row `i` from its logits, `factors` unless it is 0. `named` is scratch memory.

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, WithDType};
 
-use super::row::{Normaliser, RowResult};
+use super::finish::{Normaliser, RowResult};
 use crate::{
     backend::Fused,
     call::{Call, ClassValues, Row, Rows},

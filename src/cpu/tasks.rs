@@ -1,37 +1,16 @@
 //! Work for one thread: consecutive pieces of a row, compiled for each instruction set.
 
 use super::{
+    dispatch::Task,
     element::Element,
     general::{self, Dots, General},
+    gradient::{self, GradFactors},
     memory::{GradRows, Logits},
     real::Real,
-    row::{self, APART, Extra, Form, GradFactors, PIECE, Partial, Transform, USUAL, VALUES},
+    row::{self, APART, Extra, PIECE, Partial, USUAL, VALUES},
+    transform::{Form, Transform},
 };
 use crate::call::ClassValues;
-
-/// Work for one thread, compiled for each instruction set.
-pub(super) trait Task {
-    fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S);
-}
-
-struct Dispatched<K>(K);
-
-impl<K: Task> pulp::WithSimd for Dispatched<K> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) {
-        if S::IS_SCALAR {
-            self.0.run::<false, S>(simd)
-        } else {
-            self.0.run::<true, S>(simd)
-        }
-    }
-}
-
-pub(super) fn dispatch<K: Task>(task: K) {
-    pulp::Arch::new().dispatch(Dispatched(task))
-}
 
 /// Partial results of consecutive pieces of a row, one a piece. With `KEEP`, `kept` gets the exponentials.
 pub(super) struct Partials<'a, T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> {
@@ -171,7 +150,7 @@ impl<T: Element, const FORM: Form> Task for Gradients<'_, T, FORM> {
             let columns = start..(start + PIECE).min(self.columns.end);
             // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
             let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
-            row::gradient::<T, FORM, FUSED>(
+            gradient::gradient::<T, FORM, FUSED>(
                 x,
                 &mut result,
                 self.transform,
@@ -182,7 +161,7 @@ impl<T: Element, const FORM: Form> Task for Gradients<'_, T, FORM> {
             if columns.contains(&self.target) {
                 let at = self.target - start;
                 let named = (self.target, 1.0, true);
-                result[T::position(at, x.len())] = row::named_gradient::<T, FORM>(
+                result[T::position(at, x.len())] = gradient::named_gradient::<T, FORM>(
                     x[at],
                     named,
                     self.values,
@@ -219,7 +198,7 @@ impl<T: Element, const FORM: Form> Task for GeneralGradients<'_, T, FORM> {
             let beside = self.general.piece(self.row, &columns, &mut target);
             // SAFETY: these columns of this row are this task's alone, and `x` is not used past `result`.
             let x = unsafe { self.logits.stretch(self.out, self.row, columns.clone()) };
-            row::general_gradient::<T, FORM, FUSED>(
+            gradient::general_gradient::<T, FORM, FUSED>(
                 x,
                 &beside,
                 &mut result,
@@ -260,7 +239,7 @@ impl<T: Element, const FORM: Form> Task for KeptGradients<'_, T, FORM> {
                 )
             };
             let (factors, exact) = (self.factors, self.exact);
-            row::gradient_of_kept::<T, FORM, FUSED>(kept, grad, partial, factors, exact);
+            gradient::gradient_of_kept::<T, FORM, FUSED>(kept, grad, partial, factors, exact);
         }
     }
 }
@@ -284,7 +263,7 @@ impl<T: Element, const FORM: Form> Task for KeptGeneralGradients<'_, T, FORM> {
             let beside = general.piece(of.row, &columns, &mut target);
             // SAFETY: these columns of this row are this task's alone.
             let grad = unsafe { of.out.stretch(of.row, columns) };
-            row::general_gradient_of_kept::<T, FORM, FUSED>(
+            gradient::general_gradient_of_kept::<T, FORM, FUSED>(
                 kept,
                 &beside,
                 grad,
