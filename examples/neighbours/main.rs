@@ -80,9 +80,10 @@ fn feasible_report() -> Result<String> {
 fn pseudo_labels_report() -> Result<String> {
     let run = runs::pseudo_labels()?;
     let [accepted, all] = run.accuracy;
-    let [before, after] = run.test_accuracy;
+    let [before, after, unadjusted] = run.test_accuracy;
     Ok(format!(
-        "{} labels, {accepted:.3} right (of all predictions {all:.3}); test accuracy {before:.3} → {after:.3}",
+        "{} labels, {accepted:.3} right (of all predictions {all:.3}); test accuracy {before:.3} → {after:.3}, without \
+         adjustment {unadjusted:.3}",
         run.accepted
     ))
 }

@@ -40,6 +40,25 @@ impl Data {
         })
     }
 
+    /// The first so many samples of each class.
+    pub fn of_first(&self, counts: &[usize; CLASSES]) -> Result<Self> {
+        let mut left = *counts;
+        let mut chosen = Vec::new();
+        for (i, &class) in self.classes.iter().enumerate() {
+            let left = &mut left[class as usize];
+            if *left > 0 {
+                *left -= 1;
+                chosen.push(i as u32);
+            }
+        }
+        Ok(Self {
+            inputs: self
+                .inputs
+                .index_select(&Tensor::new(&chosen[..], DEVICE)?, 0)?,
+            classes: chosen.iter().map(|&i| self.classes[i as usize]).collect(),
+        })
+    }
+
     pub fn targets(&self) -> Result<Tensor> {
         Tensor::new(&self.classes[..], DEVICE)
     }

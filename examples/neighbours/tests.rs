@@ -153,43 +153,61 @@ fn feasible_learning_meets_the_bound_and_leaves_satisfied_samples_alone() {
 }
 
 #[test]
-fn only_rows_of_low_entropy_get_pseudo_labels() {
+fn certain_rows_get_labels_and_others_soft_targets() {
     let (data, model) = setting();
     let logits = logits(&data, &model);
-    let (threshold, hardness) = (0.6, 0.25);
-    let labels = pseudo_labels::label(&logits, threshold, hardness).unwrap();
-    let probabilities = softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
-    let targets = labels.targets.to_vec1::<i64>().unwrap();
+    let counts = Tensor::new(&[6u32, 1, 2, 1], DEVICE).unwrap();
+    let log_frequencies = pseudo_labels::log_frequencies(&counts).unwrap();
+    let expected = [0.6f32, 0.1, 0.2, 0.1].map(f32::ln);
+    assert_close(&values(&log_frequencies), &expected, 1e-6);
+    let labeller = pseudo_labels::Labeller {
+        adjustment: (log_frequencies * 0.5).unwrap(),
+        temperature: 2.0,
+        threshold: 0.85,
+        hardness: 0.25,
+    };
+    let labels = labeller.label(&logits).unwrap();
+    let targets = labels.targets.to_vec2::<f32>().unwrap();
+    let accepted = labels.accepted.to_vec1::<u8>().unwrap();
     let weights = values(&labels.weights);
-    for ((p, target), weight) in probabilities.iter().zip(&targets).zip(weights) {
-        let entropy: f32 = p.iter().map(|p| -p * p.ln()).sum::<f32>() / (CLASSES as f32).ln();
-        let best = (0..CLASSES).max_by(|&a, &b| p[a].total_cmp(&p[b])).unwrap();
-        let wanted = if f64::from(entropy) <= threshold {
-            best as i64
-        } else {
-            pseudo_labels::IGNORED
+    for (i, z) in logits.to_vec2::<f32>().unwrap().into_iter().enumerate() {
+        let powers: Vec<f32> = z
+            .iter()
+            .zip(expected)
+            .map(|(z, log_frequency)| ((z - 0.5 * log_frequency) / 2.0).exp())
+            .collect();
+        let sum: f32 = powers.iter().sum();
+        let q: Vec<f32> = powers.iter().map(|power| power / sum).collect();
+        let entropy: f32 = q.iter().map(|q| -q * q.ln()).sum::<f32>() / (CLASSES as f32).ln();
+        let best = (0..CLASSES).max_by(|&a, &b| q[a].total_cmp(&q[b])).unwrap();
+        assert_eq!(accepted[i] != 0, entropy <= 0.85, "entropy {entropy}");
+        let wanted: Vec<f32> = match accepted[i] {
+            0 => q,
+            _ => (0..CLASSES).map(|class| f32::from(class == best)).collect(),
         };
-        assert_eq!(*target, wanted, "entropy {entropy}");
-        assert!((weight - (0.75 + 0.25 * entropy)).abs() < 1e-5);
+        assert_close(&targets[i], &wanted, 1e-5);
+        assert!((weights[i] - (0.75 + 0.25 * entropy)).abs() < 1e-5);
     }
-    let accepted = targets.iter().filter(|t| **t >= 0).count();
-    assert!((1..40).contains(&accepted), "{accepted}");
+    let count = accepted.iter().filter(|a| **a != 0).count();
+    assert!((1..40).contains(&count), "{count}");
 
-    // Rows without a pseudo-label take no part.
+    // Both kinds of rows pull towards their targets by their weights.
     let labelled = Tensor::zeros((1, CLASSES), DType::F32, DEVICE).unwrap();
     let target = Tensor::zeros(1, DType::U32, DEVICE).unwrap();
     let loss = pseudo_labels::loss((&labelled, &target), (&logits, &labels)).unwrap();
     let gradient = loss.backward().unwrap();
-    for (row, target) in values(gradient.get(&logits).unwrap())
-        .chunks(CLASSES)
-        .zip(&targets)
-    {
-        assert_eq!(row.iter().all(|g| *g == 0.0), *target < 0);
-    }
+    let p = values(&softmax(&logits, 1).unwrap());
+    let wanted: Vec<f32> = p
+        .iter()
+        .zip(targets.concat())
+        .enumerate()
+        .map(|(i, (p, t))| weights[i / CLASSES] * (p - t) / 40.0)
+        .collect();
+    assert_close(&values(gradient.get(&logits).unwrap()), &wanted, 1e-6);
 }
 
 #[test]
-fn pseudo_labels_of_low_entropy_are_better_than_all_and_help() {
+fn pseudo_labels_help_and_so_does_the_adjustment() {
     let run = runs::pseudo_labels().unwrap();
     let [accepted, all] = run.accuracy;
     assert!((1..400).contains(&run.accepted), "{}", run.accepted);
@@ -197,8 +215,9 @@ fn pseudo_labels_of_low_entropy_are_better_than_all_and_help() {
         accepted > all + 0.01,
         "{accepted} of accepted are right, {all} of all"
     );
+    let [before, after, unadjusted] = run.test_accuracy;
     assert!(
-        run.test_accuracy[1] > run.test_accuracy[0],
+        after > before + 0.01 && after > unadjusted + 0.01,
         "{:?}",
         run.test_accuracy
     );
