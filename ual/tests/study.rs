@@ -131,7 +131,7 @@ fn a_small_study_reports_its_outcomes() {
         .iter()
         .map(|o| o["run"]["method"].as_str().unwrap())
         .collect();
-    let all = ["SFT", "constant", "shuffled", "UAL"];
+    let all = ["SFT", "constant", "shuffled", "UAL, unigram", "UAL"];
     assert_eq!(methods, [all, all].concat());
     for picture in ["losses", "reliability", "smoothing", "clusters"] {
         let picture = format!("{picture}.svg");
@@ -156,28 +156,28 @@ fn a_small_study_reports_its_outcomes() {
                 .all(|b| a.color != b.color && a.dash != b.dash)
         );
     }
-    // Four panels with one scale, names of the axes, and tokens' names.
+    // A panel a method with one scale, names of the axes, and tokens' names.
     let clusters = picture("clusters.svg");
     let count = |text: &str| clusters.lines().filter(|line| *line == text).count();
-    assert_eq!(count("along the widest direction"), 4);
-    assert_eq!(count("along the second widest"), 4);
+    assert_eq!(count("along the widest direction"), 5);
+    assert_eq!(count("along the second widest"), 5);
     assert!(clusters.contains("\ntoken "));
     let numbers = clusters.lines().filter(|line| line.parse::<f64>().is_ok());
     let mut times: BTreeMap<&str, usize> = BTreeMap::new();
     numbers.for_each(|number| *times.entry(number).or_default() += 1);
     assert!(
-        times.len() > 2 && times.values().all(|n| n % 4 == 0),
+        times.len() > 2 && times.values().all(|n| n % 5 == 0),
         "{times:?}"
     );
     // All that smooth have one mean over the rows they are trained on.
     for (m, outcome) in outcomes.iter().enumerate() {
         let mean = outcome["run"]["mean_smoothing"].as_f64().unwrap();
-        let expected = if m % 4 == 0 { 0.0 } else { 0.1 };
+        let expected = if m % 5 == 0 { 0.0 } else { 0.1 };
         assert!((mean - expected).abs() < 1e-5, "{mean}");
     }
     // Means and deviations of two seeds, by hand.
     let nll = |seed: usize, method: usize, group: usize| {
-        let groups = &outcomes[4 * seed + method]["run"]["groups"];
+        let groups = &outcomes[5 * seed + method]["run"]["groups"];
         groups[group]["summary"]["nll"].as_f64().unwrap()
     };
     let mut sections = report.split("\n## ").skip(1);
@@ -192,7 +192,7 @@ fn a_small_study_reports_its_outcomes() {
     }
     let differences = sections.next().unwrap();
     let less: Vec<f64> = (0..2)
-        .map(|seed| nll(seed, 3, 0) - nll(seed, 0, 0))
+        .map(|seed| nll(seed, 4, 0) - nll(seed, 0, 0))
         .collect();
     let lower = less.iter().filter(|d| **d < 0.0).count();
     let mean = (less[0] + less[1]) / 2.0;
@@ -204,11 +204,11 @@ fn a_small_study_reports_its_outcomes() {
     assert!(row.contains(&format!("({lower} of 2)")), "{row}");
     // Clusters, the last table.
     let silhouette = |seed: usize, method: usize| {
-        let clusters = &outcomes[4 * seed + method]["clusters"];
+        let clusters = &outcomes[5 * seed + method]["clusters"];
         clusters["silhouette"].as_f64().unwrap()
     };
     let less: Vec<f64> = (0..2)
-        .map(|seed| silhouette(seed, 3) - silhouette(seed, 1))
+        .map(|seed| silhouette(seed, 4) - silhouette(seed, 1))
         .collect();
     let higher = less.iter().filter(|d| **d > 0.0).count();
     let deviation = (less[0] - less[1]).abs() / 2f64.sqrt();
@@ -216,7 +216,7 @@ fn a_small_study_reports_its_outcomes() {
     let row = format!("| UAL less constant | {mean:.4} ± {deviation:.4} ({higher} of 2) |");
     assert!(report.contains(&row), "{row}\n{report}");
     // The control has other samples' uncertainties, so it differs from UAL; and the same run gives the same numbers.
-    assert_ne!(nll(0, 2, 0), nll(0, 3, 0));
+    assert_ne!(nll(0, 2, 0), nll(0, 4, 0));
     let (_, again) = study(&folder.path().join("b"), &[]);
     let groups = |outcomes: &[Value]| -> Vec<Value> {
         outcomes
@@ -256,13 +256,24 @@ fn kinds_have_a_control_and_results_of_their_own() {
     let (report, outcomes) = study(&folder.path().join("out"), &arguments);
     let groups = |run: usize| outcomes[run]["run"]["groups"].as_array().unwrap();
     for seed in 0..2 {
-        let run = |arm: usize| &outcomes[5 * seed + arm]["run"];
-        let arms: Vec<_> = (0..5)
+        let run = |arm: usize| &outcomes[6 * seed + arm]["run"];
+        let arms: Vec<_> = (0..6)
             .map(|arm| run(arm)["method"].as_str().unwrap())
             .collect();
-        assert_eq!(arms, ["SFT", "constant", "shuffled", "within kind", "UAL"]);
-        assert_eq!(run(3)["groups"], run(4)["groups"]);
-        assert_ne!(run(2)["groups"], run(4)["groups"]);
+        assert_eq!(
+            arms,
+            [
+                "SFT",
+                "constant",
+                "shuffled",
+                "within kind",
+                "UAL, unigram",
+                "UAL"
+            ]
+        );
+        assert_eq!(run(3)["groups"], run(5)["groups"]);
+        assert_ne!(run(2)["groups"], run(5)["groups"]);
+        assert_ne!(run(4)["groups"], run(5)["groups"]);
     }
     let names: Vec<_> = groups(0).iter().map(|group| &group["name"]).collect();
     assert_eq!(names, ["all", "certain", "uncertain", "sum", "talk"]);
@@ -274,6 +285,7 @@ fn kinds_have_a_control_and_results_of_their_own() {
         "## Held out, talk",
         "| talk | less within kind |",
         "*within kind* is",
+        "*UAL, unigram* is",
     ] {
         assert!(report.contains(section), "{section}");
     }

@@ -43,8 +43,8 @@ pub struct Setup {
     pub parameters: usize,
     pub plan: Plan,
     pub pretraining: Option<Curve>,
-    /// What smoothing is spread by; evenly where there is none.
-    prior: Option<Tensor>,
+    /// How often each token is in the training samples' responses, (V).
+    unigram: Tensor,
     /// What every training begins with.
     initial: Vec<Tensor>,
     /// What a checkpoint must have been made from.
@@ -126,15 +126,10 @@ impl Setup {
                 device,
             )?)
         };
-        let prior = match args.smoothing_prior {
-            Prior::Even => None,
-            Prior::Unigram => {
-                let vocab = model.output_projection().dim(0)?;
-                Some(smoothing::unigram(&data.train, vocab, device)?)
-            }
-        };
+        let vocab = model.output_projection().dim(0)?;
+        let unigram = smoothing::unigram(&data.train, vocab, device)?;
         Ok(Self {
-            prior,
+            unigram,
             initial: model.weights()?,
             data,
             threshold,
@@ -147,11 +142,11 @@ impl Setup {
         })
     }
 
-    /// The method with its smoothing spread as `--smoothing-prior` says.
-    pub fn spread(&self, method: &Method) -> Method {
-        match (&self.prior, method) {
-            (None, _) | (_, Method::Sft) => method.clone(),
-            (Some(prior), _) => Method::Spread(Box::new(method.clone()), prior.clone()),
+    /// The method with its smoothing spread so.
+    pub fn spread(&self, method: &Method, prior: Prior) -> Method {
+        match (prior, method) {
+            (Prior::Even, _) | (_, Method::Sft) => method.clone(),
+            (Prior::Unigram, _) => Method::Spread(Box::new(method.clone()), self.unigram.clone()),
         }
     }
 
@@ -160,12 +155,12 @@ impl Setup {
         &self,
         args: &Args,
         name: &'static str,
-        method: &Method,
+        (method, prior): (&Method, Prior),
         samples: &[Sample],
         device: &Device,
     ) -> Result<Run> {
         self.model.set_weights(&self.initial)?;
-        let method = &self.spread(method);
+        let method = &self.spread(method, prior);
         let training = train(
             name,
             &self.model,

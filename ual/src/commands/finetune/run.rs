@@ -59,7 +59,8 @@ pub fn run(args: &Args) -> Result<()> {
         Method::Constant(args.mean_smoothing),
         ual.clone(),
     ] {
-        runs.push(setup.run(args, method.name(), &method, &setup.data.train, &device)?);
+        let method = (&method, args.smoothing_prior);
+        runs.push(setup.run(args, method.0.name(), method, &setup.data.train, &device)?);
     }
 
     println!("{}", table(&runs));
@@ -91,7 +92,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     report.peak_batch_bytes = BatchMemory::measure(
         model,
-        &setup.spread(&ual),
+        &setup.spread(&ual, args.smoothing_prior),
         &setup.data.train,
         &plan,
         &device,

@@ -4,8 +4,8 @@ use crate::training;
 
 /// Compares the trainings over several seeds with a control, and writes a report with pictures
 ///
-/// The trainings are plain, with constant smoothing, and with uncertainty-aware smoothing of the same mean; in the control
-/// the same uncertainties are dealt to the samples at random.
+/// The trainings are plain, with constant smoothing, and with uncertainty-aware smoothing of the same mean, spread evenly and
+/// by the tokens' frequencies; in the control the same uncertainties are dealt to the samples at random.
 #[derive(clap::Args, Debug)]
 #[command(
     mut_arg("out", |out| out.default_value("out/study")), // not the folder of `ual finetune`

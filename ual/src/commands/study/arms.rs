@@ -7,13 +7,15 @@ use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use crate::{
     data::samples::{Dataset, Sample},
-    training::{args::Args, method::Method, setup},
+    training::{args::Args, method::Method, setup, smoothing::Prior},
 };
 
 /// What the others are compared with.
 pub const UAL: &str = "UAL";
 /// The control of `--group`.
 pub const WITHIN: &str = "within kind";
+/// [`UAL`] where that spreads smoothing evenly.
+pub const UNIGRAM: &str = "UAL, unigram";
 
 /// The uncertainties of `samples`, dealt at random to those of the same `kind`.
 fn shuffled(samples: &[Sample], seed: u64, kind: fn(&Sample) -> usize) -> Vec<Sample> {
@@ -40,6 +42,7 @@ fn shuffled(samples: &[Sample], seed: u64, kind: fn(&Sample) -> usize) -> Vec<Sa
 pub struct Arm<'a> {
     pub name: &'static str,
     pub method: Method,
+    pub prior: Prior,
     pub samples: Cow<'a, [Sample]>,
 }
 
@@ -48,6 +51,7 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
     let plain = |name, method| Arm {
         name,
         method,
+        prior: args.smoothing_prior,
         samples: Cow::Borrowed(train),
     };
     // Each with a map of the same mean: dealt anew, uncertainties meet other lengths of responses.
@@ -57,6 +61,7 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
         Ok(Arm {
             name,
             method: Method::Ual(map),
+            prior: args.smoothing_prior,
             samples: Cow::Owned(samples),
         })
     };
@@ -68,6 +73,16 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
     if !data.groups.is_empty() {
         arms.push(control(WITHIN, |sample| sample.group)?);
     }
-    arms.push(plain(UAL, Method::Ual(setup::fit(train, args)?)));
+    let ual = plain(UAL, Method::Ual(setup::fit(train, args)?));
+    // On CUDA smoothing is spread evenly.
+    if args.smoothing_prior == Prior::Even && args.device == "cpu" {
+        arms.push(Arm {
+            name: UNIGRAM,
+            method: ual.method.clone(),
+            prior: Prior::Unigram,
+            samples: Cow::Borrowed(train),
+        });
+    }
+    arms.push(ual);
     Ok(arms)
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use crate::{
     commands::study::{
-        arms::{UAL, WITHIN},
+        arms::{UAL, UNIGRAM, WITHIN},
         clusters::Clusters,
         outcome::Outcome,
     },
@@ -105,14 +105,20 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
             "`cargo run --release -- {}`\n\n{about}\n\nMean ± sample deviation over {seeds} seeds, on held-out \
              samples. *Certain* samples have an uncertainty below the median, \
              or the least where half have it. *shuffled* is UAL with the same \
-             uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.{}\n",
+             uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.{}{}\n",
             command.join(" "),
             match methods.contains(&WITHIN) {
                 true => format!(
                     " *{WITHIN}* is the same, dealt among samples of one kind: what it lacks is what they say beyond the kind."
                 ),
                 false => String::new(),
-            }
+            },
+            match methods.contains(&UNIGRAM) {
+                true => format!(
+                    " *{UNIGRAM}* is UAL with its smoothing spread by how often the training samples' responses have a token, not evenly."
+                ),
+                false => String::new(),
+            },
         ),
     );
     let groups = outcomes
