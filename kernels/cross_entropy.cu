@@ -87,7 +87,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
 #else
 #define GRADIENT_KERNEL KERNEL void __launch_bounds__(256, 3)
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 #define LEAN_KERNEL GRADIENT_KERNEL
 #else
 #define LEAN_KERNEL ROW_KERNEL
