@@ -80,7 +80,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
 }
 
 // Threads a row at the most (src/kernels/select.rs chooses), and how many such blocks an SM must hold. Without statistics three
-// took a seventh to a quarter less time than two on an H200; elsewhere some would spill.
+// took up to a quarter less time than two on an H200; elsewhere some would spill.
 #define ROW_KERNEL KERNEL void __launch_bounds__(256, 2)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // where bf16 is converted by hand
 #define GRADIENT_KERNEL ROW_KERNEL
