@@ -40,23 +40,25 @@ impl Data {
         })
     }
 
+    /// The samples of these numbers.
+    pub fn select(&self, chosen: &[u32]) -> Result<Self> {
+        Ok(Self {
+            inputs: self.inputs.index_select(&Tensor::new(chosen, DEVICE)?, 0)?,
+            classes: chosen.iter().map(|&i| self.classes[i as usize]).collect(),
+        })
+    }
+
     /// The first so many samples of each class.
-    pub fn of_first(&self, counts: &[usize; CLASSES]) -> Result<Self> {
-        let mut left = *counts;
+    pub fn first_of_each(&self, mut counts: [u32; CLASSES]) -> Result<Self> {
         let mut chosen = Vec::new();
         for (i, &class) in self.classes.iter().enumerate() {
-            let left = &mut left[class as usize];
+            let left = &mut counts[class as usize];
             if *left > 0 {
                 *left -= 1;
                 chosen.push(i as u32);
             }
         }
-        Ok(Self {
-            inputs: self
-                .inputs
-                .index_select(&Tensor::new(&chosen[..], DEVICE)?, 0)?,
-            classes: chosen.iter().map(|&i| self.classes[i as usize]).collect(),
-        })
+        self.select(&chosen)
     }
 
     pub fn targets(&self) -> Result<Tensor> {

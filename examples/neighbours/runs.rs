@@ -159,10 +159,11 @@ pub struct PseudoLabels {
 
 pub fn pseudo_labels() -> Result<PseudoLabels> {
     let [_, unlabelled, test] = few_labels()?;
-    // 16 samples of the first class, 2 of each of the others.
-    let labelled = Data::clusters(64, 0.6, 0.0, 4)?.of_first(&[16, 2, 2, 2])?;
-    let log_frequencies = pseudo_labels::log_frequencies(&Tensor::new(&[16u32, 2, 2, 2], DEVICE)?)?;
-    let trained = |tau: f64| -> Result<PseudoLabels> {
+    let counts = [16, 2, 2, 2];
+    let labelled = Data::clusters(64, 0.6, 0.0, 4)?.first_of_each(counts)?;
+    let log_frequencies = pseudo_labels::log_frequencies(&Tensor::new(&counts, DEVICE)?)?;
+    // The first step's labels; the accuracy on unlabelled samples before, on others before and after.
+    let trained = |tau: f64| -> Result<(pseudo_labels::PseudoLabels, [f64; 3])> {
         let labeller = pseudo_labels::Labeller {
             adjustment: (&log_frequencies * tau)?,
             temperature: 1.0,
@@ -170,8 +171,8 @@ pub fn pseudo_labels() -> Result<PseudoLabels> {
             hardness: 0.5,
         };
         let model = train(40, |model| plain(model, &labelled))?;
-        let before = test.accuracy(&model.logits(&test.inputs)?)?;
-        let all = unlabelled.accuracy(&model.logits(&unlabelled.inputs)?)?;
+        let accuracy = |data: &Data| data.accuracy(&model.logits(&data.inputs)?);
+        let (all, before) = (accuracy(&unlabelled)?, accuracy(&test)?);
         let mut first = None;
         proceed(&model, 60, |model| {
             let logits = model.logits(&unlabelled.inputs)?;
@@ -184,26 +185,21 @@ pub fn pseudo_labels() -> Result<PseudoLabels> {
             Ok(loss)
         })?;
         let first = first.expect("there were steps");
-        let accepted = first.accepted.to_vec1::<u8>()?;
-        let predicted = first.targets.argmax(1)?.to_vec1::<u32>()?;
-        let targets = accepted
-            .iter()
-            .zip(predicted)
-            .map(|(accepted, class)| match accepted {
-                0 => -100,
-                _ => i64::from(class),
-            });
-        let targets: Vec<i64> = targets.collect();
-        let after = test.accuracy(&model.logits(&test.inputs)?)?;
-        Ok(PseudoLabels {
-            accepted: targets.iter().filter(|t| **t >= 0).count(),
-            accuracy: [right(&targets, &unlabelled), all],
-            test_accuracy: [before, after, after],
-        })
+        Ok((first, [all, before, accuracy(&test)?]))
     };
-    let mut run = trained(1.0)?;
-    run.test_accuracy[2] = trained(0.0)?.test_accuracy[1];
-    Ok(run)
+    let (labels, [all, before, after]) = trained(1.0)?;
+    let (_, [_, _, unadjusted]) = trained(0.0)?;
+    let accepted = labels.accepted.to_vec1::<u8>()?;
+    let predicted = labels.targets.argmax(1)?.to_vec1::<u32>()?;
+    let targets = accepted.iter().zip(predicted);
+    let targets: Vec<i64> = targets
+        .map(|(&accepted, class)| if accepted != 0 { class.into() } else { -100 })
+        .collect();
+    Ok(PseudoLabels {
+        accepted: accepted.iter().filter(|a| **a != 0).count(),
+        accuracy: [right(&targets, &unlabelled), all],
+        test_accuracy: [before, after, unadjusted],
+    })
 }
 
 pub struct Reliable {
@@ -265,15 +261,7 @@ pub fn gradient_norm() -> Result<GradientNorm> {
     let before = test.accuracy(&model.logits(&test.inputs)?)?;
     let scores = gradient_norm::scores(&model.hidden(&unlabelled.inputs)?, model.output())?;
     let chosen = gradient_norm::select(&scores, 20)?;
-    let asked = Data {
-        inputs: unlabelled
-            .inputs
-            .index_select(&Tensor::new(&chosen[..], DEVICE)?, 0)?,
-        classes: chosen
-            .iter()
-            .map(|&i| unlabelled.classes[i as usize])
-            .collect(),
-    };
+    let asked = unlabelled.select(&chosen)?;
     let wrong =
         |data: &Data| -> Result<f64> { Ok(1.0 - data.accuracy(&model.logits(&data.inputs)?)?) };
     let wrong = [wrong(&asked)?, wrong(&unlabelled)?];

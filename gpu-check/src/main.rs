@@ -33,7 +33,7 @@ struct Args {
     #[arg(long)]
     no_timing: bool,
     /// No CUDA graphs of forward_linear. Graphs allocate and free memory at one address in several sizes, of which
-    /// compute-sanitizer's memcheck (2025.3) knows one, and takes a use of the others for an access out of bounds.
+    /// compute-sanitizer's memcheck (CUDA 13.0) knows one, and takes a use of the others for an access out of bounds.
     #[cfg(feature = "cuda")]
     #[arg(long)]
     no_linear_graphs: bool,

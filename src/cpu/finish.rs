@@ -45,6 +45,15 @@ pub(super) struct RowResult {
     pub bad: bool,
 }
 
+/// What a class's value of the prior is multiplied by; a prior of masked classes alone spreads nothing.
+pub(super) fn smoothed_part(smoothing: f64, prior_mass: f64) -> f64 {
+    if prior_mass == 0.0 {
+        0.0
+    } else {
+        smoothing / prior_mass
+    }
+}
+
 /// What is known of a row once its pieces are merged.
 pub(super) struct Sums<'a> {
     pub others: &'a Partial,
@@ -195,11 +204,7 @@ pub(super) fn finish<const FORM: Form>(
         }
         sums
     };
-    let smoothed_part = if prior_mass == 0.0 {
-        0.0
-    } else {
-        eps / prior_mass
-    };
+    let smoothed_part = smoothed_part(eps, prior_mass);
     let mass = (1.0 - eps) * weighted_mass + smoothed_part * shares.mass;
 
     let mean = (others.weighted + if e_y == 0.0 { 0.0 } else { d_y * e_y }) / sum;

@@ -2,7 +2,7 @@
 
 use super::{
     element::Element,
-    finish::Normaliser,
+    finish::{Normaliser, smoothed_part},
     general::{Beside, for_each_class},
     real::Real,
     row::{PIECE, Partial, one},
@@ -50,11 +50,7 @@ impl<R: Real> GradFactors<R> {
             2.0 * lambda * n.lse
         };
         let beta = row.entropy_weight;
-        let share = if n.prior_mass == 0.0 {
-            0.0
-        } else {
-            row.smoothing / n.prior_mass
-        };
+        let share = smoothed_part(row.smoothing, n.prior_mass);
         let scale = scale * f64::from(call.logit_scale);
         let inverse_sum = (-n.log_sum).exp();
         let (inner, outer) = if general { (1.0, scale) } else { (scale, 1.0) };
@@ -108,11 +104,7 @@ impl<R: Real> GradFactors<R> {
             };
             (p, p_minus_1)
         };
-        let share = if n.prior_mass == 0.0 {
-            0.0
-        } else {
-            self.smoothing / n.prior_mass
-        };
+        let share = smoothed_part(self.smoothing, n.prior_mass);
         let q = values.weight(class) * ((1.0 - self.smoothing) * t + share * values.prior(class));
         let entropy = if self.entropy_weight == 0.0 || p == 0.0 {
             0.0

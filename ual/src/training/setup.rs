@@ -155,12 +155,11 @@ impl Setup {
         &self,
         args: &Args,
         name: &'static str,
-        (method, prior): (&Method, Prior),
+        method: &Method,
         samples: &[Sample],
         device: &Device,
     ) -> Result<Run> {
         self.model.set_weights(&self.initial)?;
-        let method = &self.spread(method, prior);
         let training = train(
             name,
             &self.model,

@@ -52,15 +52,15 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let setup = Setup::new(args, data, loaded, &device)?;
 
-    let ual = Method::Ual(setup.map.clone());
+    let spread = |method| setup.spread(&method, args.smoothing_prior);
+    let ual = spread(Method::Ual(setup.map.clone()));
     let mut runs = Vec::new();
     for method in [
         Method::Sft,
-        Method::Constant(args.mean_smoothing),
+        spread(Method::Constant(args.mean_smoothing)),
         ual.clone(),
     ] {
-        let method = (&method, args.smoothing_prior);
-        runs.push(setup.run(args, method.0.name(), method, &setup.data.train, &device)?);
+        runs.push(setup.run(args, method.name(), &method, &setup.data.train, &device)?);
     }
 
     println!("{}", table(&runs));
@@ -90,13 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
         let path = export::save(source, &args.overrides, &config, &weights, &trained_model)?;
         println!("the model that UAL trained is {}", path.display());
     }
-    report.peak_batch_bytes = BatchMemory::measure(
-        model,
-        &setup.spread(&ual, args.smoothing_prior),
-        &setup.data.train,
-        &plan,
-        &device,
-    )?;
+    report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
     if let Some(memory) = report.peak_batch_bytes {
         println!("{memory}");
         save_json(&args.out.join("metrics.json"), &report)?;

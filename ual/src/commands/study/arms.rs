@@ -77,10 +77,8 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
     // On CUDA smoothing is spread evenly.
     if args.smoothing_prior == Prior::Even && args.device == "cpu" {
         arms.push(Arm {
-            name: UNIGRAM,
-            method: ual.method.clone(),
             prior: Prior::Unigram,
-            samples: Cow::Borrowed(train),
+            ..plain(UNIGRAM, ual.method.clone())
         });
     }
     arms.push(ual);

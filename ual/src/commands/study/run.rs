@@ -73,13 +73,8 @@ fn of_seed(
         smoothing: Vec::new(),
     };
     for arm in arms(&setup.data, args)? {
-        let run = setup.run(
-            args,
-            arm.name,
-            (&arm.method, arm.prior),
-            &arm.samples,
-            device,
-        )?;
+        let method = setup.spread(&arm.method, arm.prior);
+        let run = setup.run(args, arm.name, &method, &arm.samples, device)?;
         let batch = setup.plan.batch;
         let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
         first.runs.push(run.clone());

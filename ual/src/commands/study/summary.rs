@@ -98,6 +98,10 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
     let command: Vec<String> = std::env::args().skip(1).collect(); // `study` and its options
     let add = |text: &mut String, line: &str| writeln!(text, "{line}").expect("a string grows");
     let methods = methods(outcomes);
+    let note = |method: &str, text: &str| match methods.contains(&method) {
+        true => format!(" *{method}* {text}"),
+        false => String::new(),
+    };
     add(&mut text, "# Uncertainty-aware smoothing, measured\n");
     add(
         &mut text,
@@ -107,18 +111,14 @@ pub fn markdown(outcomes: &[Outcome], seeds: usize, about: &str) -> String {
              or the least where half have it. *shuffled* is UAL with the same \
              uncertainties dealt to the samples at random: what it lacks is what knowing them is worth.{}{}\n",
             command.join(" "),
-            match methods.contains(&WITHIN) {
-                true => format!(
-                    " *{WITHIN}* is the same, dealt among samples of one kind: what it lacks is what they say beyond the kind."
-                ),
-                false => String::new(),
-            },
-            match methods.contains(&UNIGRAM) {
-                true => format!(
-                    " *{UNIGRAM}* is UAL with its smoothing spread by how often the training samples' responses have a token, not evenly."
-                ),
-                false => String::new(),
-            },
+            note(
+                WITHIN,
+                "is the same, dealt among samples of one kind: what it lacks is what they say beyond the kind."
+            ),
+            note(
+                UNIGRAM,
+                "is UAL with its smoothing spread by how often the training samples' responses have a token, not evenly."
+            ),
         ),
     );
     let groups = outcomes
