@@ -151,7 +151,7 @@ impl Inputs {
     }
 }
 
-/// The driver's own copy between tensors of as many bf16: what the memory can do. candle's takes several times as long.
+/// The driver's own copy between tensors of as many bf16: what the memory can do.
 fn copy(cuda: &CudaDevice, from: &Tensor, to: &Tensor) -> Result<()> {
     let stream = cuda.cuda_stream();
     let address = |tensor: &Tensor| -> Result<u64> {
