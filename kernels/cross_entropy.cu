@@ -5,9 +5,12 @@
 //   ce_backward_*  gradient from the forward's normalisers: one read, one write
 //   ce_fused_*     both in one launch: the second read of a row finds it in the cache
 //   ce_onchip_*    forward and fused from sm_90 on, a cluster of blocks a row: no second read (on_chip.cuh)
+//   ce_distribution_forward_*, _backward_*, _fused_*   the same of any target distribution (distribution.cuh)
+//   ce_classes     looks at the classes' weights and prior
 //   ce_reduce      row losses to the result, in a fixed order
 //
 // Line by line the mathematics is that of src/reference.rs.
+#include "distribution.cuh"
 #include "on_chip.cuh"
 #include "row.cuh"
 
@@ -15,7 +18,7 @@
 template <bool STATS, bool SOFTCAP>
 DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Partial& others, float& x_y, bool has_target,
                          const Transform<SOFTCAP>& transform) {
-  Running& running = p.running[row];
+  Running& running = static_cast<Running*>(p.running)[row];
   if (slice.begin > 0) {
     others = merge<STATS>(running.others, others, transform);
     if (!has_target) x_y = running.target_logit;
@@ -72,7 +75,7 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
   const Transform<SOFTCAP> transform(p);
   SHARED_ARRAY(GradientFactors, factors, 1);
   if (threadIdx.x < 32) {
-    const GradientFactors f = gradient_factors<SOFTCAP>(p, in, p.state[row], gradient_scale(p, row), transform);
+    const GradientFactors f = gradient_factors<SOFTCAP>(p, in, static_cast<const RowState*>(p.state)[row], gradient_scale(p, row), transform);
     if (threadIdx.x == 0) factors[0] = f;
   }
   dev::sync_block();  // the factors are there
@@ -103,7 +106,10 @@ template <class T, bool SOFTCAP> DEVICE void row_gradient(const Params& p) {
   ON_CHIP_KERNEL ce_onchip_forward_##TYPE##_stats##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, false>(p); } \
   ON_CHIP_KERNEL ce_onchip_fused_##TYPE##SUFFIX(Params p) { row_on_chip<TYPE, false, SOFTCAP, true>(p); }          \
   ON_CHIP_KERNEL ce_onchip_fused_##TYPE##_stats##SUFFIX(Params p) { row_on_chip<TYPE, true, SOFTCAP, true>(p); }   \
-  GRADIENT_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }
+  GRADIENT_KERNEL ce_backward_##TYPE##SUFFIX(Params p) { row_gradient<TYPE, SOFTCAP>(p); }                         \
+  ROW_KERNEL ce_distribution_forward_##TYPE##SUFFIX(Params p) { distribution_loss<TYPE, SOFTCAP, false>(p); }       \
+  ROW_KERNEL ce_distribution_fused_##TYPE##SUFFIX(Params p) { distribution_loss<TYPE, SOFTCAP, true>(p); }          \
+  ROW_KERNEL ce_distribution_backward_##TYPE##SUFFIX(Params p) { distribution_gradient<TYPE, SOFTCAP>(p); }
 #define INSTANTIATE(TYPE)                          \
   INSTANTIATE_SOFTCAP(TYPE, , false, LEAN_KERNEL)  \
   INSTANTIATE_SOFTCAP(TYPE, _softcap, true, ROW_KERNEL)
@@ -113,24 +119,62 @@ INSTANTIATE(f32)
 INSTANTIATE(f16)
 INSTANTIATE(bf16)
 
-// The sums of loss and of w over rows in f64, every thread's rows and all merges in a fixed order. One block.
+// Checks the classes' values, and finds the largest of the prior. One block.
+KERNEL void __launch_bounds__(1024) ce_classes(Params p) {
+  dev::begin_kernel();
+  SHARED_ARRAY(int, largest_of_warps, 32);
+  constexpr int kBad = 0x7fffffff;  // finite numbers that are not negative have smaller bits, in the same order
+  int largest = 0;
+  for (unsigned k = threadIdx.x; k < p.vocab; k += blockDim.x) {
+    const float c = p.class_weights ? p.class_weights[k] : 1.f, u = p.prior ? p.prior[k] : 1.f;
+    const bool good = c >= 0.f && c < INFINITY && u >= 0.f && u < INFINITY;
+    const int bits = good ? static_cast<int>(dev::bits_from_float(u + 0.f)) : kBad;
+    largest = bits > largest ? bits : largest;
+  }
+  largest = dev::reduce_max(largest);
+  if (threadIdx.x % 32 == 0) largest_of_warps[threadIdx.x / 32] = largest;
+  dev::sync_block();
+  if (threadIdx.x >= 32) return;
+  largest = dev::reduce_max(threadIdx.x < blockDim.x / 32 ? largest_of_warps[threadIdx.x] : 0);
+  if (threadIdx.x != 0) return;
+  const bool good = largest != kBad && largest != 0;  // a prior of zeros spreads nothing
+  *p.class_check = {good ? 1.f : NAN, 1.f / fmaxf(dev::float_from_bits(static_cast<unsigned>(largest)), 0x1p-126f)};
+  if (!good && p.first_error) dev::atomic_min(p.first_error, 0);
+}
+
+// The first class that a row's target names, or the ignore_index where it names none.
+DEVICE long long first_named_class(const Params& p, uint64_t row) {
+  for (unsigned j = 0; j < p.entries; j++) {
+    const long long target = named_class(p, row, j);
+    if (target != p.ignore_index) return target;
+  }
+  return p.ignore_index;
+}
+
+// The sums of loss and of w, times c of the class where a row has one, over rows in f64, every thread's rows and all merges
+// in a fixed order. One block.
 KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
   dev::begin_kernel();
   SHARED_ARRAY(double, losses, 32);
   SHARED_ARRAY(double, weights, 32);
   double loss = 0.0, weight = 0.0;
   constexpr int kAhead = 4;  // rows whose loads are in flight: this kernel is nothing but latency
+  const bool one_class = p.entries == 1 && !p.probabilities;
   for (uint64_t first = threadIdx.x; first < p.rows; first += kAhead * blockDim.x) {
     long long target[kAhead];
     float w[kAhead], l[kAhead];
     UNROLL for (int u = 0; u < kAhead; u++) {
       const uint64_t row = first + u * blockDim.x;
-      target[u] = row < p.rows ? read_target(p, row) : p.ignore_index;
+      if (row >= p.rows) target[u] = p.ignore_index;
+      else if (p.entries == 1) target[u] = read_target(p, row);
+      else target[u] = p.entries == 0 ? !p.ignore_index : first_named_class(p, row);
       w[u] = row < p.rows && p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f;
       l[u] = row < p.rows && p.reduced ? p.loss[row] : 0.f;
     }
     UNROLL for (int u = 0; u < kAhead; u++) {
       if (target[u] == p.ignore_index) continue;
+      const bool has_weight = one_class && p.class_weights && target[u] >= 0 && target[u] < static_cast<long long>(p.vocab);
+      if (has_weight) w[u] *= p.class_weights[target[u]];
       if (w[u] >= 0.f && w[u] < INFINITY) weight += w[u];
       loss += l[u];
     }

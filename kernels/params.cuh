@@ -21,6 +21,21 @@ struct alignas(16) RowState {
 
 struct Running;  // partial.cuh
 
+// A logit's gradient that is written once the others of its row are: by a class that the target names.
+struct NamedGradient {
+  float gradient;
+  int column;  // negative: there is none
+};
+
+// What `ce_classes` found: 1, or NaN where a class's weight or its value of the prior is bad; what brings the largest value of
+// the prior to 1, so that squares of others are in range.
+struct ClassCheck {
+  float good;
+  float prior_scale;
+};
+
+enum FloatType : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
 struct Params {
   const void* logits;
   void* grad;
@@ -30,7 +45,7 @@ struct Params {
   const float* upstream;
   const float* divisor;
   float* loss;
-  RowState* state;
+  void* state;  // RowState, or DistributionState (distribution.cuh)
   float* nll;
   float* lse;
   float* entropy;
@@ -40,12 +55,20 @@ struct Params {
   float* reduced;
   float* total_weight;
   unsigned long long* first_error;
-  Running* running;
+  void* running;  // Running, or AllClasses (distribution.cuh)
+  const float* entropy_weights;
+  const float* class_weights;
+  const float* prior;
+  ClassCheck* class_check;
+  const void* probabilities;
+  NamedGradient* named;
 
   RowOffsets logits_rows;
   RowOffsets grad_rows;
   RowOffsets smoothing_rows;
   RowOffsets weight_rows;
+  RowOffsets entropy_rows;
+  RowOffsets probability_rows;
   uint64_t rows;
   int64_t ignore_index;
   uint32_t vocab;
@@ -63,7 +86,9 @@ struct Params {
   uint32_t groups_per_block;
   uint32_t first_row;
   uint32_t first_column;
+  uint32_t entries;
+  uint32_t probability_type;  // FloatType
+  float uniform_entropy_weight;
+  uint32_t unused;
 };
-static_assert(sizeof(Params) == 19 * 8 + 4 * 72 + 16 + 64, "src/kernels/abi.rs has the same fields");
-
-enum BadValue : unsigned long long { kBadTarget = 0, kBadSmoothing = 1, kBadWeight = 2 };
+static_assert(sizeof(Params) == 25 * 8 + 6 * 72 + 16 + 80, "src/kernels/abi.rs has the same fields");

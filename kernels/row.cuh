@@ -39,6 +39,10 @@ DEVICE LoadedInputs load_inputs(const Params& p, uint64_t row) {
           p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f};
 }
 
+DEVICE void report_bad_row(const Params& p, uint64_t row) {
+  if (p.first_error && threadIdx.x == 0) dev::atomic_min(p.first_error, row + 1);
+}
+
 DEVICE RowInputs check_inputs(const Params& p, uint64_t row, const LoadedInputs& loaded) {
   const long long target = loaded.target;
   RowInputs in = {RowKind::kCounted, 0, loaded.smoothing, loaded.weight};
@@ -55,10 +59,7 @@ DEVICE RowInputs check_inputs(const Params& p, uint64_t row, const LoadedInputs&
     return in;
   }
   in.kind = RowKind::kBad;
-  if (p.first_error && threadIdx.x == 0) {
-    const BadValue kind = !target_good ? kBadTarget : !smoothing_good ? kBadSmoothing : kBadWeight;
-    dev::atomic_min(p.first_error, row * 4 + kind);
-  }
+  report_bad_row(p, row);
   return in;
 }
 
@@ -79,7 +80,7 @@ DEVICE Stretch stored_row(const Params& p) {
 }
 
 // Sums keep no index: looks for `largest` in its group of the classes at `x` again, lowest index first.
-template <class T> DEVICE void find_column(Partial& a, const T* x, const Stretch& stretch) {
+template <class Sums, class T> DEVICE void find_column(Sums& a, const T* x, const Stretch& stretch) {
   const int start = static_cast<int>(a.at) * kGroup<T>;
   a.at = static_cast<unsigned>(stretch.begin + start);
   for (int k = kGroup<T> - 1; k >= 0; k--) {
@@ -125,7 +126,7 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
   if (nan) loss = NAN;
   else if (target_masked) loss = INFINITY;
   p.loss[row] = in.weight == 0.f ? 0.f : in.weight * loss;
-  if (p.state) p.state[row] = state;
+  if (p.state) static_cast<RowState*>(p.state)[row] = state;
   if constexpr (STATS) {
     const bool empty = classes == 0;
     p.nll[row] = nan ? NAN : target_masked ? INFINITY : nll;
@@ -152,7 +153,7 @@ DEVICE RowState finish_row(const Params& p, uint64_t row, const RowInputs& in, P
 template <bool STATS> DEVICE void finish_unused_row(const Params& p, uint64_t row, float value) {
   if (threadIdx.x != 0) return;
   p.loss[row] = value;
-  if (p.state) p.state[row] = {value, value, value, 0u};
+  if (p.state) static_cast<RowState*>(p.state)[row] = {value, value, value, 0u};
   if constexpr (STATS) {
     p.nll[row] = p.lse[row] = p.entropy[row] = p.max_prob[row] = p.grad_norm_sq[row] = value;
     p.predicted[row] = 0u;

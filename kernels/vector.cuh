@@ -114,12 +114,12 @@ template <class T> struct RowReader {
   }
 };
 
-// A group at the row's edge, element by element; -inf stands for those beyond it.
-template <class T> DEVICE uint4 load_edge(const RowReader<T>& reader, int group) {
+// A group at the row's edge, element by element, with `beyond` for those beyond it.
+template <class T> DEVICE uint4 load_edge(const RowReader<T>& reader, int group, float beyond = -INFINITY) {
   float x[kGroup<T>];
   UNROLL for (int k = 0; k < kGroup<T>; k++) {
     const int i = reader.start(group) + k;
-    x[k] = i >= 0 && i < reader.count ? widen_one(reader.row[i]) : -INFINITY;
+    x[k] = i >= 0 && i < reader.count ? widen_one(reader.row[i]) : beyond;
   }
   return narrow<T>(x);
 }

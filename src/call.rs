@@ -5,7 +5,6 @@ use std::fmt::Display;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use crate::{
-    kernels::abi::BadValue,
     options::{CrossEntropy, Reduction, RowValue, Smoothing},
     rows::row_offsets,
     targets::Targets,
@@ -22,8 +21,8 @@ pub(crate) struct Call {
     pub width: usize,
     /// Classes: `width` less the padding.
     pub vocab: usize,
-    /// Classes (rows) or (rows, k), contiguous, u32 or i64. Probabilities of a few classes (rows, k), f64 and contiguous;
-    /// of all (…, `width` or at least `vocab`) in the caller's type, rows as [`row_offsets`] takes them.
+    /// Classes (rows) or (rows, k), contiguous, u32 or i64. Probabilities of a few classes (rows, k), contiguous, f64 or on
+    /// CUDA f32; of all (…, `width` or at least `vocab`) in the caller's type, rows as [`row_offsets`] takes them.
     pub targets: Targets,
     /// (rows), contiguous, f64; on CUDA (…, 1), f32, with strides of any kind. `None` for the uniform value.
     pub smoothing: Option<Tensor>,
@@ -33,7 +32,7 @@ pub(crate) struct Call {
     /// As smoothing.
     pub entropy_weight: Option<Tensor>,
     pub uniform_entropy_weight: f32,
-    /// (`vocab`), contiguous, f64; `None` for 1.
+    /// (`vocab`), contiguous, f64 or on CUDA f32; `None` for 1.
     pub class_weights: Option<Tensor>,
     /// The same; `None` for an even one.
     pub smoothing_prior: Option<Tensor>,
@@ -105,6 +104,15 @@ impl ClassValues {
     pub fn prior(&self, class: usize) -> f64 {
         self.prior.as_ref().map_or(1.0, |prior| prior[class])
     }
+}
+
+/// What is wrong with a row.
+#[derive(Clone, Copy)]
+enum BadValue {
+    Target,
+    Smoothing,
+    Weight,
+    EntropyWeight,
 }
 
 /// Kernels count columns in 32 bits, and some way beyond a row's end.
@@ -220,8 +228,14 @@ impl Call {
         {
             bail!("reduction: SumOver({n}), n must be finite and greater than 0");
         }
-        let targets = row_targets(targets, &shape, (vocab, width), rows)?;
-        let row_type = if on_cpu { DType::F64 } else { DType::F32 };
+        let targets = match row_targets(targets, &shape, (vocab, width), rows)? {
+            // Without entries every row is ignored.
+            Targets::TopK { classes, .. } if classes.dims() == [count, 0] => Targets::Classes(
+                Tensor::full(options.ignore_index, count, tensor.device())?,
+            ),
+            targets => targets,
+        };
+        let row_type = value_type(tensor);
         let per_row = |argument, values, may_be_mask| {
             row_values(argument, values, may_be_mask, &shape, row_type, rows)
         };
@@ -264,13 +278,6 @@ impl Call {
             inplace_backward: options.inplace_backward,
             check_inputs: options.check_inputs,
         };
-        if !on_cpu && (call.is_general() || !matches!(call.targets, Targets::Classes(_))) {
-            bail!(
-                "{argument}: on {:?}, where a row's target must be one class, without class_weights, smoothing_prior and \
-                 entropy_weight; the CPU has them",
-                tensor.device().location()
-            );
-        }
         Ok(call)
     }
 
@@ -296,13 +303,16 @@ impl Call {
         }
     }
 
-    /// The targets, which are one class a row.
+    /// Whether classes have weights or a prior.
     #[cfg(feature = "cuda")]
-    pub fn classes(&self) -> Result<&Tensor> {
-        match &self.targets {
-            Targets::Classes(classes) => Ok(classes),
-            _ => bail!("targets: must be one class a row on CUDA"),
-        }
+    pub fn has_class_values(&self) -> bool {
+        self.class_weights.is_some() || self.smoothing_prior.is_some()
+    }
+
+    /// Whether a row's target is more than one class, smoothed evenly.
+    #[cfg(feature = "cuda")]
+    pub fn has_distributions(&self) -> bool {
+        self.is_general() || !matches!(self.targets, Targets::Classes(_))
     }
 
     /// Where everything is.
@@ -409,12 +419,7 @@ impl Call {
                 return Err(self.bad_value(BadValue::Weight, i, weight));
             }
             if !entropy_weight.is_finite() {
-                return Err(bad_row(
-                    "entropy_weight",
-                    i,
-                    entropy_weight,
-                    "must be finite",
-                ));
+                return Err(self.bad_value(BadValue::EntropyWeight, i, entropy_weight));
             }
             Ok(Some(Row {
                 target,
@@ -449,7 +454,7 @@ impl Call {
             let Some(values) = values else {
                 return Ok(None);
             };
-            let values = values.to_vec1::<f64>()?;
+            let values = values.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             if let Some(class) = values.iter().position(|v| !(v.is_finite() && *v >= 0.0)) {
                 bail!(
                     "{argument}: class {class} has {}, must be finite and not negative",
@@ -506,7 +511,7 @@ impl Call {
     }
 
     /// The error for a value inside a tensor, the same on every device.
-    pub fn bad_value(&self, kind: BadValue, row: usize, value: impl Display) -> candle_core::Error {
+    fn bad_value(&self, kind: BadValue, row: usize, value: impl Display) -> candle_core::Error {
         let (argument, rule) = match kind {
             BadValue::Target => (
                 "targets",
@@ -526,13 +531,10 @@ impl Call {
             ),
             BadValue::Smoothing => ("smoothing", "must be in [0, 1]".into()),
             BadValue::Weight => ("row_weights", "must be finite and not negative".into()),
+            BadValue::EntropyWeight => ("entropy_weight", "must be finite".into()),
         };
-        bad_row(argument, row, value, &rule)
+        candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
     }
-}
-
-fn bad_row(argument: &str, row: usize, value: impl Display, rule: &str) -> candle_core::Error {
-    candle_core::Error::Msg(format!("{argument}: row {row} has {value}, {rule}")).bt()
 }
 
 /// The error for a probability, the same on every device.
@@ -618,7 +620,7 @@ fn row_targets(
                 classes: classes(named, &[k])?,
                 probabilities: probabilities
                     .detach()
-                    .to_dtype(DType::F64)?
+                    .to_dtype(value_type(tensor))?
                     .contiguous()?
                     .reshape((count, k))?,
             }
@@ -637,7 +639,8 @@ fn row_targets(
                 ),
             }
             let values = match values.dtype() {
-                DType::F16 | DType::BF16 | DType::F32 | DType::F64 => values.detach(),
+                DType::F16 | DType::BF16 | DType::F32 => values.detach(),
+                DType::F64 if tensor.device().is_cpu() => values.detach(),
                 _ => values.detach().to_dtype(DType::F32)?,
             };
             // What is overwritten in place must not be read meanwhile.
@@ -671,8 +674,17 @@ fn class_values(
     values
         .detach()
         .narrow(0, 0, vocab)?
-        .to_dtype(DType::F64)?
+        .to_dtype(value_type(rows.1))?
         .contiguous()
+}
+
+/// Type of values beside logits where these are.
+fn value_type(logits: &Tensor) -> DType {
+    if logits.device().is_cpu() {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 fn same_device(argument: &str, tensor: &Tensor, (other, rows): (&str, &Tensor)) -> Result<()> {

@@ -8,7 +8,9 @@
       ENTRY(ce_backward_##element##softcap), ENTRY(ce_fused_##element##softcap),                                       \
       ENTRY(ce_fused_##element##_stats##softcap),                                                                      \
       ENTRY(ce_onchip_forward_##element##softcap), ENTRY(ce_onchip_forward_##element##_stats##softcap),                \
-      ENTRY(ce_onchip_fused_##element##softcap), ENTRY(ce_onchip_fused_##element##_stats##softcap)
+      ENTRY(ce_onchip_fused_##element##softcap), ENTRY(ce_onchip_fused_##element##_stats##softcap),                 \
+      ENTRY(ce_distribution_forward_##element##softcap), ENTRY(ce_distribution_fused_##element##softcap),              \
+      ENTRY(ce_distribution_backward_##element##softcap)
 #define ENTRIES_FOR(element) ENTRIES_FOR_VARIANT(element, ), ENTRIES_FOR_VARIANT(element, _softcap)
 
-const KernelEntry kKernels[] = {ENTRIES_FOR(f32), ENTRIES_FOR(f16), ENTRIES_FOR(bf16), ENTRY(ce_reduce), {nullptr, nullptr}};
+const KernelEntry kKernels[] = {ENTRIES_FOR(f32), ENTRIES_FOR(f16), ENTRIES_FOR(bf16), ENTRY(ce_classes), ENTRY(ce_reduce), {nullptr, nullptr}};

@@ -5,10 +5,11 @@ use cudarc::driver::CudaSlice;
 
 use super::{memory::OnDevice, module::Launch};
 use crate::{
-    call::Call,
-    kernels::abi::{BadValue, Params, RowOffsets, inner_factors},
+    call::{Call, ClassValues},
+    kernels::abi::{Params, RowOffsets, inner_factors},
     options::Reduction,
     rows::row_offsets,
+    targets::Targets,
 };
 
 /// Parameters without addresses; `layout` is that of the logits.
@@ -28,6 +29,7 @@ pub(super) fn scalars(call: &Call, layout: &Layout) -> Result<Params> {
         width: call.width as u32,
         mean: (call.reduction == Reduction::Mean).into(),
         uniform_smoothing: call.uniform_smoothing,
+        uniform_entropy_weight: call.uniform_entropy_weight,
         z_loss: call.z_loss,
         logit_scale: call.logit_scale,
         softcap: call.softcap.unwrap_or_default(),
@@ -57,31 +59,80 @@ pub(super) fn check_upstream(call: &Call, upstream: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Per-row inputs beside the logits.
+/// What rows and classes are given beside the logits.
 pub(super) struct Inputs<'a> {
-    targets: OnDevice<'a>,
-    targets_are_i64: bool,
+    targets: TargetInputs<'a>,
     smoothing: Option<OnDevice<'a>>,
     weights: Option<OnDevice<'a>>,
+    entropy_weight: Option<OnDevice<'a>>,
+    class_weights: Option<OnDevice<'a>>,
+    prior: Option<OnDevice<'a>>,
+}
+
+enum TargetInputs<'a> {
+    /// (rows, `entries`), and probabilities of the same shape if there are several.
+    Named {
+        classes: OnDevice<'a>,
+        are_i64: bool,
+        entries: usize,
+        probabilities: Option<OnDevice<'a>>,
+    },
+    Probabilities(OnDevice<'a>),
 }
 
 impl<'a> Inputs<'a> {
     pub fn of(call: &'a Call) -> Result<Self> {
+        let named = |classes: &'a Tensor, entries, probabilities: Option<&'a Tensor>| {
+            TargetInputs::Named {
+                classes: OnDevice::of(classes),
+                are_i64: classes.dtype() == DType::I64,
+                entries,
+                probabilities: probabilities.map(OnDevice::of),
+            }
+        };
         Ok(Self {
-            targets: OnDevice::of(call.classes()?),
-            targets_are_i64: call.classes()?.dtype() == DType::I64,
+            targets: match &call.targets {
+                Targets::Classes(classes) => named(classes, 1, None),
+                Targets::TopK {
+                    classes,
+                    probabilities,
+                } => named(classes, classes.dim(1)?, Some(probabilities)),
+                Targets::Probabilities(values) => TargetInputs::Probabilities(OnDevice::of(values)),
+            },
             smoothing: call.smoothing.as_ref().map(OnDevice::of),
             weights: call.weights.as_ref().map(OnDevice::of),
+            entropy_weight: call.entropy_weight.as_ref().map(OnDevice::of),
+            class_weights: call.class_weights.as_ref().map(OnDevice::of),
+            prior: call.smoothing_prior.as_ref().map(OnDevice::of),
         })
     }
 
     pub fn set<'b>(&'b self, launch: &mut Launch<'b>) -> Result<()> {
-        launch.params.targets = if self.targets_are_i64 {
-            self.targets.read::<i64>(launch)?
-        } else {
-            self.targets.read::<u32>(launch)?
-        };
-        launch.params.targets_are_i64 = self.targets_are_i64.into();
+        match &self.targets {
+            TargetInputs::Named {
+                classes,
+                are_i64,
+                entries,
+                probabilities,
+            } => {
+                launch.params.targets = if *are_i64 {
+                    classes.read::<i64>(launch)?
+                } else {
+                    classes.read::<u32>(launch)?
+                };
+                launch.params.targets_are_i64 = (*are_i64).into();
+                launch.params.entries = *entries as u32;
+                if let Some(probabilities) = probabilities {
+                    launch.params.probabilities = probabilities.read::<f32>(launch)?;
+                }
+            }
+            TargetInputs::Probabilities(values) => {
+                let (element, address) = values.read_floats(launch, "targets")?;
+                launch.params.probabilities = address;
+                launch.params.probability_type = element.number();
+                launch.params.probability_rows = values.rows()?;
+            }
+        }
         if let Some(smoothing) = &self.smoothing {
             launch.params.smoothing = smoothing.read::<f32>(launch)?;
             launch.params.smoothing_rows = smoothing.rows()?;
@@ -89,6 +140,16 @@ impl<'a> Inputs<'a> {
         if let Some(weights) = &self.weights {
             launch.params.weights = weights.read::<f32>(launch)?;
             launch.params.weight_rows = weights.rows()?;
+        }
+        if let Some(weights) = &self.entropy_weight {
+            launch.params.entropy_weights = weights.read::<f32>(launch)?;
+            launch.params.entropy_rows = weights.rows()?;
+        }
+        if let Some(weights) = &self.class_weights {
+            launch.params.class_weights = weights.read::<f32>(launch)?;
+        }
+        if let Some(prior) = &self.prior {
+            launch.params.prior = prior.read::<f32>(launch)?;
         }
         Ok(())
     }
@@ -115,27 +176,19 @@ impl FirstError {
     /// Waits for the kernel, and fails as the CPU path does on the same values.
     pub fn check(&self, call: &Call, device: &CudaDevice) -> Result<()> {
         let Some(slice) = &self.0 else { return Ok(()) };
-        let reported = device.clone_dtoh(slice)?[0];
-        if reported == u64::MAX {
-            return Ok(());
-        }
-        let row = (reported / 4) as usize;
-        let at_row =
-            |values: &Tensor, dtype| values.flatten_all()?.narrow(0, row, 1)?.to_dtype(dtype);
-        let (kind, values) = match reported % 4 {
-            0 => {
-                return Err(call.bad_value(
-                    BadValue::Target,
-                    row,
-                    at_row(call.classes()?, DType::I64)?.to_vec1::<i64>()?[0],
-                ));
-            }
-            1 => (BadValue::Smoothing, &call.smoothing),
-            _ => (BadValue::Weight, &call.weights),
+        let Some(row) = (match device.clone_dtoh(slice)?[0] {
+            u64::MAX => return Ok(()),
+            reported => reported.checked_sub(1),
+        }) else {
+            call.read_classes()?;
+            bail!("class_weights or smoothing_prior: a bad value, no longer there");
         };
-        let values = values
-            .as_ref()
-            .expect("only a value of a tensor can be bad");
-        Err(call.bad_value(kind, row, at_row(values, DType::F64)?.to_vec1::<f64>()?[0]))
+        let row = row as usize;
+        let mut rows = call.read_each_row(&ClassValues::default(), &mut Vec::new())?;
+        rows.swap_remove(row)?;
+        if let Some(values) = call.probabilities() {
+            call.probability_reader(values)?(row)?;
+        }
+        bail!("row {row}: a bad value, no longer there")
     }
 }

@@ -19,13 +19,13 @@ use super::{
     arguments::{FirstError, Inputs, check_upstream, scalars},
     memory::{OnDevice, alloc, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    rows::{self, Rows},
+    rows::{self, Named, Rows},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
     blas::{Gemm, View},
     call::Call,
-    kernels::abi::{Params, RowOffsets, Running},
+    kernels::abi::{DistributionRunning, Params, RowOffsets, Running},
     options::Reduction,
     tiles::{Plan, Tile},
 };
@@ -372,6 +372,28 @@ fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
     }
 }
 
+/// Memory for what is known of rows between tiles.
+enum RunningRows {
+    OneClass(CudaSlice<Running>),
+    Distributions(CudaSlice<DistributionRunning>),
+}
+
+impl RunningRows {
+    fn alloc(call: &Call, device: &CudaDevice) -> Result<Self> {
+        Ok(match call.has_distributions() {
+            true => Self::Distributions(alloc(device, call.rows)?),
+            false => Self::OneClass(alloc(device, call.rows)?),
+        })
+    }
+
+    fn set<'a>(&'a mut self, launch: &mut Launch<'a>) {
+        launch.params.running = match self {
+            Self::OneClass(rows) => launch.write(rows),
+            Self::Distributions(rows) => launch.write(rows),
+        };
+    }
+}
+
 impl LinearBackend for Cuda {
     type LinearSaved = Saved;
 
@@ -408,10 +430,11 @@ impl LinearBackend for Cuda {
         let mut rows = Rows::alloc(call, device, true, stats)?;
         let mut first_error = FirstError::alloc(call, device)?;
         let mut kept = Vec::new();
+        rows.check_classes(call, device, &inputs, &mut first_error)?;
         if call.rows > 0 {
             let products = Products::new(call, operands)?;
             let work = Work::ForwardOfTile { stats };
-            let mut running: CudaSlice<Running> = alloc(device, call.rows)?;
+            let mut running = RunningRows::alloc(call, device)?;
             let mut free = None;
             for (t, tile) in plan.tiles.iter().enumerate() {
                 let mut logits = match free.take() {
@@ -420,15 +443,16 @@ impl LinearBackend for Cuda {
                 };
                 products.logits(&tile, &mut logits)?;
                 let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
-                let element = read_floats(&mut launch, &logits)?;
+                let (element, address) = read_floats(&mut launch, "logits", &logits)?;
+                launch.params.logits = address;
                 inputs.set(&mut launch)?;
                 rows.set(&mut launch, call, false);
                 first_error.set(&mut launch);
                 if tile.classes.len() < call.vocab {
-                    launch.params.running = launch.write(&mut running);
+                    running.set(&mut launch);
                 }
                 // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
-                unsafe { launch.start(work, element, call.softcap.is_some()) }?;
+                unsafe { launch.start(work, element, call) }?;
                 if t < plan.keep {
                     kept.push(logits);
                 } else {
@@ -460,6 +484,7 @@ impl LinearBackend for Cuda {
         check_upstream(call, upstream)?;
         let inputs = Inputs::of(call)?;
         let (upstream, memory) = (OnDevice::of(upstream), saved.of_rows.memory());
+        let mut named = Named::alloc(call, device)?;
         let products = Products::new(call, operands)?;
         let by_rows = plan.tiles.by_rows;
         let covered = if call.rows == 0 { 0 } else { call.vocab };
@@ -491,12 +516,13 @@ impl LinearBackend for Cuda {
             let (element, address) = write_floats(&mut launch, &mut logits)?;
             (launch.params.logits, launch.params.grad) = (address, address);
             inputs.set(&mut launch)?;
+            named.set(&mut launch);
             saved.of_rows.set(&memory, &mut launch)?;
             launch.params.upstream = upstream.read::<f32>(&mut launch)?;
             launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
             // SAFETY: the tile has its rows `pitch` apart, `upstream` has the number of values checked above, and all other
             // memory has an element for each of `call.rows`.
-            unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }?;
+            unsafe { launch.start(Work::Backward, element, call) }?;
 
             #[cfg(feature = "nvtx")]
             let _range = range("gradients", &tile);

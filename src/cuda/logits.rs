@@ -10,7 +10,7 @@ use super::{
     arguments::{FirstError, Inputs, check_upstream, scalars},
     memory::{OnDevice, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    rows::{Rows, Saved},
+    rows::{Named, Rows, Saved},
 };
 use crate::{
     backend::{Backend, Forward, Fused},
@@ -34,6 +34,7 @@ impl Backend for Cuda {
         let inputs = Inputs::of(call)?;
         let mut rows = Rows::alloc(call, device, true, stats)?;
         let mut first_error = FirstError::alloc(call, device)?;
+        rows.check_classes(call, device, &inputs, &mut first_error)?;
         if call.rows > 0 {
             let mut launch = Launch::new(&stream, scalars(call, layout)?);
             let element = read_logits(&mut launch, logits, layout)?;
@@ -42,7 +43,7 @@ impl Backend for Cuda {
             first_error.set(&mut launch);
             let work = Work::Forward { stats };
             // SAFETY: the logits cover their layout, and all other memory has an element for each of `call.rows`.
-            unsafe { launch.start(work, element, call.softcap.is_some()) }?;
+            unsafe { launch.start(work, element, call) }?;
         }
         first_error.check(call, device)?;
         rows.reduce(call, device, &inputs)?;
@@ -115,15 +116,17 @@ fn run_backward(
     let stream = gradient.device().cuda_stream();
     let inputs = Inputs::of(call)?;
     let (upstream, memory) = (OnDevice::of(upstream), saved.memory());
+    let mut named = Named::alloc(call, gradient.device())?;
     let mut launch = Launch::new(&stream, scalars(call, layout)?);
     let element = gradient.set(&mut launch, layout)?;
     inputs.set(&mut launch)?;
+    named.set(&mut launch);
     saved.set(&memory, &mut launch)?;
     launch.params.upstream = upstream.read::<f32>(&mut launch)?;
     launch.params.upstream_per_row = (call.reduction == Reduction::None).into();
     // SAFETY: logits and gradient cover their layouts, `upstream` has the number of values checked above, and the
     // rest an element for each of `call.rows`.
-    unsafe { launch.start(Work::Backward, element, call.softcap.is_some()) }
+    unsafe { launch.start(Work::Backward, element, call) }
 }
 
 fn run_fused(call: &Call, layout: &Layout, gradient: Gradient, stats: bool) -> Result<Fused> {
@@ -132,6 +135,8 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient, stats: bool) -> R
     let inputs = Inputs::of(call)?;
     let mut rows = Rows::alloc(call, &device, false, stats)?;
     let mut first_error = FirstError::alloc(call, &device)?;
+    let mut named = Named::alloc(call, &device)?;
+    rows.check_classes(call, &device, &inputs, &mut first_error)?;
     if call.rows > 0 {
         let mean = call.reduction == Reduction::Mean;
         if mean {
@@ -141,16 +146,11 @@ fn run_fused(call: &Call, layout: &Layout, gradient: Gradient, stats: bool) -> R
         let element = gradient.set(&mut launch, layout)?;
         inputs.set(&mut launch)?;
         rows.set(&mut launch, call, mean);
+        named.set(&mut launch);
         first_error.set(&mut launch);
         // SAFETY: logits and gradient cover their layouts, and all other memory has an element for each of
         // `call.rows`, but for the scalar divisor.
-        unsafe {
-            launch.start(
-                Work::LossAndGradient { stats },
-                element,
-                call.softcap.is_some(),
-            )
-        }?;
+        unsafe { launch.start(Work::LossAndGradient { stats }, element, call) }?;
     }
     first_error.check(call, &device)?;
     rows.reduce(call, &device, &inputs)?;
@@ -215,8 +215,8 @@ fn read_logits<'a>(
     logits: &'a CudaStorage,
     layout: &Layout,
 ) -> Result<Element> {
-    let element = read_floats(launch, logits)?;
-    launch.params.logits += (layout.start_offset() * element.size()) as u64;
+    let (element, address) = read_floats(launch, "logits", logits)?;
+    launch.params.logits = address + (layout.start_offset() * element.size()) as u64;
     Ok(element)
 }
 

@@ -44,18 +44,31 @@ impl<'a> OnDevice<'a> {
         let address = launch.read(self.storage()?.as_cuda_slice::<T>()?);
         Ok(address + (self.1.start_offset() * size_of::<T>()) as u64)
     }
+
+    /// The same of a tensor of any type of logits.
+    pub fn read_floats<'b>(
+        &'b self,
+        launch: &mut Launch<'b>,
+        argument: &str,
+    ) -> Result<(Element, u64)> {
+        let (element, address) = read_floats(launch, argument, self.storage()?)?;
+        let start = (self.1.start_offset() * element.size()) as u64;
+        Ok((element, address + start))
+    }
 }
 
-/// Sets the logits to the start of a storage.
-pub(super) fn read_floats<'a>(launch: &mut Launch<'a>, logits: &'a CudaStorage) -> Result<Element> {
-    let (element, address) = match &logits.slice {
+/// Type and start of a storage.
+pub(super) fn read_floats<'a>(
+    launch: &mut Launch<'a>,
+    argument: &str,
+    storage: &'a CudaStorage,
+) -> Result<(Element, u64)> {
+    Ok(match &storage.slice {
         CudaStorageSlice::F32(slice) => (Element::F32, launch.read(slice)),
         CudaStorageSlice::F16(slice) => (Element::F16, launch.read(slice)),
         CudaStorageSlice::BF16(slice) => (Element::BF16, launch.read(slice)),
-        _ => bail!("logits: {:?}, must be f32, f16 or bf16", logits.dtype()),
-    };
-    launch.params.logits = address;
-    Ok(element)
+        _ => bail!("{argument}: {:?}, must be f32, f16 or bf16", storage.dtype()),
+    })
 }
 
 pub(super) fn write_floats<'a>(

@@ -18,9 +18,15 @@ use cudarc::{
     nvrtc::Ptx,
 };
 
-use crate::kernels::{
-    abi::{Element, Kernel, Params, REDUCE_THREADS, RowState, Running},
-    select::{self, Forced, Geometry, Gpu},
+use crate::{
+    call::Call,
+    kernels::{
+        abi::{
+            DistributionRunning, Element, Kernel, NamedGradient, Params, REDUCE_THREADS, RowState,
+            Running,
+        },
+        select::{self, Forced, Geometry, Gpu},
+    },
 };
 
 /// Machine code for the architectures in `ARCHS`, and PTX for newer ones.
@@ -30,6 +36,10 @@ const ARCHS: &str = env!("CROSS_ENTROPY_ARCHS");
 // SAFETY: `repr(C)` structs of integers and floats with twins in kernels/params.cuh.
 unsafe impl DeviceRepr for RowState {}
 unsafe impl DeviceRepr for Running {}
+// SAFETY: the same.
+unsafe impl DeviceRepr for DistributionRunning {}
+// SAFETY: the same.
+unsafe impl DeviceRepr for NamedGradient {}
 
 struct Loaded {
     functions: HashMap<Kernel, CudaFunction>,
@@ -102,7 +112,7 @@ fn describe(
         uneven_clusters: 0,
     };
     for (kernel, function) in functions {
-        if let Kernel::Fused { .. } = kernel {
+        if let Kernel::Fused { .. } | Kernel::DistributionFused { .. } = kernel {
             allow_shared_memory(function, &gpu)?;
         }
     }
@@ -310,19 +320,32 @@ pub(super) enum Work {
 fn choose(
     work: Work,
     element: Element,
-    softcap: bool,
+    call: &Call,
     params: &Params,
     gpu: &Gpu,
 ) -> Result<(Kernel, Geometry)> {
-    let shape = (params.vocab as usize, params.width as usize);
+    let softcap = call.softcap.is_some();
+    let (vocab, width) = (params.vocab as usize, params.width as usize);
+    if call.has_distributions() {
+        return Ok(match work {
+            Work::Forward { .. } | Work::ForwardOfTile { .. } => {
+                select::distribution_forward(element, softcap, width)
+            }
+            Work::Backward => select::distribution_backward(element, softcap, width),
+            Work::LossAndGradient { .. } => {
+                select::distribution_loss_and_gradient(element, softcap, width, gpu)
+            }
+        });
+    }
+    let shape = (vocab, width);
     match work {
         Work::Forward { stats } => {
             select::forward((element, stats, softcap), shape, gpu, forced()?)
         }
         Work::ForwardOfTile { stats } => {
-            Ok(select::forward_of_tile((element, stats, softcap), shape.1))
+            Ok(select::forward_of_tile((element, stats, softcap), width))
         }
-        Work::Backward => Ok(select::backward(element, softcap, shape.1)),
+        Work::Backward => Ok(select::backward(element, softcap, width)),
         Work::LossAndGradient { stats } => {
             select::loss_and_gradient((element, stats, softcap), shape, gpu, forced()?)
         }
@@ -363,15 +386,15 @@ impl<'a> Launch<'a> {
         address
     }
 
-    /// Starts the kernel that `work` on rows of this type takes.
+    /// Starts the kernel that `work` of the call on rows of this type takes.
     ///
     /// # Safety
     ///
     /// Every address in the parameters that the work uses has the extent that [`Params`] states, for its rows, width
     /// and offsets, and comes from [`read`](Self::read) or [`write`](Self::write) of this launch.
-    pub unsafe fn start(mut self, work: Work, element: Element, softcap: bool) -> Result<()> {
+    pub unsafe fn start(mut self, work: Work, element: Element, call: &Call) -> Result<()> {
         let loaded = loaded(self.stream)?;
-        let (kernel, geometry) = choose(work, element, softcap, &self.params, &loaded.gpu)?;
+        let (kernel, geometry) = choose(work, element, call, &self.params, &loaded.gpu)?;
         self.params.blocks_per_row = geometry.blocks_per_row;
         self.params.groups_per_block = geometry.groups_per_block;
         let blocks = self.params.rows * u64::from(geometry.blocks_per_row);
@@ -396,18 +419,18 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// Starts the reduction of row losses.
+    /// Starts a kernel of one block: the reduction of row losses, the check of the classes' values.
     ///
     /// # Safety
     ///
     /// As of [`start`](Self::start).
-    pub unsafe fn start_reduction(self) -> Result<()> {
+    pub unsafe fn start_alone(self, kernel: Kernel) -> Result<()> {
         let loaded = loaded(self.stream)?;
         // SAFETY: the caller's.
         unsafe {
             self.launch(
                 &loaded,
-                Kernel::Reduce,
+                kernel,
                 LaunchConfig {
                     grid_dim: (1, 1, 1),
                     block_dim: (REDUCE_THREADS, 1, 1),
@@ -465,6 +488,12 @@ fn label(kernel: Kernel, params: &Params) -> String {
         Kernel::Fused { element, .. } => ("forward and backward", element),
         Kernel::OnChipForward { element, .. } => ("forward on chip", element),
         Kernel::OnChipFused { element, .. } => ("forward and backward on chip", element),
+        Kernel::DistributionForward { element, .. } => ("forward of distributions", element),
+        Kernel::DistributionBackward { element, .. } => ("backward of distributions", element),
+        Kernel::DistributionFused { element, .. } => {
+            ("forward and backward of distributions", element)
+        }
+        Kernel::Classes => return format!("cross-entropy check of {} classes", params.vocab),
         Kernel::Reduce => return format!("cross-entropy reduction of {} rows", params.rows),
     };
     format!(

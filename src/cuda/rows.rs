@@ -7,20 +7,29 @@ use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor};
 use cudarc::driver::CudaSlice;
 
 use super::{
-    arguments::{Inputs, scalars},
+    arguments::{FirstError, Inputs, scalars},
     memory::{OnDevice, alloc, tensor},
     module::Launch,
 };
-use crate::{call::Call, kernels::abi::RowState, options::Reduction, results::RowStats};
+use crate::{
+    call::Call,
+    kernels::abi::{ClassCheck, DistributionState, Kernel, NamedGradient, RowState},
+    options::Reduction,
+    results::RowStats,
+    targets::Targets,
+};
 
-/// Floats of a row's state.
-const STATE: usize = size_of::<RowState>() / size_of::<f32>();
+const fn floats<T>() -> usize {
+    size_of::<T>() / size_of::<f32>()
+}
+
 /// Statistics that are floats.
 const STATS: usize = 5;
 
 /// Memory that kernels write for a call's rows.
 pub(super) struct Rows {
-    /// In floats: states if there are any, statistics if there are any, losses, the total weight.
+    /// In floats: states if there are any, statistics if there are any, losses, the total weight, what is known of the
+    /// classes' values.
     shared: CudaSlice<f32>,
     predicted: Option<CudaSlice<u32>>,
     /// The result: a scalar, or the rows' losses.
@@ -36,24 +45,27 @@ struct Places {
     stats: Option<usize>,
     losses: usize,
     total_weight: usize,
+    class_check: usize,
+    end: usize,
 }
 
 impl Places {
-    fn new(rows: usize, states: bool, stats: bool) -> Self {
+    /// `state` is the floats of a row's, if there are any.
+    fn new(rows: usize, state: Option<usize>, stats: bool) -> Self {
         let mut end = 0;
         let mut next = |floats: usize| {
             let start = end;
-            end += floats * rows;
+            end += floats;
             start
         };
-        let states = states.then(|| next(STATE)); // first, where the alignment is
-        let stats = stats.then(|| next(STATS));
         Self {
             rows,
-            states,
-            stats,
-            losses: next(1),
-            total_weight: end,
+            states: state.map(|floats| next(floats * rows)), // first, where the alignment is
+            stats: stats.then(|| next(STATS * rows)),
+            losses: next(rows),
+            total_weight: next(1),
+            class_check: next(floats::<ClassCheck>()),
+            end,
         }
     }
 }
@@ -64,13 +76,17 @@ fn address(base: u64, floats: usize) -> u64 {
 
 impl Rows {
     pub fn alloc(call: &Call, device: &CudaDevice, states: bool, stats: bool) -> Result<Self> {
-        let places = Places::new(call.rows, states, stats);
+        let state = match call.has_distributions() {
+            true => floats::<DistributionState>(),
+            false => floats::<RowState>(),
+        };
+        let places = Places::new(call.rows, states.then_some(state), stats);
         let result = match call.reduction {
             Reduction::None => call.rows,
             _ => 1,
         };
         Ok(Self {
-            shared: alloc(device, places.total_weight + 1)?,
+            shared: alloc(device, places.end)?,
             predicted: stats.then(|| alloc(device, call.rows)).transpose()?,
             loss: match call.rows {
                 0 => device.alloc_zeros(1)?, // nothing will write it
@@ -90,6 +106,9 @@ impl Rows {
         if divided {
             params.divisor = address(base, places.total_weight);
         }
+        if call.has_class_values() {
+            params.class_check = address(base, places.class_check);
+        }
         if let Some(first) = places.stats {
             let place = |i: usize| address(base, first + i * places.rows);
             params.nll = place(0);
@@ -104,6 +123,28 @@ impl Rows {
         if call.reduction == Reduction::None {
             launch.params.loss = launch.write(&mut self.loss);
         }
+    }
+
+    /// Looks at the classes' values, before anything reads them.
+    pub fn check_classes(
+        &mut self,
+        call: &Call,
+        device: &CudaDevice,
+        inputs: &Inputs,
+        first_error: &mut FirstError,
+    ) -> Result<()> {
+        if call.rows == 0 || !call.has_class_values() {
+            return Ok(());
+        }
+        let stream = device.cuda_stream();
+        let layout = Layout::contiguous((call.rows, call.width));
+        let mut launch = Launch::new(&stream, scalars(call, &layout)?);
+        inputs.set(&mut launch)?;
+        let base = launch.write(&mut self.shared);
+        launch.params.class_check = address(base, self.places.class_check);
+        first_error.set(&mut launch);
+        // SAFETY: the values have an element for each of `call.vocab`.
+        unsafe { launch.start_alone(Kernel::Classes) }
     }
 
     /// The total weight alone: gradients of a mean are divided by it, so it has to be known before them.
@@ -141,7 +182,7 @@ impl Rows {
         }
         // SAFETY: targets, weights and losses have an element for each of `call.rows`, results are scalars. The kernel
         // reads no logits.
-        unsafe { launch.start_reduction() }
+        unsafe { launch.start_alone(Kernel::Reduce) }
     }
 
     /// The result, the statistics, and what a backward needs.
@@ -155,9 +196,11 @@ impl Rows {
             states,
             stats,
             total_weight,
+            class_check,
+            end,
             ..
         } = self.places;
-        let shared = tensor(self.shared, device, &[total_weight + 1]);
+        let shared = tensor(self.shared, device, &[end]);
         let stats = match (stats, self.predicted) {
             (Some(first), Some(predicted)) => {
                 let of = |i: usize| {
@@ -180,9 +223,30 @@ impl Rows {
             shared,
             states: states.unwrap_or_default(),
             divisor: divisor.then_some(total_weight),
+            class_check: call.has_class_values().then_some(class_check),
         };
         let loss = CudaStorage::wrap_cuda_slice(self.loss, device.clone());
         Ok((loss, stats, saved))
+    }
+}
+
+/// Memory for the gradients of the classes that targets name, from before their row's others are written until after.
+pub(super) struct Named(Option<CudaSlice<NamedGradient>>);
+
+impl Named {
+    pub fn alloc(call: &Call, device: &CudaDevice) -> Result<Self> {
+        let entries = match &call.targets {
+            Targets::Classes(classes) | Targets::TopK { classes, .. } => classes.elem_count(),
+            Targets::Probabilities(_) => 0,
+        };
+        let wanted = call.has_distributions() && entries > 0;
+        Ok(Self(wanted.then(|| alloc(device, entries)).transpose()?))
+    }
+
+    pub fn set<'a>(&'a mut self, launch: &mut Launch<'a>) {
+        if let Some(named) = &mut self.0 {
+            launch.params.named = launch.write(named);
+        }
     }
 }
 
@@ -192,6 +256,8 @@ pub(crate) struct Saved {
     /// In floats, where the rows' states begin, and where Σ w is, for [`Reduction::Mean`].
     states: usize,
     divisor: Option<usize>,
+    /// And what is known of the classes' values, if they have any.
+    class_check: Option<usize>,
 }
 
 impl Saved {
@@ -203,7 +269,9 @@ impl Saved {
     pub(super) fn set<'a>(&self, memory: &'a OnDevice<'a>, launch: &mut Launch<'a>) -> Result<()> {
         let base = memory.read::<f32>(launch)?;
         launch.params.state = address(base, self.states);
-        launch.params.divisor = self.divisor.map_or(0, |at| address(base, at));
+        let optional = |place: Option<usize>| place.map_or(0, |at| address(base, at));
+        launch.params.divisor = optional(self.divisor);
+        launch.params.class_check = optional(self.class_check);
         Ok(())
     }
 }

@@ -32,11 +32,40 @@ pub struct RowState {
     pub classes: u32,
 }
 
+/// [`RowState`] of a row with any target distribution: the bytes of the struct in kernels/distribution.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct DistributionState(pub [u32; 16]);
+
 /// A row between the tiles of `forward_linear`, of which the forward kernel sees one at a time: the bytes of `Running`
 /// in kernels/partial.cuh. The first tile writes it without reading it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 pub struct Running(pub [u32; 12]);
+
+/// [`Running`] of a row with any target distribution: the bytes of `AllClasses` in kernels/distribution.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct DistributionRunning(pub [u32; 24]);
+
+/// A logit's gradient that is written once the others of its row are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct NamedGradient {
+    pub gradient: f32,
+    /// Negative: there is none.
+    pub column: i32,
+}
+
+/// What the kernel found that reads the classes' values.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct ClassCheck {
+    /// 1, or NaN where a value is bad.
+    pub good: f32,
+    /// What brings the largest value of the prior to 1.
+    pub prior_scale: f32,
+}
 
 /// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
 ///
@@ -48,7 +77,7 @@ pub struct Params {
     pub logits: u64,
     /// (…, width) of the same type; may be `logits`.
     pub grad: u64,
-    /// (rows) u32 or i64.
+    /// (rows, `entries`) u32 or i64: classes that a row's target names.
     pub targets: u64,
     /// f32, at `smoothing_rows`, or null: `uniform_smoothing`.
     pub smoothing: u64,
@@ -60,7 +89,7 @@ pub struct Params {
     pub divisor: u64,
     /// (rows) f32: the weighted loss of each row.
     pub loss: u64,
-    /// (rows) of [`RowState`], or null when the forward need not keep it.
+    /// (rows) of [`RowState`], or of [`DistributionState`]; null when the forward need not keep it.
     pub state: u64,
     /// Statistics, (rows) each; used by kernels compiled with statistics.
     pub nll: u64,
@@ -74,16 +103,33 @@ pub struct Params {
     pub reduced: u64,
     /// Reduction: scalar f32 Σ w over rows that are not ignored.
     pub total_weight: u64,
-    /// u64, preset to all ones: the smallest `row·4 + kind` of a bad row ([`BadValue`]), or null.
+    /// u64, preset to all ones: the smallest `row + 1` of rows with a bad value, or 0 where a class has one. Or null.
     pub first_error: u64,
-    /// Forward of a slice of the vocabulary: (rows) of [`Running`]. Null where `logits` has whole rows.
+    /// Forward of a slice of the vocabulary: (rows) of [`Running`] or [`DistributionRunning`]. Null where `logits` has whole
+    /// rows.
     pub running: u64,
+    /// From here on read by the kernels of target distributions, and some by the reduction.
+    ///
+    /// f32, at `entropy_rows`, or null: `uniform_entropy_weight`.
+    pub entropy_weights: u64,
+    /// (`vocab`) f32, or null: 1.
+    pub class_weights: u64,
+    /// (`vocab`) f32, or null: an even one.
+    pub prior: u64,
+    /// [`ClassCheck`], or null where classes have no values.
+    pub class_check: u64,
+    /// (rows, `entries`) f32, or null: 1. Without entries (…, at least `vocab`) of `probability_type`, at `probability_rows`.
+    pub probabilities: u64,
+    /// Gradient: (rows, `entries`) of [`NamedGradient`].
+    pub named: u64,
 
     pub logits_rows: RowOffsets,
     pub grad_rows: RowOffsets,
     /// Where a row's smoothing and its weight are: one value may serve several rows.
     pub smoothing_rows: RowOffsets,
     pub weight_rows: RowOffsets,
+    pub entropy_rows: RowOffsets,
+    pub probability_rows: RowOffsets,
     pub rows: u64,
     pub ignore_index: i64,
     /// Classes; columns from here on are padding.
@@ -112,6 +158,12 @@ pub struct Params {
     /// other arrays, and the class of its first column. The general kernels know them; 0 for all logits.
     pub first_row: u32,
     pub first_column: u32,
+    /// Classes that a row's target names; 0 where it has a probability for each class.
+    pub entries: u32,
+    /// [`Element::number`]
+    pub probability_type: u32,
+    pub uniform_entropy_weight: f32,
+    pub unused: u32,
 }
 
 /// 2·scale / cap, what tanh's argument is twice the logit's multiple by, as two factors that are in range whatever the two
@@ -125,16 +177,7 @@ pub fn inner_factors(scale: f32, cap: f32) -> [f32; 2] {
     [first, (inner / f64::from(first)).min(1e38) as f32]
 }
 
-/// What is wrong with a row, as the kernels report it in `first_error`.
-#[repr(u64)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BadValue {
-    Target = 0,
-    Smoothing = 1,
-    Weight = 2,
-}
-
-/// Threads of the single block that reduces row losses.
+/// Threads of the single block that reduces row losses, and of the one that checks the classes' values.
 pub const REDUCE_THREADS: u32 = 1024;
 
 /// Element type of the logits.
@@ -153,6 +196,15 @@ impl Element {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::BF16 => "bf16",
+        }
+    }
+
+    /// Of a type of probabilities, as kernels know it.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::BF16 => 2,
         }
     }
 
@@ -192,6 +244,12 @@ pub enum Kernel {
         stats: bool,
         softcap: bool,
     },
+    /// The first three for rows with any target distribution.
+    DistributionForward { element: Element, softcap: bool },
+    DistributionBackward { element: Element, softcap: bool },
+    DistributionFused { element: Element, softcap: bool },
+    /// Looks at the classes' values, [`ClassCheck`]; one block.
+    Classes,
     /// Row losses to a scalar, or total weight; one block.
     Reduce,
 }
@@ -226,6 +284,16 @@ impl Kernel {
                 stats,
                 softcap,
             } => name("onchip_fused", element, stats, softcap),
+            Self::DistributionForward { element, softcap } => {
+                name("distribution_forward", element, false, softcap)
+            }
+            Self::DistributionBackward { element, softcap } => {
+                name("distribution_backward", element, false, softcap)
+            }
+            Self::DistributionFused { element, softcap } => {
+                name("distribution_fused", element, false, softcap)
+            }
+            Self::Classes => "ce_classes".into(),
             Self::Reduce => "ce_reduce".into(),
         }
     }
@@ -236,10 +304,13 @@ impl Kernel {
 
     /// Every kernel there is.
     pub fn all() -> Vec<Self> {
-        let mut all = vec![Self::Reduce];
+        let mut all = vec![Self::Classes, Self::Reduce];
         for element in Element::ALL {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });
+                all.push(Self::DistributionForward { element, softcap });
+                all.push(Self::DistributionBackward { element, softcap });
+                all.push(Self::DistributionFused { element, softcap });
                 for stats in [false, true] {
                     all.push(Self::Forward {
                         element,

@@ -94,6 +94,8 @@ pub const ON_CHIP_THREADS: u32 = 256;
 /// on-chip and the fused kernels have besides, at most: the warps' partial results, and what one warp finds for all.
 const ON_CHIP_HEADER: usize = 640;
 const STATIC_SHARED: usize = 384;
+/// The same of the fused kernel for any target distribution.
+const DISTRIBUTION_STATIC_SHARED: usize = 1024;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
 pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 /// Sizes of clusters that are no powers of two, for rows whose slices then still fit so often.
@@ -179,9 +181,33 @@ pub fn loss_and_gradient(
                 stats,
                 softcap,
             },
-            twice(element, width, gpu),
+            twice(element, width, gpu, STATIC_SHARED),
         ),
     })
+}
+
+/// [`forward`], of all logits or of a tile, for any target distribution.
+pub fn distribution_forward(element: Element, softcap: bool, width: usize) -> (Kernel, Geometry) {
+    let kernel = Kernel::DistributionForward { element, softcap };
+    (kernel, once(element, width))
+}
+
+/// As [`backward`].
+pub fn distribution_backward(element: Element, softcap: bool, width: usize) -> (Kernel, Geometry) {
+    let kernel = Kernel::DistributionBackward { element, softcap };
+    (kernel, once(element, width))
+}
+
+/// As [`loss_and_gradient`].
+pub fn distribution_loss_and_gradient(
+    element: Element,
+    softcap: bool,
+    width: usize,
+    gpu: &Gpu,
+) -> (Kernel, Geometry) {
+    let kernel = Kernel::DistributionFused { element, softcap };
+    let geometry = twice(element, width, gpu, DISTRIBUTION_STATIC_SHARED);
+    (kernel, geometry)
 }
 
 fn on_chip_if_chosen(
@@ -261,7 +287,7 @@ fn on_chip(element: Element, vocab: usize, gpu: &Gpu, blocks: Option<usize>) -> 
 
 /// For the general kernel that goes over a row twice: no more rows at work than half of the L2 holds, so that the
 /// second read finds them there. Unused shared memory keeps further blocks away.
-fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
+fn twice(element: Element, width: usize, gpu: &Gpu, static_shared: usize) -> Geometry {
     let rows = gpu.l2 / 2 / (width * element.size()).max(1);
     let dynamic_shared = match rows / gpu.multiprocessors.max(1) {
         // Where not even a row a multiprocessor fits, there is nothing to gain; where more fit than ever run at once,
@@ -269,7 +295,8 @@ fn twice(element: Element, width: usize, gpu: &Gpu) -> Geometry {
         0 | 8.. => 0,
         blocks => gpu
             .dynamic_shared_for(blocks)
-            .min(gpu.most_dynamic_shared()),
+            .min(gpu.most_dynamic_shared())
+            .saturating_sub(static_shared - STATIC_SHARED),
     };
     Geometry {
         dynamic_shared: dynamic_shared as u32,

@@ -69,7 +69,8 @@ impl Expected {
             ],
             predicted: s.predicted.flatten_all()?.to_vec1()?,
         };
-        for i in (0..p.rows()).filter(|&i| p.bad_value(i).is_some()) {
+        let all = p.has_bad_classes();
+        for i in (0..p.rows()).filter(|&i| p.is_bad(i) || (all && !p.ignored(i))) {
             expected.loss[i] = f64::NAN;
             expected.grad[i * p.vocab..(i + 1) * p.vocab].fill(f64::NAN);
             expected
@@ -84,13 +85,18 @@ impl Expected {
 
 fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, String> {
     let expected = Expected::new(p).map_err(|error| format!("reference: {error}"))?;
-    let first_error = (0..p.rows())
-        .filter_map(|i| p.bad_value(i).map(|kind| i as u64 * 4 + kind as u64))
-        .min()
-        .unwrap_or(u64::MAX);
+    let bad_rows = (0..p.rows()).filter(|&i| p.is_bad(i) && !p.has_bad_classes());
+    let first_error = bad_rows.map(|i| i as u64 + 1).min().unwrap_or(u64::MAX);
+    if let Some(buffer) = runs.class_error {
+        let expected = if p.has_bad_classes() { 0 } else { u64::MAX };
+        let got = outputs.read::<u64>(buffer)[0];
+        if got != expected {
+            return Err(format!("classes: first_error is {got}, not {expected}"));
+        }
+    }
     let weights = (0..p.rows())
         .filter(|&i| !p.ignored(i))
-        .map(|i| f64::from(p.weight(i)));
+        .map(|i| p.count(i));
     let total_weight: f64 = weights
         .filter(|weight| (0.0..f64::INFINITY).contains(weight))
         .sum();
@@ -277,8 +283,9 @@ fn smallest(p: &Problem, i: usize) -> f64 {
     match f64::from(p.weight(i).abs()) {
         _ if p.ignored(i) => 0.0,
         weight if weight.is_nan() => 0.0,
-        weight if p.eps(i) == 0.0 && p.z_loss == 0.0 => 1e-12 * weight,
-        weight => 1e-7 * weight,
+        weight if p.is_one_term(i) => 1e-12 * weight,
+        // Of what multiplies its probabilities and may cancel.
+        weight => 1e-7 * weight * p.magnitude(i),
     }
 }
 

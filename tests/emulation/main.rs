@@ -5,6 +5,7 @@
 mod build;
 mod case;
 mod check;
+mod distributions;
 mod geometry;
 #[path = "../../src/kernels/mod.rs"]
 mod kernels;
@@ -20,8 +21,9 @@ use std::{
 
 use build::{Build, driver, self_test};
 use check::{Results, check, same_bits};
+use distributions::{ALL, ENTROPY, Form, NONE, PRIOR, WEIGHTS, distribution};
 use kernels::abi::{Element, Kernel};
-use problem::{Eps, OnChip, Problem, Tiles, View};
+use problem::{Distribution, Eps, OnChip, Problem, Target, Tiles, View};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 
 macro_rules! in_every_build {
@@ -47,6 +49,11 @@ in_every_build! {
     chunks_of_a_slice
     tiles_of_every_shape
     a_row_has_the_same_bits_anywhere
+    distributions_at_every_small_size
+    distributions_of_long_rows
+    distributions_in_tiles
+    distributions_of_every_magnitude
+    bad_distributions_stay_in_their_row
     faults_are_reported
 }
 
@@ -552,6 +559,216 @@ fn a_row_has_the_same_bits_anywhere(build: Build) {
             }
         }
     }
+}
+
+/// Every form of target with every option, at sizes about 16 bytes and a warp's vectors.
+fn distributions_at_every_small_size(build: Build) {
+    for element in Element::ALL {
+        let forms = [
+            Form::Class,
+            Form::TopK(1),
+            Form::TopK(5),
+            Form::TopK(40),
+            Form::Probabilities(Element::F32, 0),
+            Form::Probabilities(Element::F16, 1),
+            Form::Probabilities(Element::BF16, 3),
+        ];
+        for form in forms {
+            for (vocab, options) in [
+                (1, NONE),
+                (2, ALL),
+                (7, PRIOR),
+                (8, WEIGHTS),
+                (9, ENTROPY),
+                (31, ALL),
+                (33, NONE),
+                (65, PRIOR),
+                (66, ALL),
+            ] {
+                let rows = distributions::menu();
+                let mut p = distribution("distributions", element, vocab, &rows, form, options);
+                let size = element.size();
+                p.logits_view.offset = vocab % 5 * size % 16;
+                p.grad_view.offset = vocab % 3 * size % 16;
+                p.softcap = (vocab % 4 == 2).then_some(30.0);
+                p.seeds = vec![0, 1];
+                p.mean = vocab % 2 == 1;
+                passes(&p, build);
+            }
+        }
+        // Targets of 32 bits, a value for all rows, padding.
+        let rows = distributions::menu();
+        let mut p = distribution("u32", element, 41, &rows, Form::Class, ENTROPY);
+        p.targets_are_i64 = false;
+        let wide = |t: &mut i64| *t = if *t < 0 { i64::from(u32::MAX) } else { *t };
+        p.targets.iter_mut().for_each(wide);
+        if let Some(distribution) = &mut p.distribution {
+            distribution.entropy_weight = Eps::Uniform(-0.5);
+        }
+        (p.width, p.logits_view, p.grad_view) = (
+            50,
+            View::contiguous(rows.len(), 50),
+            View::contiguous(rows.len(), 51),
+        );
+        p.weights = None;
+        passes(&p, build);
+    }
+}
+
+/// More groups than a thread loads ahead, entries than a block has threads, the last of them alone in a warp.
+fn distributions_of_long_rows(build: Build) {
+    for element in Element::ALL {
+        for (vocab, form, options) in [
+            (2049, Form::TopK(300), ALL),
+            (5003, Form::Probabilities(element, 1), ALL),
+            (4097, Form::Probabilities(Element::F32, 0), PRIOR),
+            (9000, Form::Class, ALL),
+        ] {
+            let mut p = distribution("long rows", element, vocab, &short_menu(), form, options);
+            p.seeds = vec![0, 3];
+            (p.logits_view.offset, p.grad_view.offset) = (0, 8);
+            passes(&p, build);
+        }
+    }
+    let form = Form::TopK(33);
+    let rows = &short_menu()[..2];
+    let mut p = distribution("GPT-2", Element::BF16, 50257, rows, form, ALL);
+    p.seeds = vec![0];
+    passes(&p, build);
+}
+
+/// A class a tile, more entries than it has classes, and cut anywhere.
+fn distributions_in_tiles(build: Build) {
+    for element in Element::ALL {
+        for (form, options) in [
+            (Form::Class, ALL),
+            (Form::TopK(12), NONE),
+            (Form::TopK(12), ALL),
+            (Form::Probabilities(Element::F32, 1), ALL),
+            (Form::Probabilities(Element::BF16, 0), PRIOR),
+        ] {
+            let rows = distributions::menu();
+            let shapes = [(1, 1), (2, 7), (24, 33), (5, 70)];
+            let mut p = distribution("tiles", element, 70, &rows, form, options);
+            p.tiles = shapes
+                .iter()
+                .enumerate()
+                .map(|(i, &(rows, classes))| Tiles {
+                    rows,
+                    classes,
+                    stats: i % 2 == 0,
+                })
+                .collect();
+            p.width = 75;
+            p.logits_view = View {
+                offset: 6 / element.size() * element.size(),
+                ..View::contiguous(rows.len(), 75)
+            };
+            p.grad_view = View::contiguous(rows.len(), 75);
+            p.seeds = vec![0, 1];
+            passes(&p, build);
+            p.softcap = Some(20.0);
+            passes(&p, build);
+        }
+    }
+}
+
+/// As `every_magnitude`.
+fn distributions_of_every_magnitude(build: Build) {
+    let rows = |far: [f32; 2]| {
+        vec![
+            row(Kind::Far(far[0]), 0.0, 1.0),
+            row(Kind::Far(far[1]), 0.1, 0.5),
+            row(Kind::Lowest, 0.1, 1.0),
+            row(Kind::LowestTarget, 0.1, 1.0),
+            row(Kind::AllLowest, 0.1, 1.0),
+            row(Kind::Normal, 0.1, 1.0),
+            row(Kind::Masked, 1.0, 1.0),
+        ]
+    };
+    for element in Element::ALL {
+        let far = match element {
+            Element::F16 => [3e4, 1e-4],
+            _ => [1e10, 1e38],
+        };
+        for (vocab, scale, softcap) in [
+            (33, 1.0, None),
+            (33, 1e30, None),
+            (40, 1e-30, None),
+            (33, 1.0, Some(1e4)),
+            (9, 1e30, Some(2.0)),
+        ] {
+            for form in [
+                Form::Class,
+                Form::TopK(4),
+                Form::Probabilities(Element::F32, 0),
+            ] {
+                let rows = rows(far);
+                let mut p = distribution("magnitudes", element, vocab, &rows, form, PRIOR);
+                p.name += &format!(", scale {scale}, softcap {softcap:?}");
+                (p.logit_scale, p.softcap, p.z_loss) = (scale, softcap, 0.0);
+                passes(&p, build);
+            }
+        }
+    }
+}
+
+fn bad_distributions_stay_in_their_row(build: Build) {
+    let normal = [row(Kind::Normal, 0.1, 1.0); 8];
+    let element = Element::BF16;
+    let bad = [-0.5, f32::NAN, f32::INFINITY];
+    let top_k = distribution("bad entries", element, 19, &normal, Form::TopK(3), ALL);
+    let mut p = top_k.clone();
+    let Some(Distribution {
+        target: Target::TopK {
+            classes,
+            probabilities,
+            ..
+        },
+        entropy_weight: Eps::PerRow(weights),
+        ..
+    }) = &mut p.distribution
+    else {
+        unreachable!("as asked for")
+    };
+    for (i, value) in bad.into_iter().enumerate() {
+        (classes[3 * i + 4], probabilities[3 * i + 4]) = (2, value);
+    }
+    (classes[3 * 4], classes[3 * 5 + 1], weights[6]) = (19, -1, f32::NAN);
+    passes(&p, build);
+
+    for of in Element::ALL {
+        let form = Form::Probabilities(of, 0);
+        let mut p = distribution("bad probabilities", element, 600, &normal, form, NONE);
+        p.weights.as_mut().expect("a weight a row")[3] = 0.0;
+        let Some(Distribution {
+            target: Target::Probabilities { values, .. },
+            ..
+        }) = &mut p.distribution
+        else {
+            unreachable!("as asked for")
+        };
+        for (i, value) in bad.into_iter().enumerate() {
+            values[600 * (i + 1) + 111 * i] = value;
+        }
+        p.logits[600 * 2 + 111] = f32::NEG_INFINITY;
+        passes(&p, build);
+    }
+
+    for value in bad {
+        let mut p = top_k.clone();
+        let distribution = p.distribution.as_mut().expect("one");
+        distribution.class_weights.as_mut().expect("one")[18] = value;
+        passes(&p, build);
+        let mut p = top_k.clone();
+        let distribution = p.distribution.as_mut().expect("one");
+        distribution.prior.as_mut().expect("one")[4] = value;
+        passes(&p, build);
+    }
+    let mut p = top_k;
+    let distribution = p.distribution.as_mut().expect("one");
+    distribution.prior.as_mut().expect("one").fill(0.0);
+    passes(&p, build);
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! One call of the loss, and what the kernels make of it.
 
 use candle_core::{DType, Device, Tensor};
-use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, Smoothing};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowValue, Smoothing, Targets};
 use half::{bf16, f16};
 
-use crate::kernels::abi::{BadValue, Element, MAX_ROW_DIMS, RowOffsets};
+use crate::kernels::abi::{Element, MAX_ROW_DIMS, RowOffsets};
 
 pub const IGNORED: i64 = -100;
 
@@ -64,6 +64,33 @@ pub enum Eps {
     PerRow(Vec<f32>),
 }
 
+/// What takes the kernels of target distributions.
+#[derive(Clone, Debug)]
+pub struct Distribution {
+    pub target: Target,
+    pub class_weights: Option<Vec<f32>>,
+    pub prior: Option<Vec<f32>>,
+    pub entropy_weight: Eps,
+}
+
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// [`Problem::targets`]
+    Class,
+    /// (rows, `k`)
+    TopK {
+        k: usize,
+        classes: Vec<i64>,
+        probabilities: Vec<f32>,
+    },
+    /// (rows, vocab), already of the type's precision.
+    Probabilities {
+        values: Vec<f32>,
+        element: Element,
+        view: View,
+    },
+}
+
 /// A run over one tile of the logits after another: forward, then backward in place.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiles {
@@ -85,6 +112,8 @@ pub struct Problem {
     pub logits: Vec<f32>,
     pub targets: Vec<i64>,
     pub targets_are_i64: bool,
+    /// Where the targets are not one class a row, smoothed evenly.
+    pub distribution: Option<Distribution>,
     pub eps: Eps,
     pub weights: Option<Vec<f32>>,
     pub z_loss: f32,
@@ -130,8 +159,59 @@ impl Problem {
         self.weights.as_ref().map_or(1.0, |weights| weights[i])
     }
 
+    pub fn entropy_weight(&self, i: usize) -> f32 {
+        match self.distribution.as_ref().map(|d| &d.entropy_weight) {
+            None => 0.0,
+            Some(Eps::Uniform(weight)) => *weight,
+            Some(Eps::PerRow(weights)) => weights[i],
+        }
+    }
+
+    /// Classes that the row's target names, with their probabilities, without those that are absent.
+    fn entries(&self, i: usize) -> Vec<(i64, f32)> {
+        let all = match self.distribution.as_ref().map(|d| &d.target) {
+            None | Some(Target::Class) => vec![(self.targets[i], 1.0)],
+            Some(Target::TopK {
+                k,
+                classes,
+                probabilities,
+            }) => {
+                let here = i * k..(i + 1) * k;
+                let classes = classes[here.clone()].iter().copied();
+                classes.zip(probabilities[here].iter().copied()).collect()
+            }
+            Some(Target::Probabilities { .. }) => Vec::new(),
+        };
+        all.into_iter()
+            .filter(|&(class, _)| class != self.ignore_index())
+            .collect()
+    }
+
+    fn probabilities(&self, i: usize) -> Option<&[f32]> {
+        match self.distribution.as_ref().map(|d| &d.target) {
+            Some(Target::Probabilities { values, .. }) => {
+                Some(&values[i * self.vocab..][..self.vocab])
+            }
+            _ => None,
+        }
+    }
+
     pub fn ignored(&self, i: usize) -> bool {
-        self.targets[i] == self.ignore_index()
+        self.probabilities(i).is_none() && self.entries(i).is_empty()
+    }
+
+    /// What a row counts in a mean.
+    pub fn count(&self, i: usize) -> f64 {
+        let weight = f64::from(self.weight(i));
+        let of_class = match &self.distribution {
+            Some(Distribution {
+                target: Target::Class,
+                class_weights: Some(weights),
+                ..
+            }) => usize::try_from(self.targets[i]).ok().and_then(|t| weights.get(t)),
+            _ => None,
+        };
+        weight * of_class.map_or(1.0, |&c| f64::from(c))
     }
 
     /// u32 targets cannot be negative.
@@ -143,20 +223,46 @@ impl Problem {
         }
     }
 
-    /// What is wrong with a row's values, as `first_error` says it.
-    pub fn bad_value(&self, i: usize) -> Option<BadValue> {
+    /// Whether a row has a bad value of its own.
+    pub fn is_bad(&self, i: usize) -> bool {
         let (eps, weight) = (self.eps(i), self.weight(i));
-        if self.ignored(i) {
-            None
-        } else if !(0..self.vocab as i64).contains(&self.targets[i]) {
-            Some(BadValue::Target)
-        } else if !(0.0..=1.0).contains(&eps) {
-            Some(BadValue::Smoothing)
-        } else if !(0.0..f32::INFINITY).contains(&weight) {
-            Some(BadValue::Weight)
-        } else {
-            None
-        }
+        let good = |value: &f32| (0.0..f32::INFINITY).contains(value);
+        let good_entry =
+            |(class, t): &(i64, f32)| (0..self.vocab as i64).contains(class) && good(t);
+        let good_row = self.entries(i).iter().all(good_entry)
+            && self.probabilities(i).is_none_or(|t| t.iter().all(good))
+            && (0.0..=1.0).contains(&eps)
+            && good(&weight)
+            && self.entropy_weight(i).is_finite();
+        !self.ignored(i) && !good_row
+    }
+
+    /// Whether a class has a bad value, and so every row.
+    pub fn has_bad_classes(&self) -> bool {
+        let Some(distribution) = &self.distribution else {
+            return false;
+        };
+        let values = [&distribution.class_weights, &distribution.prior];
+        let bad = |value: &f32| !(0.0..f32::INFINITY).contains(value);
+        let any = values.into_iter().flatten().flatten().any(bad);
+        let nothing = |prior: &Vec<f32>| prior.iter().all(|&u| u == 0.0);
+        any || distribution.prior.as_ref().is_some_and(nothing)
+    }
+
+    /// Whether a row's loss is the probability of one class and nothing else.
+    pub fn is_one_term(&self, i: usize) -> bool {
+        let class = |d: &Distribution| matches!(d.target, Target::Class);
+        self.eps(i) == 0.0
+            && self.z_loss == 0.0
+            && self.entropy_weight(i) == 0.0
+            && self.distribution.as_ref().is_none_or(class)
+    }
+
+    /// How large what multiplies a row's probabilities may be: 1, or with class weights or one of the entropy more.
+    pub fn magnitude(&self, i: usize) -> f64 {
+        let weights = self.distribution.as_ref().and_then(|d| d.class_weights.as_ref());
+        let largest = weights.into_iter().flatten().copied().fold(1.0, f32::max);
+        f64::from(largest + self.entropy_weight(i).abs())
     }
 
     pub fn upstream(&self, i: usize) -> f32 {
@@ -170,7 +276,7 @@ impl Problem {
     /// Each row's own loss, gradient and statistics, in f64. Rows with bad values are given good ones.
     pub fn reference(&self) -> candle_core::Result<LossAndGrad> {
         let rows = self.rows();
-        let bad = |i: usize| self.bad_value(i).is_some();
+        let bad = |i: usize| self.has_bad_classes() || self.is_bad(i);
         let good = |value: fn(&Self, usize) -> f32| -> Vec<f32> {
             (0..rows)
                 .map(|i| {
@@ -184,23 +290,55 @@ impl Problem {
         };
         let logits: Vec<f64> = self.logits.iter().map(|&x| f64::from(x)).collect();
         let logits = Tensor::from_vec(logits, (rows, self.vocab), &Device::Cpu)?;
-        let targets: Vec<i64> = (0..rows)
-            .map(|i| match () {
-                _ if self.ignored(i) => IGNORED,
-                _ if bad(i) => 0,
-                _ => self.targets[i],
-            })
-            .collect();
-        let targets = Tensor::new(targets, &Device::Cpu)?;
+        let cpu = &Device::Cpu;
+        let good_entries = |i: usize| match () {
+            _ if self.ignored(i) => vec![(IGNORED, 0.0)],
+            _ if bad(i) => vec![(0, 1.0)],
+            _ => self.entries(i),
+        };
+        let targets = match self.distribution.as_ref().map(|d| &d.target) {
+            None | Some(Target::Class) => {
+                let classes: Vec<i64> = (0..rows).map(|i| good_entries(i)[0].0).collect();
+                Targets::from(Tensor::new(classes, cpu)?)
+            }
+            Some(&Target::TopK { k, .. }) => {
+                let (mut classes, mut probabilities) =
+                    (vec![IGNORED; rows * k], vec![0f32; rows * k]);
+                for i in 0..rows {
+                    for (j, (class, t)) in good_entries(i).into_iter().enumerate() {
+                        (classes[i * k + j], probabilities[i * k + j]) = (class, t);
+                    }
+                }
+                Targets::TopK {
+                    classes: Tensor::from_vec(classes, (rows, k), cpu)?,
+                    probabilities: Tensor::from_vec(probabilities, (rows, k), cpu)?,
+                }
+            }
+            Some(Target::Probabilities { .. }) => {
+                let row = |i: usize| match bad(i) {
+                    true => vec![0.0; self.vocab],
+                    false => self.probabilities(i).expect("that is what they are").to_vec(),
+                };
+                let values = (0..rows).flat_map(row).collect::<Vec<f32>>();
+                Targets::from(Tensor::from_vec(values, (rows, self.vocab), cpu)?)
+            }
+        };
         let mut loss = CrossEntropy::new()
             .reduction(Reduction::None)
-            .smoothing(Smoothing::PerRow(Tensor::new(
-                good(Self::eps),
-                &Device::Cpu,
-            )?))
-            .row_weights(&Tensor::new(good(Self::weight), &Device::Cpu)?)
+            .smoothing(Smoothing::PerRow(Tensor::new(good(Self::eps), cpu)?))
+            .row_weights(&Tensor::new(good(Self::weight), cpu)?)
             .z_loss(self.z_loss)
             .logit_scale(self.logit_scale);
+        if let Some(distribution) = &self.distribution {
+            let weights = Tensor::new(good(Self::entropy_weight), cpu)?;
+            loss = loss.entropy_weight(RowValue::PerRow(weights));
+            if let (Some(c), false) = (&distribution.class_weights, self.has_bad_classes()) {
+                loss = loss.class_weights(&Tensor::new(c.as_slice(), cpu)?);
+            }
+            if let (Some(u), false) = (&distribution.prior, self.has_bad_classes()) {
+                loss = loss.smoothing_prior(&Tensor::new(u.as_slice(), cpu)?);
+            }
+        }
         if let Some(softcap) = self.softcap {
             loss = loss.softcap(softcap);
         }

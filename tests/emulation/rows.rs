@@ -105,6 +105,7 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
         logits: Vec::new(),
         targets: Vec::new(),
         targets_are_i64: true,
+        distribution: None,
         eps: Eps::PerRow(rows.iter().map(|row| row.eps).collect()),
         weights: Some(rows.iter().map(|row| row.weight).collect()),
         z_loss: 0.01,

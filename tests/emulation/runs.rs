@@ -4,10 +4,13 @@ use bytemuck::Zeroable as _;
 
 use super::{
     case::{Buffer, Case, POISON, Shape},
-    problem::{Eps, OnChip, Problem, Tiles, View, to_bytes},
+    problem::{Eps, OnChip, Problem, Target, Tiles, View, to_bytes},
 };
 use crate::kernels::{
-    abi::{Kernel, Params, REDUCE_THREADS, RowState, Running, inner_factors},
+    abi::{
+        ClassCheck, DistributionRunning, DistributionState, Element, Kernel, NamedGradient, Params,
+        REDUCE_THREADS, RowState, Running, inner_factors,
+    },
     select::{self, Forced, Geometry, H200},
 };
 
@@ -33,13 +36,25 @@ pub struct Runs {
     pub tiles: Vec<RowRun>,
     pub total_weight: Buffer,
     pub reduced: Buffer,
+    /// Where the check of the classes' values reports bad ones, if they have any.
+    pub class_error: Option<Buffer>,
 }
 
 impl Runs {
     pub fn new(p: &Problem) -> Self {
         let mut case = Case::new(&p.seeds);
-        let params = inputs(&mut case, p);
-        let (element, softcap) = (p.element, p.softcap.is_some());
+        let mut params = inputs(&mut case, p);
+        let class_error = (params.class_weights != 0 || params.prior != 0).then(|| {
+            let check = case.poisoned("class_check", size_of::<ClassCheck>(), 4);
+            let error = case.output("first_error of classes", &[u64::MAX], 8);
+            params.class_check = check.start();
+            let params = Params {
+                first_error: error.start(),
+                ..params
+            };
+            case.launch(Kernel::Classes, params, Shape::plain(1, REDUCE_THREADS));
+            error
+        });
 
         let total_weight = case.poisoned("total_weight", 4, 0);
         let weigh = Params {
@@ -52,24 +67,19 @@ impl Runs {
         let divisor = if p.mean { total_weight.start() } else { 0 };
 
         let mut rows = Vec::new();
-        let mut launch = |case: &mut Case, kernel, params, run| {
-            let (_, Geometry { threads, .. }) = select::backward(element, softcap, p.width);
-            case.launch(kernel, params, Shape::plain(p.rows() as u32, threads));
+        let mut launch = |case: &mut Case, (kernel, geometry): (Kernel, Geometry), params, run| {
+            let shape = Shape::plain(p.rows() as u32, geometry.threads);
+            case.launch(kernel, params, shape);
             rows.push(run);
         };
 
-        let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+        let state = states(&mut case, p);
         let (run, stats_params) =
             row_outputs(&mut case, "forward with statistics", p, true, params);
         let loss = run.loss.expect("a forward has a loss");
-        let kernel = Kernel::Forward {
-            element,
-            stats: true,
-            softcap,
-        };
         launch(
             &mut case,
-            kernel,
+            forward_kernel(p, true, p.width),
             Params {
                 state: state.start(),
                 ..stats_params
@@ -78,16 +88,7 @@ impl Runs {
         );
 
         let (run, plain_params) = row_outputs(&mut case, "forward", p, false, params);
-        launch(
-            &mut case,
-            Kernel::Forward {
-                element,
-                stats: false,
-                softcap,
-            },
-            plain_params,
-            run,
-        );
+        launch(&mut case, forward_kernel(p, false, p.width), plain_params, run);
 
         let reduced = case.poisoned("reduced", 4, 0);
         let reduce = Params {
@@ -116,12 +117,7 @@ impl Runs {
                 predicted: None,
                 first_error: None,
             };
-            launch(
-                &mut case,
-                Kernel::Backward { element, softcap },
-                params,
-                run,
-            );
+            launch(&mut case, backward_kernel(p, p.width), params, run);
         }
         for (label, in_place) in [("fused", false), ("fused in place", true)] {
             let stats = fused_has_stats(p, in_place);
@@ -132,12 +128,7 @@ impl Runs {
                 (stats, in_place),
                 Params { divisor, ..params },
             );
-            let kernel = Kernel::Fused {
-                element,
-                stats,
-                softcap,
-            };
-            launch(&mut case, kernel, params, run);
+            launch(&mut case, fused_kernel(p, stats), params, run);
         }
         for run in &p.on_chip {
             on_chip(&mut case, p, run, Params { divisor, ..params }, &mut rows);
@@ -151,8 +142,42 @@ impl Runs {
             tiles,
             total_weight,
             reduced,
+            class_error,
         }
     }
+}
+
+fn forward_kernel(p: &Problem, stats: bool, width: usize) -> (Kernel, Geometry) {
+    let (element, softcap) = (p.element, p.softcap.is_some());
+    match p.distribution {
+        Some(_) => select::distribution_forward(element, softcap, width),
+        None => select::forward_of_tile((element, stats, softcap), width),
+    }
+}
+
+fn backward_kernel(p: &Problem, width: usize) -> (Kernel, Geometry) {
+    let (element, softcap) = (p.element, p.softcap.is_some());
+    match p.distribution {
+        Some(_) => select::distribution_backward(element, softcap, width),
+        None => select::backward(element, softcap, width),
+    }
+}
+
+fn fused_kernel(p: &Problem, stats: bool) -> (Kernel, Geometry) {
+    let (kind, shape) = ((p.element, stats, p.softcap.is_some()), (p.vocab, p.width));
+    match p.distribution {
+        Some(_) => select::distribution_loss_and_gradient(kind.0, kind.2, p.width, &H200),
+        None => select::loss_and_gradient(kind, shape, &H200, Some(Forced::General))
+            .expect("that can always be chosen"),
+    }
+}
+
+fn states(case: &mut Case, p: &Problem) -> Buffer {
+    let size = match p.distribution {
+        Some(_) => size_of::<DistributionState>(),
+        None => size_of::<RowState>(),
+    };
+    case.poisoned("state", p.rows() * size, 0)
 }
 
 /// The launches of an on-chip run: loss with gradient, a forward, and the backward that goes with that.
@@ -195,7 +220,7 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
     let (row_run, forward_params) =
         row_outputs(case, &format!("forward {label}"), p, stats, params);
     rows.push(row_run);
-    let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
+    let state = states(case, p);
     let forward_params = Params {
         state: state.start(),
         ..forward_params
@@ -226,13 +251,17 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
 
 /// Loss, statistics and gradient from tiles, as `forward_linear` launches them.
 fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
-    let (element, softcap) = (p.element, p.softcap.is_some());
+    let element = p.element;
     let label = format!("tiles of {} rows and {} classes", run.rows, run.classes);
     let (mut row_run, params) = row_outputs(case, &label, p, run.stats, params);
     let (grad, params) = gradient(case, p, true, params);
     row_run.grad = Some(grad);
-    let state = case.poisoned("state", p.rows() * size_of::<RowState>(), 0);
-    let running = case.poisoned("running", p.rows() * size_of::<Running>(), 0);
+    let state = states(case, p);
+    let running = match p.distribution {
+        Some(_) => size_of::<DistributionRunning>(),
+        None => size_of::<Running>(),
+    };
+    let running = case.poisoned("running", p.rows() * running, 0);
     let params = Params {
         state: state.start(),
         running: running.start(),
@@ -264,10 +293,9 @@ fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
                     first_column: first_column as u32,
                     ..params
                 };
-                let kernel = if backward {
-                    select::backward(element, softcap, width)
-                } else {
-                    select::forward_of_tile((element, run.stats, softcap), width)
+                let kernel = match backward {
+                    true => backward_kernel(p, width),
+                    false => forward_kernel(p, run.stats, width),
                 };
                 launch(kernel, tile);
             }
@@ -313,9 +341,10 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
             f32::NAN,
         ),
     };
-    Params {
+    let params = Params {
         logits: logits.start(),
         targets: targets.start(),
+        entries: 1,
         smoothing,
         weights: p.weights.as_ref().map_or(0, |weights| {
             case.input("weights", &spread(weights, 2), 4).start()
@@ -339,7 +368,59 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
             .map_or([f32::NAN; 2], |cap| inner_factors(p.logit_scale, cap)),
         result_scale: p.result_scale,
         ..Params::zeroed()
+    };
+    distribution_inputs(case, p, params)
+}
+
+fn distribution_inputs(case: &mut Case, p: &Problem, mut params: Params) -> Params {
+    let Some(distribution) = &p.distribution else {
+        return params;
+    };
+    match &distribution.entropy_weight {
+        Eps::Uniform(weight) => params.uniform_entropy_weight = *weight,
+        Eps::PerRow(weights) => {
+            params.entropy_weights = case.input("entropy_weight", &spread(weights, 4), 4).start();
+            params.entropy_rows = View::contiguous(p.rows(), 4).abi();
+            params.uniform_entropy_weight = f32::NAN;
+        }
     }
+    // Where a view of a longer vector may start.
+    let mut of_classes = |name, values: &Option<Vec<f32>>, offset| {
+        let values = values.as_ref();
+        values.map_or(0, |values| case.input(name, values, offset).start())
+    };
+    params.class_weights = of_classes("class_weights", &distribution.class_weights, 0);
+    params.prior = of_classes("prior", &distribution.prior, p.vocab % 4 * 4);
+    match &distribution.target {
+        Target::Class => {}
+        Target::TopK {
+            k,
+            classes,
+            probabilities,
+        } => {
+            params.targets = if p.targets_are_i64 {
+                case.input("targets", classes, 8).start()
+            } else {
+                let classes: Vec<u32> = classes.iter().map(|&class| class as u32).collect();
+                case.input("targets", &classes, 4).start()
+            };
+            params.entries = *k as u32;
+            params.probabilities = case.input("probabilities", probabilities, 12).start();
+        }
+        Target::Probabilities {
+            values,
+            element,
+            view,
+        } => {
+            params.targets = 0;
+            params.entries = 0;
+            params.probability_type = element.number();
+            params.probability_rows = view.abi();
+            let values = in_view(view, *element, values, (p.rows(), p.vocab, p.vocab));
+            params.probabilities = case.input("probabilities", &values, view.offset).start();
+        }
+    }
+    params
 }
 
 /// Values some elements apart, with NaN between them.
@@ -351,14 +432,24 @@ fn spread(values: &[f32], apart: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Padding and the gaps between rows hold NaN: who reads them shows it.
 fn stored_logits(p: &Problem) -> Vec<u8> {
-    let mut values = vec![f32::NAN; p.logits_view.extent(p.rows(), p.width)];
-    for i in 0..p.rows() {
-        let begin = p.logits_view.row(i);
-        values[begin..begin + p.vocab].copy_from_slice(p.row(i));
+    let shape = (p.rows(), p.vocab, p.width);
+    in_view(&p.logits_view, p.element, &p.logits, shape)
+}
+
+/// Rows of `vocab` values where a view of `width` has them. Padding and the gaps between rows hold NaN: who reads them shows it.
+fn in_view(
+    view: &View,
+    element: Element,
+    values: &[f32],
+    (rows, vocab, width): (usize, usize, usize),
+) -> Vec<u8> {
+    let mut stored = vec![f32::NAN; view.extent(rows, width)];
+    for (i, row) in values.chunks(vocab).enumerate() {
+        let begin = view.row(i);
+        stored[begin..begin + vocab].copy_from_slice(row);
     }
-    to_bytes(p.element, &values)
+    to_bytes(element, &stored)
 }
 
 fn row_outputs(
@@ -423,10 +514,18 @@ fn gradient(
     } else {
         params.logits
     };
+    let named = match p.distribution {
+        Some(_) if params.entries > 0 => {
+            let bytes = p.rows() * params.entries as usize * size_of::<NamedGradient>();
+            case.poisoned("named", bytes, 8).start()
+        }
+        _ => 0,
+    };
     let params = Params {
         logits,
         grad: buffer.start(),
         grad_rows: view.abi(),
+        named,
         ..params
     };
     ((buffer, view, initial), params)

@@ -1,0 +1,199 @@
+//! Problems whose targets are distributions: what stands beside the rows of the other grids.
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::{
+    problem::{Distribution, Eps, Problem, Target, View, round},
+    rows::{Kind, Row, problem, row},
+};
+use crate::kernels::abi::Element;
+
+/// What a row's target is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Form {
+    Class,
+    /// So many entries.
+    TopK(usize),
+    /// Of so many elements' offset from a 16-byte boundary.
+    Probabilities(Element, usize),
+}
+
+/// Which options there are beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Options {
+    pub weights: bool,
+    pub prior: bool,
+    pub entropy: bool,
+}
+
+pub const NONE: Options = Options {
+    weights: false,
+    prior: false,
+    entropy: false,
+};
+pub const WEIGHTS: Options = Options {
+    weights: true,
+    ..NONE
+};
+pub const PRIOR: Options = Options {
+    prior: true,
+    ..NONE
+};
+pub const ENTROPY: Options = Options {
+    entropy: true,
+    ..NONE
+};
+pub const ALL: Options = Options {
+    weights: true,
+    prior: true,
+    entropy: true,
+};
+
+/// Every rule of a row that depends on its target. Ignored rows are first and last, where the target can be.
+pub fn menu() -> Vec<Row> {
+    use Kind::*;
+    vec![
+        row(Ignored, 0.1, 1.0),
+        row(Normal, 0.1, 1.0),
+        row(Shifted(-300.0), 0.3, 0.5),
+        row(Shifted(200.0), 0.0, 2.0),
+        row(Normal, 1.0, 1.25),
+        row(Masked, 0.0, 1.0),
+        row(Masked, 0.2, 1.0),
+        row(MaskedTarget, 0.1, 3.0),
+        row(AllMasked, 0.1, 1.0),
+        row(Nan, 0.1, 1.0),
+        row(Infinite, 0.0, 1.0),
+        row(Confident, 0.0, 1.0),
+        row(Confident, 0.1, 1.0),
+        row(Flat, 0.05, 1.0),
+        row(Spread, 0.05, 1.0),
+        row(Rising, 0.1, 1.0),
+        row(Normal, 0.1, 0.0),
+        row(MaskedTarget, 0.1, 0.0),
+        row(Ignored, f32::NAN, f32::NAN),
+    ]
+}
+
+/// [`problem`] with targets and options of these kinds.
+pub fn distribution(
+    name: &str,
+    element: Element,
+    vocab: usize,
+    rows: &[Row],
+    form: Form,
+    options: Options,
+) -> Problem {
+    let mut rows = rows.to_vec();
+    if matches!(form, Form::Probabilities(..)) {
+        // None is ignored.
+        for row in rows.iter_mut().filter(|row| row.kind == Kind::Ignored) {
+            *row = super::rows::row(Kind::Normal, 0.1, 1.0);
+        }
+    }
+    let mut p = problem(name, element, vocab, &rows);
+    p.name += &format!(", {form:?}, {options:?}");
+    p.on_chip.clear();
+    let mut rng = StdRng::seed_from_u64(vocab as u64);
+    let target = match form {
+        Form::Class => Target::Class,
+        Form::TopK(k) => {
+            let (mut classes, mut probabilities) = (Vec::new(), Vec::new());
+            for (i, row) in rows.iter().enumerate() {
+                let (of_row, t) = entries(&p, i, row.kind, k, &mut rng);
+                classes.extend(of_row);
+                probabilities.extend(t);
+            }
+            Target::TopK {
+                k,
+                classes,
+                probabilities,
+            }
+        }
+        Form::Probabilities(of, offset) => {
+            let mut values = Vec::new();
+            for (i, row) in rows.iter().enumerate() {
+                values.extend(probabilities(&p, i, row.kind, of, &mut rng));
+            }
+            Target::Probabilities {
+                values,
+                element: of,
+                view: View {
+                    offset: offset * of.size(),
+                    ..View::contiguous(rows.len(), vocab + offset)
+                },
+            }
+        }
+    };
+    let mut values = |zeros: bool, size: f32| -> Vec<f32> {
+        let mut values: Vec<f32> = (0..vocab)
+            .map(|k| match k % 7 == 3 && zeros {
+                true => 0.0,
+                false => size * rng.random_range(0.1..2.0),
+            })
+            .collect();
+        values[0] = size;
+        values
+    };
+    let class_weights = options.weights.then(|| values(true, 1.0));
+    // Squares of such values are beyond f32.
+    let prior = options.prior.then(|| values(true, 1e-25));
+    p.distribution = Some(Distribution {
+        target,
+        class_weights,
+        prior,
+        entropy_weight: match options.entropy {
+            true => Eps::PerRow((0..rows.len()).map(|i| i as f32 * 0.25 - 1.0).collect()),
+            false => Eps::Uniform(0.0),
+        },
+    });
+    p
+}
+
+/// Entries of a row: its target and classes beside it, some twice, some absent; all absent where the row is ignored.
+fn entries(
+    p: &Problem,
+    i: usize,
+    kind: Kind,
+    k: usize,
+    rng: &mut StdRng,
+) -> (Vec<i64>, Vec<f32>) {
+    let ignored = p.ignore_index();
+    let mut classes = vec![p.targets[i]];
+    let mut probabilities = vec![0.625];
+    for j in 1..k {
+        let class = match j % 5 {
+            _ if kind == Kind::Ignored => ignored,
+            4 => classes[rng.random_range(0..j)],
+            3 => ignored,
+            _ => rng.random_range(0..p.vocab as i64),
+        };
+        // Of rows whose target is not masked no entry is.
+        let masked = usize::try_from(class).is_ok_and(|class| p.row(i)[class] == f32::NEG_INFINITY);
+        classes.push(match kind {
+            Kind::Masked if masked => p.targets[i],
+            _ => class,
+        });
+        probabilities.push(match class {
+            class if class == ignored => f32::NAN,
+            _ => rng.random_range(0.0..0.5) / k as f32,
+        });
+    }
+    (classes, probabilities)
+}
+
+fn probabilities(p: &Problem, i: usize, kind: Kind, of: Element, rng: &mut StdRng) -> Vec<f32> {
+    let mut t: Vec<f32> = (0..p.vocab).map(|_| rng.random_range(0.0..1.0)).collect();
+    let sum: f32 = t.iter().sum();
+    // They need not sum to 1.
+    t.iter_mut().for_each(|t| *t *= 0.375 / sum);
+    let target = usize::try_from(p.targets[i]).unwrap_or_default();
+    t[target] += 0.5;
+    for (t, &x) in t.iter_mut().zip(p.row(i)) {
+        if kind == Kind::Masked && x == f32::NEG_INFINITY {
+            *t = 0.0;
+        }
+        *t = round(of, *t);
+    }
+    t
+}
