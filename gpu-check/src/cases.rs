@@ -5,7 +5,10 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction, RowStats};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::report::{Report, Worst};
+use crate::{
+    report::{Report, Worst},
+    targets::{Distribution, Form, Given},
+};
 
 /// Row lengths, padding not counted, each with its reason.
 const WIDTHS: &[usize] = &[
@@ -48,6 +51,8 @@ pub struct Options {
     pub softcap: Option<f32>,
     pub scale: Option<f32>,
     pub padding: usize,
+    /// Of the targets, where they are more than one class a row, smoothed evenly.
+    pub distribution: Option<Distribution>,
 }
 
 const PLAIN: Options = Options {
@@ -59,6 +64,7 @@ const PLAIN: Options = Options {
     softcap: None,
     scale: None,
     padding: 0,
+    distribution: None,
 };
 
 pub const OPTIONS: &[Options] = &[
@@ -98,17 +104,85 @@ pub const OPTIONS: &[Options] = &[
         padding: 5,
         ..PLAIN
     },
+    ALL,
     Options {
-        name: "all at once",
+        name: "class weights and prior",
         per_row: true,
-        weights: true,
-        z_loss: 1e-3,
-        softcap: Some(30.0),
-        scale: Some(1.3),
-        padding: 3,
+        distribution: Some(Distribution {
+            form: Form::Class,
+            class_weights: true,
+            prior: true,
+            entropy: None,
+        }),
         ..PLAIN
     },
+    Options {
+        name: "entropy",
+        distribution: Some(Distribution {
+            form: Form::Class,
+            class_weights: false,
+            prior: false,
+            entropy: Some(-0.5),
+        }),
+        ..PLAIN
+    },
+    Options {
+        name: "top 40",
+        uniform: Some(0.1),
+        distribution: Some(Distribution {
+            form: Form::TopK(40),
+            ..ONE_CLASS
+        }),
+        ..PLAIN
+    },
+    Options {
+        name: "probabilities",
+        uniform: Some(0.1),
+        distribution: Some(Distribution {
+            form: Form::Probabilities(None),
+            ..ONE_CLASS
+        }),
+        ..PLAIN
+    },
+    Options {
+        name: "top 3, all at once",
+        distribution: Some(Distribution {
+            form: Form::TopK(3),
+            class_weights: true,
+            prior: true,
+            entropy: Some(0.25),
+        }),
+        ..ALL
+    },
+    Options {
+        name: "probabilities of bf16, all at once",
+        distribution: Some(Distribution {
+            form: Form::Probabilities(Some(DType::BF16)),
+            class_weights: true,
+            prior: true,
+            entropy: Some(0.25),
+        }),
+        ..ALL
+    },
 ];
+
+const ONE_CLASS: Distribution = Distribution {
+    form: Form::Class,
+    class_weights: false,
+    prior: false,
+    entropy: None,
+};
+
+pub const ALL: Options = Options {
+    name: "all at once",
+    per_row: true,
+    weights: true,
+    z_loss: 1e-3,
+    softcap: Some(30.0),
+    scale: Some(1.3),
+    padding: 3,
+    ..PLAIN
+};
 
 pub const REDUCTIONS: [Reduction; 4] = [
     Reduction::Mean,
@@ -168,7 +242,7 @@ struct Case {
     row_weights: Vec<f64>,
     /// (B, T, V) in the type under test.
     logits: Tensor,
-    targets: Tensor,
+    given: Given,
     layout: Layout,
     reduction: Reduction,
     scale: f64,
@@ -208,6 +282,11 @@ impl Case {
             let (row, padding) = row.split_at_mut(vocab);
             padding.fill(f32::NAN); // must not be read
             let y = targets[i] as usize;
+            // A sum of NaN says nothing: those rows keep to the grid's cases without reduction.
+            if reduction != Reduction::None && [2, 5, 6, 7].contains(&i) {
+                targets[i] = -100;
+                continue;
+            }
             // One special row of each kind; rows 8 to 11 are ordinary.
             match i {
                 0 => row[y] += 40.0, // p_y near 1
@@ -228,12 +307,6 @@ impl Case {
                 6 => row[vocab / 2] = f32::NAN,
                 7 => row[vocab - 1] = f32::INFINITY,
                 _ => {}
-            }
-        }
-        // A sum of NaN says nothing: those rows keep to the grid's cases without reduction.
-        if reduction != Reduction::None {
-            for i in [2, 5, 6, 7] {
-                targets[i] = -100;
             }
         }
         let per_row = |f: &mut dyn FnMut() -> f32| -> Result<Tensor> {
@@ -269,9 +342,11 @@ impl Case {
             loss = loss.logit_scale(s);
         }
         let mut targets = Tensor::from_vec(targets, (batch, time), cpu)?;
+        let mut ignored = -100;
         if seed % 2 == 1 {
             // u32 targets cannot hold −100.
-            loss = loss.ignore_index(i64::from(u32::MAX));
+            ignored = i64::from(u32::MAX);
+            loss = loss.ignore_index(ignored);
             targets = targets.to_vec2::<i64>().map(|rows| {
                 let rows: Vec<u32> = rows
                     .into_iter()
@@ -288,7 +363,7 @@ impl Case {
             weights,
             row_weights,
             logits: Tensor::from_vec(x, (batch, time, width), cpu)?.to_dtype(dtype)?,
-            targets,
+            given: Given::new(options.distribution, &targets, vocab, ignored, &mut rng)?,
             layout,
             reduction,
             scale: f64::from(options.scale.unwrap_or(1.0)).max(1.0),
@@ -303,15 +378,15 @@ impl Case {
         if let Some(weights) = &self.weights {
             loss = loss.row_weights(&weights.to_device(device)?);
         }
-        Ok(loss)
+        self.given.on(device, loss)
     }
 
     fn check(&self, device: &Device) -> Result<Worst> {
         let expected = self
             .loss_on(&Device::Cpu)?
-            .reference(&self.logits, &self.targets)?;
+            .reference(&self.logits, &self.given.targets)?;
         let loss = self.loss_on(device)?;
-        let targets = self.targets.to_device(device)?;
+        let targets = self.given.targets_on(device)?;
         let (batch, time, width) = self.logits.dims3()?;
         let dtype = self.logits.dtype();
         let mut worst = Worst::default();
@@ -320,22 +395,8 @@ impl Case {
             Reduction::None | Reduction::Sum => 1.0,
             Reduction::SumOver(n) => n,
             Reduction::Mean => {
-                let ignored = if self.targets.dtype() == DType::I64 {
-                    -100
-                } else {
-                    i64::from(u32::MAX)
-                };
-                let targets = self
-                    .targets
-                    .flatten_all()?
-                    .to_dtype(DType::I64)?
-                    .to_vec1::<i64>()?;
-                let counted = self
-                    .row_weights
-                    .iter()
-                    .zip(&targets)
-                    .filter(|(_, t)| **t != ignored);
-                counted.map(|(w, _)| w).sum::<f64>()
+                let counted = self.row_weights.iter().zip(&self.given.counts);
+                counted.map(|(w, count)| w * count).sum::<f64>()
             }
         };
         let expected_grad = values(&expected.grad)?;
@@ -353,7 +414,12 @@ impl Case {
             for (i, (got, e)) in values(got)?.into_iter().zip(&expected_grad).enumerate() {
                 let row = i / width;
                 let e = e * factor(row);
-                let least = 1e-7 * self.scale * self.row_weights[row] * factor(row).abs() / divisor;
+                let least = 1e-7
+                    * self.scale
+                    * self.given.magnitude
+                    * self.row_weights[row]
+                    * factor(row).abs()
+                    / divisor;
                 worst.see(off(got, e, gradient_tolerance(dtype, e).max(least)), || {
                     format!(
                         "{what} of row {row} column {}, {}: {got:e} for {e:e}",

@@ -9,6 +9,7 @@ mod device;
 mod linear;
 mod properties;
 mod report;
+mod targets;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -340,7 +340,12 @@ fn sum<
     }
     let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
     Partial {
-        exp: total(&exp),
+        // Counted apart, +inf would not be seen.
+        exp: if largest.f64() == f64::INFINITY {
+            f64::NAN
+        } else {
+            total(&exp)
+        },
         // Of masked classes alone, the largest is masked too.
         largest_classes: if counted == 0 {
             0

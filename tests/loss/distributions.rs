@@ -312,6 +312,34 @@ fn masked_classes() {
     }
 }
 
+/// A row with +inf or NaN is NaN, also where that is its only class, and no other row is.
+#[test]
+fn rows_that_are_nan() {
+    for dtype in FLOATS {
+        for width in [1, 2, 17, 2050] {
+            for bad in [f64::INFINITY, f64::NAN] {
+                for softcap in [None, Some(30.0)] {
+                    let setup = Setup {
+                        reduction: Reduction::None,
+                        softcap,
+                        ..Setup::default()
+                    };
+                    let mut problem = Problem::random(1, &[3, width], dtype, setup);
+                    let mut x = values(&problem.logits);
+                    x[width + width / 2] = bad;
+                    problem.logits = tensor(x, &[3, width], dtype);
+                    let t = tensor(vec![0.5; 3 * width], &[3, width], DType::F32);
+                    problem.distribution = Some(Targets::Probabilities(t));
+                    problem.check();
+                    let losses = values(&run(&problem).loss);
+                    let nan: Vec<bool> = losses.iter().map(|l| l.is_nan()).collect();
+                    assert_eq!(nan, [false, true, false]);
+                }
+            }
+        }
+    }
+}
+
 /// Rows without entries are ignored, whatever stands beside them: loss, gradient, statistics, the mean.
 #[test]
 fn rows_without_entries() {

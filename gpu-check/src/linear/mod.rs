@@ -78,7 +78,7 @@ const FOR_PRECISION: &[Shape] = &[
 pub fn run(device: &Device, reduced: bool, report: &mut Report) {
     for dtype in TYPES {
         for (o, options) in OPTIONS.iter().enumerate() {
-            let plain_or_all = o == 0 || o + 1 == OPTIONS.len();
+            let plain_or_all = o == 0 || options.name.ends_with("all at once");
             let (small, large): (&[_], &[_]) = match (reduced, plain_or_all) {
                 (true, false) => continue,
                 (true, true) => (&SMALL[..3], &[]),
@@ -155,7 +155,7 @@ fn tiles_and_budgets(problem: &Problem, device: &Device, reduced: bool) -> Resul
                 .map(|bias| bias.to_device(device))
                 .transpose()?
                 .as_ref(),
-            &problem.targets.to_device(device)?,
+            problem.targets_on(device)?,
         )?;
         ensure!(
             !alone.track_op(),

@@ -3,10 +3,13 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::cases::{Options, gaussian, values};
+use crate::{
+    cases::{Options, gaussian, values},
+    targets::Given,
+};
 
 pub const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -42,8 +45,9 @@ pub struct Problem {
     /// (V and padding, D)
     pub weight: Tensor,
     pub bias: Option<Tensor>,
-    /// (…), i64
-    pub targets: Tensor,
+    /// (…), i64, of which `given` was made
+    pub classes: Tensor,
+    given: Given,
     /// What a logit is multiplied by at the most.
     scale: f64,
 }
@@ -207,7 +211,8 @@ impl Problem {
             hidden,
             weight,
             bias,
-            targets,
+            given: Given::new(options.distribution, &targets, vocab, -100, &mut rng)?,
+            classes: targets,
             scale: f64::from(options.scale.unwrap_or(1.0)).max(1.0),
         })
     }
@@ -227,11 +232,17 @@ impl Problem {
 
     /// Replaces targets.
     pub fn with_targets(mut self, target: impl Fn(usize, i64) -> i64) -> Result<Self> {
-        let targets = self.targets.flatten_all()?.to_vec1::<i64>()?;
+        let targets = self.classes.flatten_all()?.to_vec1::<i64>()?;
         let targets = targets.into_iter().enumerate().map(|(i, y)| target(i, y));
         let targets = targets.collect::<Vec<_>>();
-        self.targets = Tensor::from_vec(targets, self.shape.rows, &Device::Cpu)?;
+        self.classes = Tensor::from_vec(targets, self.shape.rows, &Device::Cpu)?;
+        let rng = &mut StdRng::seed_from_u64(0); // one class a row takes nothing of it
+        self.given = Given::new(None, &self.classes, self.shape.vocab, -100, rng)?;
         Ok(self)
+    }
+
+    pub fn targets_on(&self, device: &Device) -> Result<Targets> {
+        self.given.targets_on(device)
     }
 
     /// `loss` with this problem's values of each row.
@@ -243,7 +254,7 @@ impl Problem {
         if let Some(weights) = &self.weights {
             loss = loss.row_weights(&weights.to_device(device)?);
         }
-        Ok(loss)
+        self.given.on(device, loss)
     }
 
     /// Gradient of what `backward()` starts from with respect to a row's loss, or to the one loss.
@@ -284,7 +295,7 @@ impl Problem {
             &see_hidden(&hidden)?,
             &see_weight(&weight)?,
             bias.as_deref(),
-            &self.targets.to_device(device)?,
+            self.targets_on(device)?,
         )?;
         let mut store = self.scalar(&loss)?.backward()?;
         let mut gradient = |var: &Var| store.remove(var).context("no gradient");
@@ -323,8 +334,7 @@ impl Problem {
             logits = logits.broadcast_add(bias)?;
         }
         let logits = logits.reshape([self.shape.rows, &[self.shape.vocab]].concat())?;
-        let targets = self.targets.to_device(device)?;
-        let loss = self.on(device, &self.loss)?.forward(&logits, &targets)?;
+        let loss = (self.on(device, &self.loss)?).forward(&logits, self.targets_on(device)?)?;
         let mut store = self.scalar(&loss)?.backward()?;
         [Some(hidden), Some(weight), bias]
             .iter()
@@ -346,7 +356,7 @@ impl Problem {
         }
         let shaped = logits.reshape([self.shape.rows, &[vocab]].concat())?;
         let loss = self.on(&Device::Cpu, &self.loss)?;
-        let LossAndGrad { loss, grad, stats } = loss.reference(&shaped, &self.targets)?;
+        let LossAndGrad { loss, grad, stats } = loss.reference(&shaped, &self.given.targets)?;
         let upstream: Vec<f64> = (0..rows).map(|row| self.upstream(row)).collect();
         let upstream = Tensor::from_vec(upstream, (rows, 1), &Device::Cpu)?;
         let grad = grad.reshape((rows, vocab))?.broadcast_mul(&upstream)?;
@@ -374,7 +384,7 @@ impl Problem {
                 stats,
                 gradients,
             },
-            blur: self.scale * rounding * largest + 1e-5,
+            blur: self.given.magnitude * (self.scale * rounding * largest + 1e-5),
             shares: self.shares()?,
             logits,
         })
@@ -385,15 +395,18 @@ impl Problem {
             Some(weights) => values(weights)?,
             None => vec![1.0; self.shape.row_count()],
         };
-        for (share, target) in shares.iter_mut().zip(values(&self.targets)?) {
-            if target < 0.0 {
+        for (share, count) in shares.iter_mut().zip(&self.given.counts) {
+            if *count == 0.0 {
                 *share = 0.0;
             }
         }
         let divisor = match self.reduction {
             Reduction::None | Reduction::Sum => 1.0,
             Reduction::SumOver(n) => n,
-            Reduction::Mean => shares.iter().sum::<f64>().max(f64::MIN_POSITIVE),
+            Reduction::Mean => (shares.iter().zip(&self.given.counts))
+                .map(|(share, count)| share * count)
+                .sum::<f64>()
+                .max(f64::MIN_POSITIVE),
         };
         Ok(shares.into_iter().map(|share| share / divisor).collect())
     }

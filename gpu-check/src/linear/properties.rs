@@ -10,7 +10,7 @@ use super::{
     problem::{Placement, Problem, Shape, TYPES},
 };
 use crate::{
-    cases::{OPTIONS, REDUCTIONS, values},
+    cases::{ALL, REDUCTIONS, values},
     properties::message,
     report::{Report, Worst},
 };
@@ -61,7 +61,7 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
 }
 
 fn problem(dtype: DType, shape: Shape, reduction: Reduction) -> Result<Problem> {
-    let everything = OPTIONS[OPTIONS.len() - 1];
+    let everything = ALL;
     let mut problem = Problem::new(dtype, everything, shape, reduction, 5)?;
     problem.loss = problem.loss.tile_bytes(TILE);
     Ok(problem)
@@ -128,7 +128,7 @@ fn frozen(device: &Device) -> Result<String> {
         let problem = problem(DType::BF16, shape, Reduction::Mean)?;
         let expected = problem.run(device, &problem.loss, Placement::Contiguous)?;
         let loss = problem.on(device, &problem.loss)?;
-        let targets = problem.targets.to_device(device)?;
+        let targets = problem.targets_on(device)?;
         let bias = problem.bias.as_ref().context("the shape has a bias")?;
         for tracked in 0..3 {
             let mut arguments = [&problem.hidden, &problem.weight, bias]
@@ -167,7 +167,7 @@ fn backward_twice(device: &Device) -> Result<String> {
         let loss = problem.on(device, &problem.loss.clone().memory_budget(budget))?;
         let hidden = Var::from_tensor(&problem.hidden.to_device(device)?)?;
         let weight = Var::from_tensor(&problem.weight.to_device(device)?)?;
-        let targets = problem.targets.to_device(device)?;
+        let targets = problem.targets_on(device)?;
         let value = loss.forward_linear(&hidden, &weight, None, &targets)?;
         let gradients = || -> Result<[Vec<f64>; 2]> {
             let store = value.backward()?;
