@@ -89,7 +89,7 @@ DEVICE void add_named(const Params& p, uint64_t row, const T* x, const Stretch& 
 template <class T, bool SOFTCAP>
 DEVICE AllClasses sum_distribution(const Params& p, uint64_t row, const T* x, const Stretch& stretch,
                                    const Transform<SOFTCAP>& transform) {
-  SHARED_ARRAY(AllClasses, scratch, kMaxWarps);
+  SHARED_ARRAY(AllClassesOfThread, scratch, kMaxWarps);
   AllClassesOfThread sums = {no_classes(), -INFINITY};
   const bool norm = p.grad_norm_sq;
   const RowReader<T> reader(x, stretch.classes, 0);

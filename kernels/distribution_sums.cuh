@@ -150,30 +150,31 @@ struct AllClassesOfThread {
 
 // As merge_lanes for Partial.
 template <int LANES, bool SOFTCAP>
-DEVICE AllClasses merge_lanes(AllClasses a, float own_largest, const Transform<SOFTCAP>& transform) {
-  const float largest = largest_of_warp(own_largest);
-  const unsigned at = dev::reduce_min(own_largest == largest ? a.at : ~0u);
+DEVICE AllClassesOfThread merge_lanes(AllClassesOfThread sums, const Transform<SOFTCAP>& transform) {
+  AllClasses& a = sums.partial;
+  const float largest = largest_of_warp(a.largest), own_largest = largest_of_warp(sums.largest);
+  const unsigned at = dev::reduce_min(sums.largest == own_largest ? a.at : ~0u);
   relate(a, largest, transform.reference(largest), transform);
-  if (own_largest != largest || a.at != at) add_left_out(a, own_largest, transform);
+  if (sums.largest != own_largest || a.at != at) add_left_out(a, sums.largest, transform);
   a.at = at;
   UNROLL for (int lane = LANES / 2; lane > 0; lane >>= 1) {
     a.faults |= dev::shuffle_xor(a.faults, lane);
     for_each_sum(a, a, AddOfLane{lane});
   }
-  return a;
+  return {a, own_largest};
 }
 
 // Merges all threads' results through `scratch`; the first warp gets the result.
 template <bool SOFTCAP>
-DEVICE AllClasses merge_block(const AllClassesOfThread& sums, AllClasses* scratch, const Transform<SOFTCAP>& transform) {
-  AllClasses a = merge_lanes<32>(sums.partial, sums.largest, transform);
-  if (blockDim.x == 32) return a;
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = a;
+DEVICE AllClasses merge_block(const AllClassesOfThread& sums, AllClassesOfThread* scratch, const Transform<SOFTCAP>& transform) {
+  AllClassesOfThread all = merge_lanes<32>(sums, transform);
+  if (blockDim.x == 32) return all.partial;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = all;
   dev::sync_block();
-  if (threadIdx.x >= 32) return a;
+  if (threadIdx.x >= 32) return all.partial;
   const unsigned lane = threadIdx.x % kMaxWarps, warps = blockDim.x / 32;
-  a = lane < warps ? scratch[lane] : no_classes();
-  return merge_lanes<kMaxWarps>(a, a.largest, transform);
+  all = lane < warps ? scratch[lane] : AllClassesOfThread{no_classes(), -INFINITY};
+  return merge_lanes<kMaxWarps>(all, transform).partial;
 }
 
 // The elements of `group` of a reader, `beyond` for those beyond the row.

@@ -3,6 +3,7 @@
 //! One self-contained program: build it anywhere with `scripts/gpu-check.sh`, run it where the GPU is with
 //! `scripts/gpu-run.sh`. `--device cpu` runs the same checks on the CPU path, which rehearses the program itself.
 
+mod bad_values;
 mod cases;
 #[cfg(feature = "cuda")]
 mod device;

@@ -1,11 +1,12 @@
 //! Properties beside the values: the same bits every time, rows that do not see each other, huge offsets, bad input.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
+    bad_values,
     cases::{gaussian, values},
     report::Report,
 };
@@ -57,7 +58,7 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
     }
     report.holds("values that serve several rows", || shared_values(device));
     report.holds("no rows", || no_rows(device));
-    report.holds("bad values in tensors", || bad_values(device));
+    report.holds("bad values in tensors", || bad_values::check(device));
     report.holds("check_inputs passes good values", || {
         let inputs = Inputs::new(DType::BF16, 8, 1000, device)?;
         inputs
@@ -81,14 +82,14 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
     }
 }
 
-struct Inputs {
-    logits: Tensor,
-    targets: Tensor,
-    smoothing: Tensor,
+pub struct Inputs {
+    pub logits: Tensor,
+    pub targets: Tensor,
+    pub smoothing: Tensor,
 }
 
 impl Inputs {
-    fn new(dtype: DType, rows: usize, width: usize, device: &Device) -> Result<Self> {
+    pub fn new(dtype: DType, rows: usize, width: usize, device: &Device) -> Result<Self> {
         let mut rng = StdRng::seed_from_u64(width as u64);
         let logits: Vec<f32> = (0..rows * width)
             .map(|_| 2.0 * gaussian(&mut rng))
@@ -197,137 +198,6 @@ fn no_rows(device: &Device) -> Result<String> {
         values(&mean)?
     );
     Ok("loss 0 or empty, every reduction".into())
-}
-
-/// Bad values: with `check_inputs` the CPU's error, word for word; without, on CUDA, NaN in that row alone.
-fn bad_values(device: &Device) -> Result<String> {
-    let (rows, width, bad) = (6, 100, 3);
-    let cpu = Inputs::new(DType::F32, rows, width, &Device::Cpu)?;
-    let put = |values: &Tensor, value: f32| -> Result<Tensor> {
-        let mut all = values.to_vec1::<f32>()?;
-        all[bad] = value;
-        Ok(Tensor::new(all, &Device::Cpu)?)
-    };
-    let ones = Tensor::ones(rows, DType::F32, &Device::Cpu)?;
-    let target = |value: i64| -> Result<Tensor> {
-        let mut all: Vec<i64> = cpu
-            .targets
-            .to_vec1::<u32>()?
-            .into_iter()
-            .map(i64::from)
-            .collect();
-        all[bad] = value;
-        Ok(Tensor::new(all, &Device::Cpu)?)
-    };
-    let good_targets = cpu.targets.to_dtype(DType::I64)?;
-    let mut kinds = vec![];
-    for value in [100, 1 << 40, i64::MAX, -1, i64::MIN] {
-        kinds.push((
-            format!("target {value}"),
-            target(value)?,
-            cpu.smoothing.clone(),
-            ones.clone(),
-        ));
-    }
-    for value in [-0.5, 1.5, f32::NAN, f32::INFINITY] {
-        kinds.push((
-            format!("smoothing {value}"),
-            good_targets.clone(),
-            put(&cpu.smoothing, value)?,
-            ones.clone(),
-        ));
-    }
-    for value in [-1.0, f32::NAN, f32::INFINITY] {
-        kinds.push((
-            format!("weight {value}"),
-            good_targets.clone(),
-            cpu.smoothing.clone(),
-            put(&ones, value)?,
-        ));
-    }
-    let clean = cpu.loss(Reduction::None).row_weights(&ones);
-    let clean = on(device, &clean, &cpu.smoothing, &ones)?.loss_and_grad(
-        &cpu.logits.to_device(device)?,
-        &good_targets.to_device(device)?,
-    )?;
-    let (clean_loss, clean_grad) = (values(&clean.loss)?, values(&clean.grad)?);
-    for (kind, targets, smoothing, weights) in &kinds {
-        let base = CrossEntropy::new().reduction(Reduction::None);
-        let on_cpu = on(&Device::Cpu, &base, smoothing, weights)?.forward(&cpu.logits, targets);
-        let Err(expected) = on_cpu else {
-            bail!("{kind}: no error on the CPU")
-        };
-        let expected = message(&expected);
-        ensure!(
-            expected.contains(&format!("row {bad}")),
-            "{kind}: {expected}"
-        );
-        let (logits, targets) = (cpu.logits.to_device(device)?, targets.to_device(device)?);
-        let loss = on(device, &base, smoothing, weights)?;
-        let checked = loss.clone().check_inputs(true);
-        for (what, result) in [
-            ("forward", checked.forward(&logits, &targets).map(|_| ())),
-            (
-                "loss_and_grad",
-                checked.loss_and_grad(&logits, &targets).map(|_| ()),
-            ),
-            (
-                "loss_and_grad_inplace",
-                checked
-                    .loss_and_grad_inplace(logits.copy()?, &targets)
-                    .map(|_| ()),
-            ),
-        ] {
-            let Err(error) = result else {
-                bail!("{kind}: no error from {what} with check_inputs")
-            };
-            ensure!(
-                message(&error) == expected,
-                "{kind}: {what} says {:?} for {expected:?}",
-                message(&error)
-            );
-        }
-        if device.is_cuda() {
-            let result = loss.loss_and_grad(&logits, &targets)?;
-            for (i, value) in values(&result.loss)?.into_iter().enumerate() {
-                let right = if i == bad {
-                    value.is_nan()
-                } else {
-                    value.to_bits() == clean_loss[i].to_bits()
-                };
-                ensure!(right, "{kind}: loss of row {i} is {value}");
-            }
-            for (i, value) in values(&result.grad)?.into_iter().enumerate() {
-                let right = if i / width == bad {
-                    value.is_nan()
-                } else {
-                    value.to_bits() == clean_grad[i].to_bits()
-                };
-                ensure!(
-                    right,
-                    "{kind}: gradient of row {}, column {} is {value}",
-                    i / width,
-                    i % width
-                );
-            }
-        }
-    }
-    Ok(format!(
-        "{} kinds, the error names the row as the CPU's does",
-        kinds.len()
-    ))
-}
-
-fn on(
-    device: &Device,
-    loss: &CrossEntropy,
-    smoothing: &Tensor,
-    weights: &Tensor,
-) -> Result<CrossEntropy> {
-    Ok(loss
-        .clone()
-        .smoothing(smoothing.to_device(device)?)
-        .row_weights(&weights.to_device(device)?))
 }
 
 /// Without the backtrace that RUST_BACKTRACE adds.

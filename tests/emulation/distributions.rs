@@ -197,3 +197,108 @@ fn probabilities(p: &Problem, i: usize, kind: Kind, of: Element, rng: &mut StdRn
     }
     t
 }
+
+/// Few, that break with any term, bound or barrier.
+pub fn for_mutants() -> Vec<Problem> {
+    let (f32, bf16) = (Element::F32, Element::BF16);
+    let rows = menu();
+    let at = |mut p: Problem, offset: usize| {
+        (p.logits_view.offset, p.grad_view.offset) = (offset, offset);
+        p
+    };
+    let precise = Problem {
+        z_loss: 0.0,
+        ..distribution("precise", f32, 66, &rows, Form::Class, PRIOR)
+    };
+    let long = [
+        row(Kind::Shifted(-300.0), 0.1, 1.5),
+        row(Kind::Masked, 0.25, 1.0),
+        row(Kind::Rising, 0.1, 1.0),
+        row(Kind::Flat, 0.1, 1.0),
+        row(Kind::Confident, 0.0, 1.0),
+        row(Kind::Confident, 0.0, 1.0),
+    ];
+    let half = Form::Probabilities(Element::F16, 1);
+    let mut problems = vec![
+        at(
+            distribution("few", f32, 33, &rows, Form::TopK(12), ALL),
+            4,
+        ),
+        distribution("one with weights", bf16, 70, &rows, Form::Class, WEIGHTS),
+        precise,
+        distribution("entropy", f32, 9, &rows, Form::TopK(1), ENTROPY),
+        at(distribution("all", bf16, 66, &rows, half, ALL), 10),
+        at(
+            distribution("warps", bf16, 1501, &long, Form::TopK(300), ALL),
+            10,
+        ),
+        distribution("long", f32, 3599, &long, Form::Probabilities(bf16, 0), PRIOR),
+        distribution("whole words", bf16, 9001, &long, Form::Probabilities(f32, 0), ALL),
+    ];
+    problems[1].mean = true;
+    problems[5].mean = true;
+    let magnitudes = [
+        row(Kind::Far(1e38), 0.1, 0.5),
+        row(Kind::Lowest, 0.1, 1.0),
+        row(Kind::LowestTarget, 0.1, 1.0),
+    ];
+    let mut far = distribution("far", f32, 33, &magnitudes, Form::TopK(4), PRIOR);
+    (far.logit_scale, far.z_loss) = (1e30, 0.0);
+    problems.push(far);
+    problems.extend(bad());
+    problems
+}
+
+/// Bad values between good ones: of entries, of probabilities, of the classes.
+pub fn bad() -> Vec<Problem> {
+    let normal = [row(Kind::Normal, 0.1, 1.0); 8];
+    let element = Element::BF16;
+    let values = [-0.5, f32::NAN, f32::INFINITY];
+    let top_k = distribution("bad entries", element, 19, &normal, Form::TopK(3), ALL);
+    let mut entries = top_k.clone();
+    let Some(Distribution {
+        target: Target::TopK {
+            classes,
+            probabilities,
+            ..
+        },
+        entropy_weight: Eps::PerRow(weights),
+        ..
+    }) = &mut entries.distribution
+    else {
+        unreachable!("as asked for")
+    };
+    for (i, value) in values.into_iter().enumerate() {
+        (classes[3 * i + 4], probabilities[3 * i + 4]) = (2, value);
+    }
+    (classes[3 * 4], classes[3 * 5 + 1], weights[6]) = (19, -1, f32::NAN);
+    let mut problems = vec![entries];
+    for of in Element::ALL {
+        let form = Form::Probabilities(of, 0);
+        let mut p = distribution("bad probabilities", element, 600, &normal, form, NONE);
+        p.weights.as_mut().expect("a weight a row")[3] = 0.0;
+        let Some(Distribution {
+            target: Target::Probabilities { values: t, .. },
+            ..
+        }) = &mut p.distribution
+        else {
+            unreachable!("as asked for")
+        };
+        for (i, value) in values.into_iter().enumerate() {
+            t[600 * (i + 1) + 111 * i] = value;
+        }
+        p.logits[600 * 2 + 111] = f32::NEG_INFINITY;
+        problems.push(p);
+    }
+    let mut with = |change: &dyn Fn(&mut Distribution)| {
+        let mut p = top_k.clone();
+        change(p.distribution.as_mut().expect("one"));
+        problems.push(p);
+    };
+    for value in values {
+        with(&|d| d.class_weights.as_mut().expect("one")[18] = value);
+        with(&|d| d.prior.as_mut().expect("one")[4] = value);
+    }
+    with(&|d| d.prior.as_mut().expect("one").fill(0.0));
+    problems
+}

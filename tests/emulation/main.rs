@@ -23,7 +23,7 @@ use build::{Build, driver, self_test};
 use check::{Results, check, same_bits};
 use distributions::{ALL, ENTROPY, Form, NONE, PRIOR, WEIGHTS, distribution};
 use kernels::abi::{Element, Kernel};
-use problem::{Distribution, Eps, OnChip, Problem, Target, Tiles, View};
+use problem::{Eps, OnChip, Problem, Tiles, View};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 
 macro_rules! in_every_build {
@@ -630,6 +630,13 @@ fn distributions_of_long_rows(build: Build) {
             passes(&p, build);
         }
     }
+    // The target in any warp, p_y next to 1.
+    let sure = [0.0, 0.0, 0.0, 0.1].map(|eps| row(Kind::Confident, eps, 1.0));
+    for form in [Form::Class, Form::TopK(3)] {
+        let mut p = distribution("sure", Element::F32, 4099, &sure, form, WEIGHTS);
+        (p.z_loss, p.seeds) = (0.0, vec![0]);
+        passes(&p, build);
+    }
     let form = Form::TopK(33);
     let rows = &short_menu()[..2];
     let mut p = distribution("GPT-2", Element::BF16, 50257, rows, form, ALL);
@@ -714,61 +721,9 @@ fn distributions_of_every_magnitude(build: Build) {
 }
 
 fn bad_distributions_stay_in_their_row(build: Build) {
-    let normal = [row(Kind::Normal, 0.1, 1.0); 8];
-    let element = Element::BF16;
-    let bad = [-0.5, f32::NAN, f32::INFINITY];
-    let top_k = distribution("bad entries", element, 19, &normal, Form::TopK(3), ALL);
-    let mut p = top_k.clone();
-    let Some(Distribution {
-        target: Target::TopK {
-            classes,
-            probabilities,
-            ..
-        },
-        entropy_weight: Eps::PerRow(weights),
-        ..
-    }) = &mut p.distribution
-    else {
-        unreachable!("as asked for")
-    };
-    for (i, value) in bad.into_iter().enumerate() {
-        (classes[3 * i + 4], probabilities[3 * i + 4]) = (2, value);
+    for problem in distributions::bad() {
+        passes(&problem, build);
     }
-    (classes[3 * 4], classes[3 * 5 + 1], weights[6]) = (19, -1, f32::NAN);
-    passes(&p, build);
-
-    for of in Element::ALL {
-        let form = Form::Probabilities(of, 0);
-        let mut p = distribution("bad probabilities", element, 600, &normal, form, NONE);
-        p.weights.as_mut().expect("a weight a row")[3] = 0.0;
-        let Some(Distribution {
-            target: Target::Probabilities { values, .. },
-            ..
-        }) = &mut p.distribution
-        else {
-            unreachable!("as asked for")
-        };
-        for (i, value) in bad.into_iter().enumerate() {
-            values[600 * (i + 1) + 111 * i] = value;
-        }
-        p.logits[600 * 2 + 111] = f32::NEG_INFINITY;
-        passes(&p, build);
-    }
-
-    for value in bad {
-        let mut p = top_k.clone();
-        let distribution = p.distribution.as_mut().expect("one");
-        distribution.class_weights.as_mut().expect("one")[18] = value;
-        passes(&p, build);
-        let mut p = top_k.clone();
-        let distribution = p.distribution.as_mut().expect("one");
-        distribution.prior.as_mut().expect("one")[4] = value;
-        passes(&p, build);
-    }
-    let mut p = top_k;
-    let distribution = p.distribution.as_mut().expect("one");
-    distribution.prior.as_mut().expect("one").fill(0.0);
-    passes(&p, build);
 }
 
 #[test]
