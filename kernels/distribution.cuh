@@ -292,7 +292,7 @@ DEVICE float gradient_of_class(float x, bool is_largest, float t, float c, float
 }
 
 // For for_each_group_rolled; wrong for the largest class and for those that the target names.
-template <class T, bool SOFTCAP, bool SPECIAL> struct WriteDistribution {
+template <class T, bool SOFTCAP, bool SPECIAL, bool BESIDE> struct WriteDistribution {
   static constexpr int N = kGroup<T>;
 
   T* grad;
@@ -305,6 +305,7 @@ template <class T, bool SOFTCAP, bool SPECIAL> struct WriteDistribution {
   // What is subtracted of four classes, c*q.
   DEVICE void subtrahends(int four, float* q) const {
     UNROLL for (int k = 0; k < kFour; k++) q[k] = f.share;
+    if constexpr (!BESIDE) return;
     float v[kFour];
     if (beside.prior) {
       beside.read_prior(four, v);
@@ -346,13 +347,13 @@ template <class T, bool SOFTCAP, bool SPECIAL> struct WriteDistribution {
   }
 };
 
-template <class T, bool SOFTCAP, bool SPECIAL>
+template <class T, bool SOFTCAP, bool SPECIAL, bool BESIDE>
 DEVICE void write_classes(T* grad, const Params& p, uint64_t row, const T* x, const Stretch& stretch,
                           const DistributionFactors& f, const Transform<SOFTCAP>& transform) {
   const int lead = store_lead(grad);
   const RowReader<T> reader(x, stretch.classes, lead);
   const Beside beside(p, row, stretch, lead);
-  const WriteDistribution<T, SOFTCAP, SPECIAL> write = {grad, reader, stretch, beside, f, transform};
+  const WriteDistribution<T, SOFTCAP, SPECIAL, BESIDE> write = {grad, reader, stretch, beside, f, transform};
   const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
   for_each_group_rolled<T, true>(reader, groups, write);  // descending, as write_groups
 }
@@ -398,8 +399,9 @@ DEVICE void write_distribution(const Params& p, uint64_t row, const T* x, const 
   }
   for (unsigned j = threadIdx.x; j < p.entries; j += blockDim.x) named[j] = named_gradient(p, row, j, x, stretch, beside, f, transform);
   dev::sync_block();  // these logits were read
-  if (f.way == RowWay::kSpecial) write_classes<T, SOFTCAP, true>(grad, p, row, x, stretch, f, transform);
-  else write_classes<T, SOFTCAP, false>(grad, p, row, x, stretch, f, transform);
+  if (f.way == RowWay::kSpecial) write_classes<T, SOFTCAP, true, true>(grad, p, row, x, stretch, f, transform);
+  else if (beside.any()) write_classes<T, SOFTCAP, false, true>(grad, p, row, x, stretch, f, transform);
+  else write_classes<T, SOFTCAP, false, false>(grad, p, row, x, stretch, f, transform);
   dev::sync_block();  // the others' gradients are there
   if (threadIdx.x == 0 && largest.column >= 0 && largest.column < stretch.classes) grad[largest.column] = narrow_one<T>(largest.gradient);
   for (unsigned j = threadIdx.x; j < p.entries; j += blockDim.x) {

@@ -242,6 +242,8 @@ struct Beside {
     }
   }
 
+  DEVICE bool any() const { return weights || prior || target; }
+
   template <class P> DEVICE void read(const void* values, int four, float (&v)[kFour]) const {
     read_four(RowReader<P>(static_cast<const P*>(values), count, lead), four, v);
   }
@@ -304,13 +306,14 @@ template <class T, bool SOFTCAP> struct AddClasses {
       a.at = static_cast<unsigned>(group);
       UNROLL for (int k = N - 1; k >= 0; k--) replaced = x[k] == largest ? k : replaced;
     }
-    if (add<false>(x, four, replaced, before)) return;
+    // Where nothing stands beside the logits, as with a teacher's few classes, by a third fewer instructions.
+    if (beside.any() ? add<false, true>(x, four, replaced, before) : add<false, false>(x, four, replaced, before)) return;
     PATH("masked or far");
-    add<true>(x, four, replaced, before);
+    add<true, true>(x, four, replaced, before);
   }
 
-  // SPECIAL: some may be masked or far. Without, adds nothing and says so where some are.
-  template <bool SPECIAL> DEVICE bool add(const float (&x)[N], int four, int replaced, float before) const {
+  // SPECIAL: some may be masked or far. Without, adds nothing and says so where some are. BESIDE: something may stand beside.
+  template <bool SPECIAL, bool BESIDE> DEVICE bool add(const float (&x)[N], int four, int replaced, float before) const {
     AllClasses& a = sums.partial;
     float d[N], exp = 0.f, weighted = 0.f, squares = 0.f, linear = 0.f;
     unsigned classes = 0;
@@ -327,14 +330,15 @@ template <class T, bool SOFTCAP> struct AddClasses {
       squares = dev::fma(e, e, squares);
     }
     if (!SPECIAL && linear == -INFINITY) return false;
+    const bool has_weights = BESIDE && beside.weights, has_prior = BESIDE && beside.prior, has_target = BESIDE && beside.target;
     float own_exp[N];  // with the largest, without the one that takes its place
-    if (norm && (beside.prior || beside.target)) {
+    if (norm && (has_prior || has_target)) {
       UNROLL for (int k = 0; k < N; k++) own_exp[k] = !SPECIAL || x[k] != -INFINITY ? dev::exp2_approx(d[k]) : 0.f;
     }
     // From here on d is in `kUnit`s.
-    const bool has_values = beside.weights || beside.prior;
+    const bool has_values = has_weights || has_prior;
     linear = SPECIAL ? 0.f : linear * kUnit;
-    if (SPECIAL || has_values || beside.target) {
+    if (SPECIAL || has_values || has_target) {
       UNROLL for (int k = 0; k < N; k++) {
         d[k] = !SPECIAL ? d[k] * kUnit : x[k] != -INFINITY ? finite_units(x[k], a.largest, d[k], transform) : 0.f;
         if (SPECIAL) linear += d[k];
@@ -343,12 +347,12 @@ template <class T, bool SOFTCAP> struct AddClasses {
     float shares = static_cast<float>(classes), c[N], u[N];
     if (has_values) {
       shares = linear = 0.f;
-      if (beside.weights) beside.read_weights(four, c);
-      if (beside.prior) beside.read_prior(four, u);
+      if (has_weights) beside.read_weights(four, c);
+      if (has_prior) beside.read_prior(four, u);
       float prior = 0.f, prior_exp = 0.f, prior_squares = 0.f;
       UNROLL for (int k = 0; k < N; k++) {
         const bool counts = !SPECIAL || x[k] != -INFINITY;
-        if (beside.prior) {
+        if (has_prior) {
           u[k] = counts ? u[k] : 0.f;
           prior += u[k];
           if (norm) {
@@ -356,17 +360,17 @@ template <class T, bool SOFTCAP> struct AddClasses {
             prior_squares = dev::fma(u[k], u[k], prior_squares);
           }
         }
-        const float share = !beside.weights ? u[k] : !counts ? 0.f : beside.prior ? c[k] * u[k] : c[k];
+        const float share = !has_weights ? u[k] : !counts ? 0.f : has_prior ? c[k] * u[k] : c[k];
         shares += share;
         linear = dev::fma(share, d[k], linear);
       }
-      if (beside.prior) {
+      if (has_prior) {
         a.prior.add(prior);
         a.prior_exp += prior_exp;
         a.prior_squares += prior_squares;
       }
     }
-    if (beside.target) {
+    if (has_target) {
       float t[N];
       beside.read_target(four, t);
       float mass = 0.f, target_linear = 0.f, weighted_mass = 0.f, weighted_linear = 0.f, least = 0.f;
@@ -376,7 +380,7 @@ template <class T, bool SOFTCAP> struct AddClasses {
         least = t[k] < least ? t[k] : least;
         mass += t[k];
         target_linear = dev::fma(t[k], d[k], target_linear);
-        if (beside.weights) {
+        if (has_weights) {
           const float ct = c[k] * t[k];
           weighted_mass += ct;
           weighted_linear = dev::fma(ct, d[k], weighted_linear);
@@ -385,13 +389,13 @@ template <class T, bool SOFTCAP> struct AddClasses {
         if (norm && counts) {
           target_exp = dev::fma(t[k], own_exp[k], target_exp);
           target_squares = dev::fma(t[k], t[k], target_squares);
-          target_prior = beside.prior ? dev::fma(t[k], u[k], target_prior) : target_prior + t[k];
+          target_prior = has_prior ? dev::fma(t[k], u[k], target_prior) : target_prior + t[k];
         }
       }
       if (!(least >= 0.f && mass < INFINITY)) a.faults |= kBadProbability;
       a.target.add(mass);
       a.target_linear += target_linear;
-      if (beside.weights) {
+      if (has_weights) {
         a.weighted_target.add(weighted_mass);
         a.weighted_linear += weighted_linear;
       }
@@ -403,7 +407,8 @@ template <class T, bool SOFTCAP> struct AddClasses {
     a.weighted += weighted;
     a.squares += squares;
     a.classes += classes;
-    a.shares.add(shares);
+    if (has_values) a.shares.add(shares);
+    else a.shares.value += shares;
     a.shares_linear += linear;
     return true;
   }

@@ -230,9 +230,9 @@ impl Call {
         }
         let targets = match row_targets(targets, &shape, (vocab, width), rows)? {
             // Without entries every row is ignored.
-            Targets::TopK { classes, .. } if classes.dims() == [count, 0] => Targets::Classes(
-                Tensor::full(options.ignore_index, count, tensor.device())?,
-            ),
+            Targets::TopK { classes, .. } if classes.dims() == [count, 0] => {
+                Targets::Classes(Tensor::full(options.ignore_index, count, tensor.device())?)
+            }
             targets => targets,
         };
         let row_type = value_type(tensor);

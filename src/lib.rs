@@ -41,7 +41,6 @@
 //! ```
 //!
 //! Probabilities are used as they are and need not sum to 1. A probability above 0 of a masked class makes the loss +inf.
-//! On CUDA a row's target is one class so far, without these options: others are an error there.
 //!
 //! * ε is spread over all K classes, the target among them (PyTorch's convention).
 //! * A logit of −inf is a masked class: probability and gradient 0, no smoothing mass; K counts the others. A masked

@@ -82,14 +82,13 @@ enum TargetInputs<'a> {
 
 impl<'a> Inputs<'a> {
     pub fn of(call: &'a Call) -> Result<Self> {
-        let named = |classes: &'a Tensor, entries, probabilities: Option<&'a Tensor>| {
-            TargetInputs::Named {
+        let named =
+            |classes: &'a Tensor, entries, probabilities: Option<&'a Tensor>| TargetInputs::Named {
                 classes: OnDevice::of(classes),
                 are_i64: classes.dtype() == DType::I64,
                 entries,
                 probabilities: probabilities.map(OnDevice::of),
-            }
-        };
+            };
         Ok(Self {
             targets: match &call.targets {
                 Targets::Classes(classes) => named(classes, 1, None),

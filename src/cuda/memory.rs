@@ -67,7 +67,10 @@ pub(super) fn read_floats<'a>(
         CudaStorageSlice::F32(slice) => (Element::F32, launch.read(slice)),
         CudaStorageSlice::F16(slice) => (Element::F16, launch.read(slice)),
         CudaStorageSlice::BF16(slice) => (Element::BF16, launch.read(slice)),
-        _ => bail!("{argument}: {:?}, must be f32, f16 or bf16", storage.dtype()),
+        _ => bail!(
+            "{argument}: {:?}, must be f32, f16 or bf16",
+            storage.dtype()
+        ),
     })
 }
 

@@ -226,7 +226,10 @@ pub enum Kernel {
         softcap: bool,
     },
     /// Gradient of every row from its [`RowState`]; one block a row.
-    Backward { element: Element, softcap: bool },
+    Backward {
+        element: Element,
+        softcap: bool,
+    },
     /// Loss and gradient of every row; one block a row.
     Fused {
         element: Element,
@@ -245,9 +248,18 @@ pub enum Kernel {
         softcap: bool,
     },
     /// The first three for rows with any target distribution.
-    DistributionForward { element: Element, softcap: bool },
-    DistributionBackward { element: Element, softcap: bool },
-    DistributionFused { element: Element, softcap: bool },
+    DistributionForward {
+        element: Element,
+        softcap: bool,
+    },
+    DistributionBackward {
+        element: Element,
+        softcap: bool,
+    },
+    DistributionFused {
+        element: Element,
+        softcap: bool,
+    },
     /// Looks at the classes' values, [`ClassCheck`]; one block.
     Classes,
     /// Row losses to a scalar, or total weight; one block.

@@ -94,9 +94,7 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
             return Err(format!("classes: first_error is {got}, not {expected}"));
         }
     }
-    let weights = (0..p.rows())
-        .filter(|&i| !p.ignored(i))
-        .map(|i| p.count(i));
+    let weights = (0..p.rows()).filter(|&i| !p.ignored(i)).map(|i| p.count(i));
     let total_weight: f64 = weights
         .filter(|weight| (0.0..f64::INFINITY).contains(weight))
         .sum();

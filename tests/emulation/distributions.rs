@@ -151,13 +151,7 @@ pub fn distribution(
 }
 
 /// Entries of a row: its target and classes beside it, some twice, some absent; all absent where the row is ignored.
-fn entries(
-    p: &Problem,
-    i: usize,
-    kind: Kind,
-    k: usize,
-    rng: &mut StdRng,
-) -> (Vec<i64>, Vec<f32>) {
+fn entries(p: &Problem, i: usize, kind: Kind, k: usize, rng: &mut StdRng) -> (Vec<i64>, Vec<f32>) {
     let ignored = p.ignore_index();
     let mut classes = vec![p.targets[i]];
     let mut probabilities = vec![0.625];
@@ -220,10 +214,7 @@ pub fn for_mutants() -> Vec<Problem> {
     ];
     let half = Form::Probabilities(Element::F16, 1);
     let mut problems = vec![
-        at(
-            distribution("few", f32, 33, &rows, Form::TopK(12), ALL),
-            4,
-        ),
+        at(distribution("few", f32, 33, &rows, Form::TopK(12), ALL), 4),
         distribution("one with weights", bf16, 70, &rows, Form::Class, WEIGHTS),
         precise,
         distribution("entropy", f32, 9, &rows, Form::TopK(1), ENTROPY),
@@ -232,11 +223,26 @@ pub fn for_mutants() -> Vec<Problem> {
             distribution("warps", bf16, 1501, &long, Form::TopK(300), ALL),
             10,
         ),
-        distribution("long", f32, 3599, &long, Form::Probabilities(bf16, 0), PRIOR),
-        distribution("whole words", bf16, 9001, &long, Form::Probabilities(f32, 0), ALL),
+        distribution(
+            "long",
+            f32,
+            3599,
+            &long,
+            Form::Probabilities(bf16, 0),
+            PRIOR,
+        ),
+        distribution(
+            "whole words",
+            bf16,
+            9001,
+            &long,
+            Form::Probabilities(f32, 0),
+            ALL,
+        ),
     ];
     problems[1].mean = true;
     problems[5].mean = true;
+    problems.extend(sure());
     let magnitudes = [
         row(Kind::Far(1e38), 0.1, 0.5),
         row(Kind::Lowest, 0.1, 1.0),
@@ -249,6 +255,49 @@ pub fn for_mutants() -> Vec<Problem> {
     problems
 }
 
+/// p_y next to 1, and the target in any warp; what a thread's sum of probabilities would lose if it were a number.
+pub fn sure() -> Vec<Problem> {
+    let rows = [0.0, 0.0, 0.0, 0.1].map(|eps| row(Kind::Confident, eps, 1.0));
+    let alone = |p: Problem| Problem {
+        z_loss: 0.0,
+        seeds: vec![0],
+        ..p
+    };
+    let mut problems: Vec<Problem> = [Form::Class, Form::TopK(3)]
+        .map(|form| {
+            alone(distribution(
+                "sure",
+                Element::F32,
+                4099,
+                &rows,
+                form,
+                WEIGHTS,
+            ))
+        })
+        .into();
+    let (vocab, form) = (20_001, Form::Probabilities(Element::F32, 0));
+    let mut small = alone(distribution(
+        "lost",
+        Element::F32,
+        vocab,
+        &rows[..2],
+        form,
+        NONE,
+    ));
+    let targets = small.targets.clone();
+    if let Some(Target::Probabilities { values, .. }) =
+        small.distribution.as_mut().map(|d| &mut d.target)
+    {
+        // Four of them are less than half a unit in the last place of 1.
+        values.fill(1.4e-8);
+        for (row, target) in targets.into_iter().enumerate() {
+            values[row * vocab + target as usize] = 1.0;
+        }
+    }
+    problems.push(small);
+    problems
+}
+
 /// Bad values between good ones: of entries, of probabilities, of the classes.
 pub fn bad() -> Vec<Problem> {
     let normal = [row(Kind::Normal, 0.1, 1.0); 8];
@@ -257,11 +306,12 @@ pub fn bad() -> Vec<Problem> {
     let top_k = distribution("bad entries", element, 19, &normal, Form::TopK(3), ALL);
     let mut entries = top_k.clone();
     let Some(Distribution {
-        target: Target::TopK {
-            classes,
-            probabilities,
-            ..
-        },
+        target:
+            Target::TopK {
+                classes,
+                probabilities,
+                ..
+            },
         entropy_weight: Eps::PerRow(weights),
         ..
     }) = &mut entries.distribution
@@ -272,7 +322,22 @@ pub fn bad() -> Vec<Problem> {
         (classes[3 * i + 4], probabilities[3 * i + 4]) = (2, value);
     }
     (classes[3 * 4], classes[3 * 5 + 1], weights[6]) = (19, -1, f32::NAN);
-    let mut problems = vec![entries];
+    let bad_targets = [
+        row(Kind::Normal, 0.1, 1.0),
+        row(Kind::BadTarget, 0.1, 1.0),
+        row(Kind::BadTarget, 0.1, 1.0),
+    ];
+    let mut problems = vec![
+        entries,
+        distribution(
+            "bad targets",
+            element,
+            19,
+            &bad_targets,
+            Form::Class,
+            WEIGHTS,
+        ),
+    ];
     for of in Element::ALL {
         let form = Form::Probabilities(of, 0);
         let mut p = distribution("bad probabilities", element, 600, &normal, form, NONE);

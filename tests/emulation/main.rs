@@ -630,12 +630,8 @@ fn distributions_of_long_rows(build: Build) {
             passes(&p, build);
         }
     }
-    // The target in any warp, p_y next to 1.
-    let sure = [0.0, 0.0, 0.0, 0.1].map(|eps| row(Kind::Confident, eps, 1.0));
-    for form in [Form::Class, Form::TopK(3)] {
-        let mut p = distribution("sure", Element::F32, 4099, &sure, form, WEIGHTS);
-        (p.z_loss, p.seeds) = (0.0, vec![0]);
-        passes(&p, build);
+    for problem in distributions::sure() {
+        passes(&problem, build);
     }
     let form = Form::TopK(33);
     let rows = &short_menu()[..2];

@@ -208,7 +208,9 @@ impl Problem {
                 target: Target::Class,
                 class_weights: Some(weights),
                 ..
-            }) => usize::try_from(self.targets[i]).ok().and_then(|t| weights.get(t)),
+            }) => usize::try_from(self.targets[i])
+                .ok()
+                .and_then(|t| weights.get(t)),
             _ => None,
         };
         weight * of_class.map_or(1.0, |&c| f64::from(c))
@@ -260,7 +262,10 @@ impl Problem {
 
     /// How large what multiplies a row's probabilities may be: 1, or with class weights or one of the entropy more.
     pub fn magnitude(&self, i: usize) -> f64 {
-        let weights = self.distribution.as_ref().and_then(|d| d.class_weights.as_ref());
+        let weights = self
+            .distribution
+            .as_ref()
+            .and_then(|d| d.class_weights.as_ref());
         let largest = weights.into_iter().flatten().copied().fold(1.0, f32::max);
         f64::from(largest + self.entropy_weight(i).abs())
     }
@@ -317,7 +322,10 @@ impl Problem {
             Some(Target::Probabilities { .. }) => {
                 let row = |i: usize| match bad(i) {
                     true => vec![0.0; self.vocab],
-                    false => self.probabilities(i).expect("that is what they are").to_vec(),
+                    false => self
+                        .probabilities(i)
+                        .expect("that is what they are")
+                        .to_vec(),
                 };
                 let values = (0..rows).flat_map(row).collect::<Vec<f32>>();
                 Targets::from(Tensor::from_vec(values, (rows, self.vocab), cpu)?)

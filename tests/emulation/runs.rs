@@ -88,7 +88,12 @@ impl Runs {
         );
 
         let (run, plain_params) = row_outputs(&mut case, "forward", p, false, params);
-        launch(&mut case, forward_kernel(p, false, p.width), plain_params, run);
+        launch(
+            &mut case,
+            forward_kernel(p, false, p.width),
+            plain_params,
+            run,
+        );
 
         let reduced = case.poisoned("reduced", 4, 0);
         let reduce = Params {

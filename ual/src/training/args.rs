@@ -167,10 +167,6 @@ impl Args {
             (0.0..=max).contains(&mean),
             "--mean-smoothing is {mean}; it must be in [0, {max}], {max} being --max-smoothing"
         );
-        ensure!(
-            self.smoothing_prior == Prior::Even || self.device == "cpu",
-            "--smoothing-prior needs --device cpu: on CUDA smoothing is spread evenly"
-        );
         let (dim, twice_heads) = (self.dim, self.heads.saturating_mul(2));
         ensure!(
             dim > 0 && dim.is_multiple_of(twice_heads),

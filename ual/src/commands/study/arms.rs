@@ -74,8 +74,7 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Result<Vec<Arm<'a>>> {
         arms.push(control(WITHIN, |sample| sample.group)?);
     }
     let ual = plain(UAL, Method::Ual(setup::fit(train, args)?));
-    // On CUDA smoothing is spread evenly.
-    if args.smoothing_prior == Prior::Even && args.device == "cpu" {
+    if args.smoothing_prior == Prior::Even {
         arms.push(Arm {
             prior: Prior::Unigram,
             ..plain(UNIGRAM, ual.method.clone())
