@@ -865,6 +865,22 @@ fn problems_of_every_path() -> Vec<Problem> {
                 (problem.softcap, problem.seeds) = (softcap, vec![0]);
                 problems.push(problem);
             }
+            for (vocab, form, options, offsets) in [
+                (33, Form::TopK(40), ALL, [0, 0]),
+                (130, Form::Probabilities(Element::F32, 1), ALL, alike),
+                (130, Form::Probabilities(Element::F16, 3), ALL, differently),
+                (130, Form::Probabilities(Element::BF16, 0), PRIOR, [0, 8]),
+                (130, Form::Class, ENTROPY, differently),
+                (long, Form::TopK(1), NONE, [0, 0]),
+            ] {
+                let rows = distributions::menu();
+                let rows = if vocab < long { &rows } else { &short_menu() };
+                let mut problem = distribution("paths", element, vocab, rows, form, options);
+                [problem.logits_view.offset, problem.grad_view.offset] = offsets;
+                problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");
+                (problem.softcap, problem.seeds) = (softcap, vec![0]);
+                problems.push(problem);
+            }
         }
         let far = [
             row(Kind::Far(3e4), 0.1, 1.0),
@@ -875,6 +891,17 @@ fn problems_of_every_path() -> Vec<Problem> {
             z_loss: 0.0,
             seeds: vec![0],
             ..problem("far", element, 2100, &far)
+        };
+        problems.push(far);
+        let far = [
+            row(Kind::Far(3e4), 0.1, 1.0),
+            row(Kind::AllLowest, 0.1, 1.0),
+        ];
+        let far = Problem {
+            logit_scale: 1e4,
+            z_loss: 0.0,
+            seeds: vec![0],
+            ..distribution("far", element, 300, &far, Form::TopK(3), PRIOR)
         };
         problems.push(far);
     }
