@@ -5,6 +5,7 @@ runs at the speed of a copy:
     count-operations.py [--arch 90 …] [KERNEL …]    # a table; needs nvcc, ptxas and nvdisasm (cuda-toolchain.sh), no GPU
     count-operations.py --check                     # compares with operation-bounds.tsv: exit 1 where more, and for rules
     count-operations.py --update                    # writes today's counts there
+    count-operations.py --distributions             # of the kernels for any target distribution, option by option
     count-operations.py --self-test                 # needs nothing
 
 A warp's usual path is the longest one through the machine code that avoids what is rare (RARE below, by the source line
@@ -388,18 +389,86 @@ def faults(arch, kernel, code, sources):
         yield "the gradient's scale is waited for before the first copy starts"
 
 
-def disassemble(arch):
+def disassemble(arch, source=KERNELS / "cross_entropy.cu"):
     """By way of PTX: `nvcc -cubin` does not always give the same code, and what ptxas makes of a file is always the same."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = f"{folder}/kernels.ptx", f"{folder}/kernels.cubin"
         flags = [f"-arch=sm_{arch}", "-O3", "-lineinfo"]
-        subprocess.run(["nvcc", "-ptx", *flags, "-std=c++17", "-o", ptx, KERNELS / "cross_entropy.cu"], check=True)
+        subprocess.run(["nvcc", "-ptx", *flags, "-std=c++17", "-o", ptx, source], check=True)
         subprocess.run(["ptxas", *flags, "-o", cubin, ptx], check=True)
         return subprocess.run(["nvdisasm", "-c", "-gi", cubin], check=True, capture_output=True, text=True).stdout
 
 
-def kernel_sources():
-    return Sources({path.name: path.read_text() for path in KERNELS.iterdir() if path.suffix in (".cu", ".cuh")})
+def kernel_sources(folder=KERNELS):
+    return Sources({path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".cu", ".cuh")})
+
+
+# What may stand beside the logits of a row with any target distribution (kernels/distribution_sums.cuh): where the kernels ask
+# for it, what they ask, and the answers no and yes.
+BESIDE = {
+    "class weights": ("distribution_sums.cuh", "weights = p.class_weights ? p.class_weights + stretch.begin : nullptr;",
+                      "weights = nullptr;", "weights = p.class_weights + stretch.begin; __builtin_assume(weights != nullptr);"),
+    "prior": ("distribution_sums.cuh", "prior = p.prior ? p.prior + stretch.begin : nullptr;",
+              "prior = nullptr;", "prior = p.prior + stretch.begin; __builtin_assume(prior != nullptr);"),
+    "probabilities": ("distribution_sums.cuh", "    if (p.entries == 0) {\n      const", "    if (false) {\n      const",
+                      "    if (__builtin_assume(p.probabilities != nullptr); true) {\n      const"),
+    "norm": ("distribution.cuh", "const bool norm = p.grad_norm_sq;", "constexpr bool norm = false;", "constexpr bool norm = true;"),
+    "type": ("distribution_sums.cuh", "type = static_cast<FloatType>(p.probability_type);", "type = kBF16;", "type = kF32;"),
+}
+RARE_BESIDE = RARE + [
+    ("read_group", r"phase != 0|load_inside<P, false|beyond\)"),
+    ("load_straddling", r"."),
+    ("add_four", r"add<true|relate\(|before = |if \(largest|sums\.largest = |a\.at = |replaced = x"),
+    ("operator", r"const int i = start|if \(i >= 0"),
+    ("write_distribution", r"write_classes<T, SOFTCAP, true"),
+]
+
+
+def beside_counts(arch, present):
+    """Instructions of a warp a 16-byte group of bf16 logits, {sums, gradient}, aligned, nothing masked, in code compiled for
+    what is `present` alone, without the branches that choose."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for path in KERNELS.iterdir():
+            if path.suffix == ".cuh":
+                (folder / path.name).write_text(path.read_text())
+        for name, (file, question, no, yes) in BESIDE.items():
+            text = (folder / file).read_text()
+            assert text.count(question) == 1, question
+            (folder / file).write_text(text.replace(question, yes if name in present else no))
+        kernels = {"sums": "distribution_loss<bf16, false, false>", "gradient": "distribution_gradient<bf16, false>"}
+        bodies = [f"KERNEL void __launch_bounds__(256, 2) {name}(Params p) {{ {body}(p); }}" for name, body in kernels.items()]
+        source = folder / "alone.cu"
+        source.write_text("\n".join(['#include "distribution.cuh"', *bodies]))
+        listing, sources = disassemble(arch, source), kernel_sources(folder)
+    found = {}
+    for name, code in parse(listing).items():
+        path = set(code.path(sources, RARE_BESIDE))
+        for head, body in code.loops.items():
+            frames = code.block(head)[0][2]
+            own = any(sources.function.get(frame) == "for_each_group_rolled" for frame in frames)
+            inner = [other for at, other in code.loops.items() if at != head and other < body]
+            # The loop over the two halves of a group is passed twice.
+            here = [(2 if any(block in other for other in inner) else 1, code.block(block)) for block in body & path]
+            exponentials = sum(times * sum("MUFU.EX2" in text for _, text, _ in block) for times, block in here)
+            if own and exponentials >= 8:
+                found[name] = sum(times * len(block) for times, block in here)
+    return found
+
+
+def print_beside():
+    _, multiprocessors, clock, bandwidth = GPUS["H200"]
+    per_byte = 32 * 4 * multiprocessors * clock / bandwidth / 1000  # lane instructions
+    print(f"{'bf16, sm_90':<34}{'sums':>8}{'gradient':>10}{'bytes':>8}{'% of slots':>12}{'loss alone':>12}")
+    for name, present in [
+        ("nothing", []), ("class weights", ["class weights"]), ("prior", ["prior"]), ("both", ["class weights", "prior"]),
+        ("probabilities f32", ["probabilities", "type"]), ("probabilities bf16", ["probabilities"]),
+    ]:
+        count = beside_counts("90", present)
+        read = 2 + ("probabilities" in present) * (4 if "type" in present else 2)
+        share = [100 * instructions / 8 / (per_byte * moved) for instructions, moved in
+                 [(count["sums"] + count["gradient"], read + 2), (count["sums"], read)]]
+        print(f"{name:<34}{count['sums']:>8}{count['gradient']:>10}{read + 2:>8}{share[0]:>12.0f}{share[1]:>12.0f}")
 
 
 def read_table(path):
@@ -425,11 +494,14 @@ def main():
     parser.add_argument("--arch", action="append")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--distributions", action="store_true")
     parser.add_argument("--self-test", action="store_true")
     parser.add_argument("kernels", nargs="*")
     arguments = parser.parse_args()
     if arguments.self_test:
         return self_test()
+    if arguments.distributions:
+        return print_beside()
     archs = arguments.arch or (ARCHS if arguments.check or arguments.update else ["90"])
     sources, measured, complaints = kernel_sources(), {}, []
     with ThreadPoolExecutor(2) as pool:
@@ -438,7 +510,7 @@ def main():
                 if arguments.kernels and kernel not in arguments.kernels:
                     continue
                 complaints += [f"sm_{arch} {kernel}: {fault}" for fault in set(faults(arch, kernel, code, sources))]
-                if (arch in BOUNDED or not arguments.check) and "_f16" not in kernel and kernel != "ce_reduce":
+                if (arch in BOUNDED or not arguments.check) and not re.search("_f16|distribution|reduce|classes", kernel):
                     measured[arch, kernel] = counts(kernel, code, sources)
     if arguments.update:
         measured = {(arch, kernel): count for (arch, kernel), count in measured.items() if arch in BOUNDED}
