@@ -124,12 +124,20 @@ KERNEL void __launch_bounds__(1024) ce_classes(Params p) {
   dev::begin_kernel();
   SHARED_ARRAY(int, largest_of_warps, 32);
   constexpr int kBad = 0x7fffffff;  // finite numbers that are not negative have smaller bits, in the same order
+  constexpr int kAhead = 8;  // loads in flight: nothing but latency
   int largest = 0;
-  for (unsigned k = threadIdx.x; k < p.vocab; k += blockDim.x) {
-    const float c = p.class_weights ? p.class_weights[k] : 1.f, u = p.prior ? p.prior[k] : 1.f;
-    const bool good = c >= 0.f && c < INFINITY && u >= 0.f && u < INFINITY;
-    const int bits = good ? static_cast<int>(dev::bits_from_float(u + 0.f)) : kBad;
-    largest = bits > largest ? bits : largest;
+  for (unsigned first = threadIdx.x; first < p.vocab; first += kAhead * blockDim.x) {
+    float c[kAhead], u[kAhead];
+    UNROLL for (int i = 0; i < kAhead; i++) {
+      const unsigned k = first + i * blockDim.x;
+      c[i] = p.class_weights && k < p.vocab ? p.class_weights[k] : 1.f;
+      u[i] = p.prior && k < p.vocab ? p.prior[k] : p.prior ? 0.f : 1.f;
+    }
+    UNROLL for (int i = 0; i < kAhead; i++) {
+      const bool good = c[i] >= 0.f && c[i] < INFINITY && u[i] >= 0.f && u[i] < INFINITY;
+      const int bits = good ? static_cast<int>(dev::bits_from_float(u[i] + 0.f)) : kBad;
+      largest = bits > largest ? bits : largest;
+    }
   }
   largest = dev::reduce_max(largest);
   if (threadIdx.x % 32 == 0) largest_of_warps[threadIdx.x / 32] = largest;

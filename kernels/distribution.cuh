@@ -136,7 +136,7 @@ DEVICE float smoothed_part(float smoothing, float prior_mass) { return prior_mas
 template <bool SOFTCAP>
 DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, const DistributionInputs& in, const AllClasses& a,
                                              float top_probability, const Transform<SOFTCAP>& transform) {
-  const float largest = a.largest, reference = a.reference, rest = a.exp;
+  const float largest = a.largest, reference = a.reference, rest = a.exp.total();
   const float d_top = transform.exact(largest, largest, reference), e_top = dev::exp2_approx(d_top);
   const float sum = rest + e_top, inverse = 1.f / sum, log_sum = dev::log1p(rest / e_top);  // -log p of the largest
   const float log2_sum = dev::fma(kLog2E, log_sum, d_top);
@@ -149,7 +149,7 @@ DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, cons
   const Sum weighted = p.class_weights || p.entries != 0 ? a.weighted_target : a.target;
   const float weighted_linear = p.class_weights || p.entries != 0 ? a.weighted_linear : a.target_linear;
   // The mean of d over p, less that of the largest: of its own term nothing is left.
-  const float mean_less_top = dev::fma(-d_top, rest, a.weighted) * inverse;
+  const float mean_less_top = dev::fma(-d_top, rest, a.weighted.total()) * inverse;
 
   DistributionState state = {largest, log2_sum, inverse, a.classes, weighted, shares, prior.total(), mean_less_top + d_top,
                              -rest * inverse, static_cast<int>(a.at), bad ? 1u : 0u, {}};
@@ -169,7 +169,7 @@ DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, cons
   float loss = 0.f;
   // What has no weight counts nothing, even if it is infinite.
   if (in.smoothing != 1.f) loss = (1.f - in.smoothing) * surprisal(weighted.total(), weighted_linear);
-  if (part != 0.f) loss += surprisal(part * shares.total(), part * a.shares_linear);
+  if (part != 0.f) loss += surprisal(part * shares.total(), part * a.shares_linear.total());
   if (p.z_loss != 0.f) loss = dev::fma(p.z_loss * lse, lse, loss);
   if (in.entropy_weight != 0.f) loss = dev::fma(in.entropy_weight, entropy, loss);
   if (out_of_reach || empty) loss = INFINITY;

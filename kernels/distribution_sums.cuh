@@ -6,7 +6,8 @@
 #pragma once
 #include "row.cuh"
 
-// A sum of many numbers and what its steps lost: C - c*q of a class that has nearly all of C must keep its digits.
+// A sum of many numbers and what its steps lost: equal numbers round alike at each of a thread's hundreds of steps, and C - c*q
+// of a class that has nearly all of C must keep its digits.
 struct Sum {
   float value;
   float lost;
@@ -20,7 +21,8 @@ struct Sum {
     add(other.value);
     lost += other.lost;
   }
-  DEVICE float total() const { return value + lost; }
+  DEVICE void scale(float factor) { value *= factor, lost *= factor; }
+  DEVICE float total() const { return lost == lost ? value + lost : value; }  // of an infinite sum, NaN is lost
 };
 
 // Over the classes that are not masked, but for `target` and `weighted`, relative to `largest`: u of the prior, 1 if it is
@@ -29,8 +31,8 @@ struct alignas(16) AllClasses {
   float largest;
   float reference;
   // Over all but one class that has the largest logit, so that a probability near 1 keeps its digits, whatever the target.
-  float exp;       // sum of 2^d
-  float weighted;  // sum of d * 2^d
+  Sum exp;         // sum of 2^d
+  Sum weighted;    // sum of d * 2^d
   float squares;   // sum of 2^2d
   unsigned classes;
   unsigned at;     // as in Partial
@@ -39,7 +41,7 @@ struct alignas(16) AllClasses {
   Sum prior;       // sum of u
   Sum target;      // sum of t, of masked classes too
   Sum weighted_target;     // sum of c*t, likewise
-  float shares_linear;     // sums of the same with d, in `kUnit`s
+  Sum shares_linear;       // sums of the same with d, in `kUnit`s
   float target_linear;
   float weighted_linear;
   // For the norm of the gradient.
@@ -48,8 +50,9 @@ struct alignas(16) AllClasses {
   float target_exp;        // sum of t * 2^d
   float target_squares;
   float target_prior;      // sum of t * u
+  float unused;
 };
-static_assert(sizeof(AllClasses) == 96, "src/kernels/abi.rs has as many bytes");
+static_assert(sizeof(AllClasses) == 112, "src/kernels/abi.rs has as many bytes");
 
 enum Fault : unsigned { kOutOfReach = 1, kBadProbability = 2 };  // a masked class has a probability; one is none
 
@@ -60,7 +63,7 @@ DEVICE AllClasses no_classes() {
 }
 
 // 2^kNothing is 0, and so is its product with that.
-constexpr float kNothing = -0x1p100f;
+constexpr float kNothing = -1024.f;
 
 // d in `kUnit`s of a class that is not masked, no less than what a sum of nothing can be multiplied by.
 template <bool SOFTCAP> DEVICE float finite_units(float x, float largest, float d, const Transform<SOFTCAP>& transform) {
@@ -78,12 +81,14 @@ DEVICE void relate(AllClasses& a, float largest, float reference, const Transfor
       by = transform.exact(a.largest, largest, INFINITY);
     }
     const float units = finite_units(a.largest, largest, by, transform), factor = dev::exp2_approx(by);
-    a.shares_linear = dev::fma(a.shares.total(), units, a.shares_linear);
+    a.shares_linear.add(a.shares.total() * units);
     a.target_linear = dev::fma(a.target.total(), units, a.target_linear);
     a.weighted_linear = dev::fma(a.weighted_target.total(), units, a.weighted_linear);
-    a.weighted = factor == 0.f ? 0.f : dev::fma(by, a.exp, a.weighted) * factor;
+    if (factor == 0.f) a.weighted = {0.f, 0.f};
+    else a.weighted = {dev::fma(by, a.exp.value, a.weighted.value), dev::fma(by, a.exp.lost, a.weighted.lost)};
+    a.weighted.scale(factor);
     a.squares *= factor * factor;
-    a.exp *= factor;
+    a.exp.scale(factor);
     a.prior_exp *= factor;
     a.target_exp *= factor;
   }
@@ -95,8 +100,8 @@ DEVICE void relate(AllClasses& a, float largest, float reference, const Transfor
 template <bool SOFTCAP> DEVICE void add_left_out(AllClasses& a, float x, const Transform<SOFTCAP>& transform) {
   if (x == -INFINITY) return;
   const float d = transform.exact(x, a.largest, a.reference), e = dev::exp2_approx(d);
-  a.exp += e;
-  if (e > 0.f) a.weighted = dev::fma(d, e, a.weighted);
+  a.exp.add(e);
+  if (e > 0.f) a.weighted.add(d * e);
   a.squares = dev::fma(e, e, a.squares);
 }
 
@@ -373,16 +378,17 @@ template <class T, bool SOFTCAP> struct AddClasses {
     if (has_target) {
       float t[N];
       beside.read_target(four, t);
-      float mass = 0.f, target_linear = 0.f, weighted_mass = 0.f, weighted_linear = 0.f, least = 0.f;
+      Sum mass = {0.f, 0.f}, weighted_mass = {0.f, 0.f};
+      float target_linear = 0.f, weighted_linear = 0.f, least = 0.f;
       float target_exp = 0.f, target_squares = 0.f, target_prior = 0.f;
       UNROLL for (int k = 0; k < N; k++) {
         const bool counts = !SPECIAL || x[k] != -INFINITY;
         least = t[k] < least ? t[k] : least;
-        mass += t[k];
+        mass.add(t[k]);
         target_linear = dev::fma(t[k], d[k], target_linear);
         if (has_weights) {
           const float ct = c[k] * t[k];
-          weighted_mass += ct;
+          weighted_mass.add(ct);
           weighted_linear = dev::fma(ct, d[k], weighted_linear);
         }
         if (SPECIAL && !counts && t[k] > 0.f) a.faults |= kOutOfReach;
@@ -392,7 +398,7 @@ template <class T, bool SOFTCAP> struct AddClasses {
           target_prior = has_prior ? dev::fma(t[k], u[k], target_prior) : target_prior + t[k];
         }
       }
-      if (!(least >= 0.f && mass < INFINITY)) a.faults |= kBadProbability;
+      if (!(least >= 0.f && mass.value < INFINITY)) a.faults |= kBadProbability;
       a.target.add(mass);
       a.target_linear += target_linear;
       if (has_weights) {
@@ -403,13 +409,13 @@ template <class T, bool SOFTCAP> struct AddClasses {
       a.target_squares += target_squares;
       a.target_prior += target_prior;
     }
-    a.exp += exp;
-    a.weighted += weighted;
+    a.exp.add(exp);
+    a.weighted.add(weighted);
     a.squares += squares;
     a.classes += classes;
     if (has_values) a.shares.add(shares);
     else a.shares.value += shares;
-    a.shares_linear += linear;
+    a.shares_linear.add(linear);
     return true;
   }
 };

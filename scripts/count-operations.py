@@ -44,6 +44,7 @@ GPUS = {
 # (function, pattern of a line in it). A block of instructions most of which come from such lines, inlined or not.
 RARE = [
     ("check_inputs", r"kIgnored|kBad|first_error"),
+    ("report_bad_row", r"."),
     ("row_on_chip", r"in\.kind|filled\[0\]"),
     ("finish_unused_row", r"."),
     ("fill_gradient", r"."),

@@ -618,8 +618,7 @@ fn row_targets(
             with_shape(what, probabilities, &[k])?;
             Targets::TopK {
                 classes: classes(named, &[k])?,
-                probabilities: probabilities
-                    .detach()
+                probabilities: unshared(probabilities, tensor)?
                     .to_dtype(value_type(tensor))?
                     .contiguous()?
                     .reshape((count, k))?,
@@ -671,8 +670,7 @@ fn class_values(
         other => bail!("{argument}: shape {other:?}, must be [{vocab}], a value for each class"),
     }
     same_device(argument, values, rows)?;
-    values
-        .detach()
+    unshared(values, rows.1)?
         .narrow(0, 0, vocab)?
         .to_dtype(value_type(rows.1))?
         .contiguous()
@@ -696,6 +694,14 @@ fn same_device(argument: &str, tensor: &Tensor, (other, rows): (&str, &Tensor)) 
         );
     }
     Ok(())
+}
+
+/// The values, copied where they are a view of the logits: they must be read before these are locked, and overwritten, in place.
+fn unshared(values: &Tensor, logits: &Tensor) -> Result<Tensor> {
+    match shares_memory(values, logits) {
+        true => Ok(values.copy()?.detach()),
+        false => Ok(values.detach()),
+    }
 }
 
 fn shares_memory(a: &Tensor, b: &Tensor) -> bool {
@@ -722,13 +728,7 @@ fn row_values(
         );
     }
     same_device(argument, values, rows)?;
-    // A view of the logits must be read before they are locked, and overwritten, in place.
-    let values = if shares_memory(values, rows.1) {
-        values.copy()?
-    } else {
-        values.clone()
-    };
-    let original = values.detach();
+    let original = unshared(values, rows.1)?;
     let Ok(values) = original.broadcast_as(shape) else {
         bail!(
             "{argument}: shape {:?}, must be broadcastable to the targets' shape {shape:?}",

@@ -77,7 +77,8 @@ impl Given {
                 if let Some(weights) = &class_weights {
                     let weights = values(weights)?;
                     for (count, &t) in counts.iter_mut().zip(&of_rows) {
-                        *count *= usize::try_from(t).map_or(1.0, |t| weights.get(t).map_or(1.0, |c| *c));
+                        *count *=
+                            usize::try_from(t).map_or(1.0, |t| weights.get(t).map_or(1.0, |c| *c));
                     }
                 }
                 classes.into()

@@ -149,9 +149,11 @@ fn is_for_sm_90(
 }
 
 fn allow_shared_memory(function: &CudaFunction, gpu: &Gpu) -> std::result::Result<(), DriverError> {
+    // The driver refuses more than what the function's own leaves.
+    let own = function.get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
     function.set_attribute(
         FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-        gpu.most_dynamic_shared() as i32,
+        gpu.shared_per_block as i32 - own,
     )
 }
 

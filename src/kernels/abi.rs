@@ -46,7 +46,7 @@ pub struct Running(pub [u32; 12]);
 /// [`Running`] of a row with any target distribution: the bytes of `AllClasses` in kernels/distribution.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-pub struct DistributionRunning(pub [u32; 24]);
+pub struct DistributionRunning(pub [u32; 28]);
 
 /// A logit's gradient that is written once the others of its row are.
 #[repr(C)]

@@ -95,7 +95,7 @@ pub const ON_CHIP_THREADS: u32 = 256;
 const ON_CHIP_HEADER: usize = 640;
 const STATIC_SHARED: usize = 384;
 /// The same of the fused kernel for any target distribution.
-const DISTRIBUTION_STATIC_SHARED: usize = 1024;
+const DISTRIBUTION_STATIC_SHARED: usize = 1280;
 /// So many blocks a multiprocessor overlap the loads, the arithmetic and the stores of different rows.
 pub const BLOCKS_A_MULTIPROCESSOR: usize = 3;
 /// Sizes of clusters that are no powers of two, for rows whose slices then still fit so often.

@@ -340,6 +340,39 @@ fn rows_that_are_nan() {
     }
 }
 
+/// Of the type that the loss computes in, so that no conversion copies them.
+#[test]
+fn values_that_are_views_of_the_logits() {
+    let (rows, vocab) = (3, 7);
+    let all = || {
+        tensor(
+            (0..6 * vocab).map(|k| 0.125 * (k % 5) as f64).collect(),
+            &[6, vocab],
+            DType::F64,
+        )
+    };
+    let apart = all();
+    let loss = |last: &Tensor| {
+        CrossEntropy::new()
+            .smoothing(0.25)
+            .class_weights(&last.get(1).unwrap())
+            .smoothing_prior(&last.get(2).unwrap())
+    };
+    let classes = Tensor::new(&[[1u32, 2], [3, 4], [0, 6]], CPU).unwrap();
+    let few = |last: &Tensor| Targets::top_k(&classes, &last.narrow(1, 0, 2).unwrap());
+    let views = all();
+    let logits = views.narrow(0, 0, rows).unwrap();
+    let last = views.narrow(0, rows, rows).unwrap();
+    let expected = loss(&apart.narrow(0, rows, rows).unwrap())
+        .loss_and_grad(&logits, few(&apart.narrow(0, rows, rows).unwrap()))
+        .unwrap();
+    let got = loss(&last)
+        .loss_and_grad_inplace(logits, few(&last))
+        .unwrap();
+    assert_same(&got, &expected);
+    assert_eq!(values(&last), values(&apart.narrow(0, rows, rows).unwrap()));
+}
+
 /// Rows without entries are ignored, whatever stands beside them: loss, gradient, statistics, the mean.
 #[test]
 fn rows_without_entries() {
