@@ -166,25 +166,32 @@ KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
   SHARED_ARRAY(double, losses, 32);
   SHARED_ARRAY(double, weights, 32);
   double loss = 0.0, weight = 0.0;
-  constexpr int kAhead = 4;  // rows whose loads are in flight: this kernel is nothing but latency
   const bool one_class = p.entries == 1 && !p.probabilities;
-  for (uint64_t first = threadIdx.x; first < p.rows; first += kAhead * blockDim.x) {
-    long long target[kAhead];
-    float w[kAhead], l[kAhead];
-    UNROLL for (int u = 0; u < kAhead; u++) {
-      const uint64_t row = first + u * blockDim.x;
-      if (row >= p.rows) target[u] = p.ignore_index;
-      else if (p.entries == 1) target[u] = read_target(p, row);
-      else target[u] = p.entries == 0 ? !p.ignore_index : first_named_class(p, row);
-      w[u] = row < p.rows && p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f;
-      l[u] = row < p.rows && p.reduced ? p.loss[row] : 0.f;
+  const auto add = [&](long long target, float w, float l) {
+    if (target == p.ignore_index) return;
+    const bool has_weight = one_class && p.class_weights && target >= 0 && target < static_cast<long long>(p.vocab);
+    if (has_weight) w *= p.class_weights[target];
+    if (w >= 0.f && w < INFINITY) weight += w;
+    loss += l;
+  };
+  const auto weight_of = [&](uint64_t row) { return p.weights ? p.weights[row_offset<unsigned>(p.weight_rows, row)] : 1.f; };
+  const auto loss_of = [&](uint64_t row) { return p.reduced ? p.loss[row] : 0.f; };
+  if (p.entries == 1) {
+    constexpr int kAhead = 4;  // rows whose loads are in flight: this kernel is nothing but latency
+    for (uint64_t first = threadIdx.x; first < p.rows; first += kAhead * blockDim.x) {
+      long long target[kAhead];
+      float w[kAhead], l[kAhead];
+      UNROLL for (int u = 0; u < kAhead; u++) {
+        const uint64_t row = first + u * blockDim.x;
+        target[u] = row < p.rows ? read_target(p, row) : p.ignore_index;
+        w[u] = row < p.rows ? weight_of(row) : 1.f;
+        l[u] = row < p.rows ? loss_of(row) : 0.f;
+      }
+      UNROLL for (int u = 0; u < kAhead; u++) add(target[u], w[u], l[u]);
     }
-    UNROLL for (int u = 0; u < kAhead; u++) {
-      if (target[u] == p.ignore_index) continue;
-      const bool has_weight = one_class && p.class_weights && target[u] >= 0 && target[u] < static_cast<long long>(p.vocab);
-      if (has_weight) w[u] *= p.class_weights[target[u]];
-      if (w[u] >= 0.f && w[u] < INFINITY) weight += w[u];
-      loss += l[u];
+  } else {
+    for (uint64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
+      add(p.entries == 0 ? !p.ignore_index : first_named_class(p, row), weight_of(row), loss_of(row));
     }
   }
   UNROLL for (int lane = 16; lane > 0; lane >>= 1) {

@@ -95,7 +95,7 @@ DEVICE AllClasses sum_distribution(const Params& p, uint64_t row, const T* x, co
   const RowReader<T> reader(x, stretch.classes, 0);
   const Beside beside(p, row, stretch, 0);
   const AddClasses<T, SOFTCAP> add = {sums, beside, norm, transform};
-  for_each_group_rolled<T, false>(reader, (stretch.classes + kGroup<T> - 1) / kGroup<T>, add);
+  for_each_group_rolled<T, false, SOFTCAP>(reader, (stretch.classes + kGroup<T> - 1) / kGroup<T>, add);
   add_named(p, row, x, stretch, sums, beside, norm, transform);
   return merge_block(sums, scratch, transform);
 }
@@ -169,7 +169,7 @@ DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, cons
   float loss = 0.f;
   // What has no weight counts nothing, even if it is infinite.
   if (in.smoothing != 1.f) loss = (1.f - in.smoothing) * surprisal(weighted.total(), weighted_linear);
-  if (part != 0.f) loss += surprisal(part * shares.total(), part * a.shares_linear.total());
+  if (part != 0.f) loss += surprisal(part * shares.total(), part * a.shares_linear);
   if (p.z_loss != 0.f) loss = dev::fma(p.z_loss * lse, lse, loss);
   if (in.entropy_weight != 0.f) loss = dev::fma(in.entropy_weight, entropy, loss);
   if (out_of_reach || empty) loss = INFINITY;
@@ -355,7 +355,7 @@ DEVICE void write_classes(T* grad, const Params& p, uint64_t row, const T* x, co
   const Beside beside(p, row, stretch, lead);
   const WriteDistribution<T, SOFTCAP, SPECIAL, BESIDE> write = {grad, reader, stretch, beside, f, transform};
   const int groups = (stretch.width + lead + kGroup<T> - 1) / kGroup<T>;
-  for_each_group_rolled<T, true>(reader, groups, write);  // descending, as write_groups
+  for_each_group_rolled<T, true, SOFTCAP>(reader, groups, write);  // descending, as write_groups
 }
 
 // The gradient of entry `j`'s class, if that is in the stretch at `x`, is not the largest and no earlier entry names it.

@@ -22,7 +22,7 @@ struct Sum {
     lost += other.lost;
   }
   DEVICE void scale(float factor) { value *= factor, lost *= factor; }
-  DEVICE float total() const { return lost == lost ? value + lost : value; }  // of an infinite sum, NaN is lost
+  DEVICE float total() const { return value + lost; }
 };
 
 // Over the classes that are not masked, but for `target` and `weighted`, relative to `largest`: u of the prior, 1 if it is
@@ -41,7 +41,7 @@ struct alignas(16) AllClasses {
   Sum prior;       // sum of u
   Sum target;      // sum of t, of masked classes too
   Sum weighted_target;     // sum of c*t, likewise
-  Sum shares_linear;       // sums of the same with d, in `kUnit`s
+  float shares_linear;     // sums of the same with d, in `kUnit`s
   float target_linear;
   float weighted_linear;
   // For the norm of the gradient.
@@ -50,7 +50,7 @@ struct alignas(16) AllClasses {
   float target_exp;        // sum of t * 2^d
   float target_squares;
   float target_prior;      // sum of t * u
-  float unused;
+  float unused[2];
 };
 static_assert(sizeof(AllClasses) == 112, "src/kernels/abi.rs has as many bytes");
 
@@ -81,7 +81,7 @@ DEVICE void relate(AllClasses& a, float largest, float reference, const Transfor
       by = transform.exact(a.largest, largest, INFINITY);
     }
     const float units = finite_units(a.largest, largest, by, transform), factor = dev::exp2_approx(by);
-    a.shares_linear.add(a.shares.total() * units);
+    a.shares_linear = dev::fma(a.shares.total(), units, a.shares_linear);
     a.target_linear = dev::fma(a.target.total(), units, a.target_linear);
     a.weighted_linear = dev::fma(a.weighted_target.total(), units, a.weighted_linear);
     if (factor == 0.f) a.weighted = {0.f, 0.f};
@@ -198,11 +198,18 @@ template <class P> DEVICE uint4 read_group(const RowReader<P>& reader, int group
   return v[0];
 }
 
-// Calls use(v, group) for this thread's groups, in ascending or descending order. So many are loaded ahead; of `use` there is
-// one copy, where for_each_group has eight: it is so long that the loop costs nothing, and compilers would take minutes.
-template <class T, bool DESCENDING, class Use>
+// Groups that a thread loads ahead: what the registers leave, fewer for a softcap.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <bool SOFTCAP> constexpr int kGroupsAhead = SOFTCAP ? 1 : 2;
+#else
+template <bool SOFTCAP> constexpr int kGroupsAhead = SOFTCAP ? 2 : 4;
+#endif
+
+// Calls use(v, group) for this thread's groups, in ascending or descending order, of which some are loaded ahead. Of `use` there is one copy, where for_each_group has eight: it is so long that the loop
+// costs nothing, and compilers would take minutes.
+template <class T, bool DESCENDING, bool SOFTCAP, class Use>
 DEVICE void for_each_group_rolled(const RowReader<T>& reader, int groups, const Use& use) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = kGroupsAhead<SOFTCAP>;
   const int threads = static_cast<int>(blockDim.x);
   uint4 ahead[kAhead] = {};
   ROLLED for (int next = static_cast<int>(threadIdx.x); next - kAhead * threads < groups; next += threads) {
@@ -415,7 +422,7 @@ template <class T, bool SOFTCAP> struct AddClasses {
     a.classes += classes;
     if (has_values) a.shares.add(shares);
     else a.shares.value += shares;
-    a.shares_linear.add(linear);
+    a.shares_linear += linear;
     return true;
   }
 };
