@@ -305,5 +305,5 @@ fn free_bytes(device: &Device) -> Result<usize> {
 
 #[cfg(not(feature = "cuda"))]
 fn free_bytes(_: &Device) -> Result<usize> {
-    bail!("built without the feature cuda")
+    anyhow::bail!("built without the feature cuda")
 }
