@@ -1,8 +1,8 @@
 // Sums over a row with any target distribution, and their merge. The twin of partial.cuh, which has one class a row.
 //
 // What may stand beside a logit, weights and a prior of the classes and a probability for each, is a null pointer where it
-// does not: a branch that all threads of a launch take alike, for each group of logits. Compiled apart they would be twelve
-// kernels where there is one, and none would be faster by more than a branch in a hundred instructions.
+// does not: a branch that all threads of a launch take alike, for each group of logits. docs/performance.md says why, and what
+// is compiled apart.
 #pragma once
 #include "row.cuh"
 
@@ -318,7 +318,7 @@ template <class T, bool SOFTCAP> struct AddClasses {
       a.at = static_cast<unsigned>(group);
       UNROLL for (int k = N - 1; k >= 0; k--) replaced = x[k] == largest ? k : replaced;
     }
-    // Where nothing stands beside the logits, as with a teacher's few classes, by a third fewer instructions.
+    // Where nothing stands beside the logits, as with a teacher's few classes, a third fewer instructions.
     if (beside.any() ? add<false, true>(x, four, replaced, before) : add<false, false>(x, four, replaced, before)) return;
     PATH("masked or far");
     add<true, true>(x, four, replaced, before);

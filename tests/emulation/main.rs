@@ -563,6 +563,11 @@ fn a_row_has_the_same_bits_anywhere(build: Build) {
 
 /// Every form of target with every option, at sizes about 16 bytes and a warp's vectors.
 fn distributions_at_every_small_size(build: Build) {
+    // What sanitizers see of a row of a few classes they see of a longer one.
+    let (skipped, seeds) = match build {
+        Build::Plain => (0, vec![0, 1]),
+        _ => (5, vec![1]),
+    };
     for element in Element::ALL {
         let forms = [
             Form::Class,
@@ -574,7 +579,7 @@ fn distributions_at_every_small_size(build: Build) {
             Form::Probabilities(Element::BF16, 3),
         ];
         for form in forms {
-            for (vocab, options) in [
+            for &(vocab, options) in &[
                 (1, NONE),
                 (2, ALL),
                 (7, PRIOR),
@@ -584,14 +589,15 @@ fn distributions_at_every_small_size(build: Build) {
                 (33, NONE),
                 (65, PRIOR),
                 (66, ALL),
-            ] {
+            ][skipped..]
+            {
                 let rows = distributions::menu();
                 let mut p = distribution("distributions", element, vocab, &rows, form, options);
                 let size = element.size();
                 p.logits_view.offset = vocab % 5 * size % 16;
                 p.grad_view.offset = vocab % 3 * size % 16;
                 p.softcap = (vocab % 4 == 2).then_some(30.0);
-                p.seeds = vec![0, 1];
+                p.seeds = seeds.clone();
                 p.mean = vocab % 2 == 1;
                 passes(&p, build);
             }
