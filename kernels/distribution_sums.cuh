@@ -121,7 +121,7 @@ struct Add {
   DEVICE void operator()(Sum& x, const Sum& y) const { x.add(y); }
 };
 
-// Adds another lane's, which adds this one's: both get the same bits.
+// Adds another lane's, which adds this one's.
 struct AddOfLane {
   int mask;
 
@@ -205,8 +205,8 @@ template <bool SOFTCAP> constexpr int kGroupsAhead = SOFTCAP ? 1 : 2;
 template <bool SOFTCAP> constexpr int kGroupsAhead = SOFTCAP ? 2 : 4;
 #endif
 
-// Calls use(v, group) for this thread's groups, in ascending or descending order, of which some are loaded ahead. Of `use` there is one copy, where for_each_group has eight: it is so long that the loop
-// costs nothing, and compilers would take minutes.
+// Calls use(v, group) for this thread's groups, in ascending or descending order, of which some are loaded ahead. Of `use` there
+// is one copy, where for_each_group has eight: it is so long that the loop costs nothing, and compilers would take minutes.
 template <class T, bool DESCENDING, bool SOFTCAP, class Use>
 DEVICE void for_each_group_rolled(const RowReader<T>& reader, int groups, const Use& use) {
   constexpr int kAhead = kGroupsAhead<SOFTCAP>;

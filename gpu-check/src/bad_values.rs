@@ -8,6 +8,7 @@ use candle_cross_entropy::{CrossEntropy, Reduction, Targets};
 use crate::{
     cases::values,
     properties::{Inputs, message},
+    targets::targets_on,
 };
 
 const ROWS: usize = 6;
@@ -41,18 +42,7 @@ impl Given {
         if let Some(prior) = &self.prior {
             loss = loss.smoothing_prior(&prior.to_device(device)?);
         }
-        let targets = match &self.targets {
-            Targets::Classes(classes) => Targets::from(classes.to_device(device)?),
-            Targets::Probabilities(values) => Targets::from(values.to_device(device)?),
-            Targets::TopK {
-                classes,
-                probabilities,
-            } => Targets::top_k(
-                &classes.to_device(device)?,
-                &probabilities.to_device(device)?,
-            ),
-        };
-        Ok((loss, targets))
+        Ok((loss, targets_on(&self.targets, device)?))
     }
 }
 

@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
     report::{Report, Worst},
-    targets::{Distribution, Form, Given},
+    targets::{Distribution, Form, Given, targets_on},
 };
 
 /// Row lengths, padding not counted, each with its reason.
@@ -386,7 +386,7 @@ impl Case {
             .loss_on(&Device::Cpu)?
             .reference(&self.logits, &self.given.targets)?;
         let loss = self.loss_on(device)?;
-        let targets = self.given.targets_on(device)?;
+        let targets = targets_on(&self.given.targets, device)?;
         let (batch, time, width) = self.logits.dims3()?;
         let dtype = self.logits.dtype();
         let mut worst = Worst::default();

@@ -137,18 +137,18 @@ impl Given {
         }
         Ok(loss)
     }
+}
 
-    pub fn targets_on(&self, device: &Device) -> Result<Targets> {
-        Ok(match &self.targets {
-            Targets::Classes(classes) => Targets::Classes(classes.to_device(device)?),
-            Targets::Probabilities(values) => Targets::Probabilities(values.to_device(device)?),
-            Targets::TopK {
-                classes,
-                probabilities,
-            } => Targets::TopK {
-                classes: classes.to_device(device)?,
-                probabilities: probabilities.to_device(device)?,
-            },
-        })
-    }
+pub fn targets_on(targets: &Targets, device: &Device) -> Result<Targets> {
+    Ok(match targets {
+        Targets::Classes(classes) => Targets::Classes(classes.to_device(device)?),
+        Targets::Probabilities(values) => Targets::Probabilities(values.to_device(device)?),
+        Targets::TopK {
+            classes,
+            probabilities,
+        } => Targets::TopK {
+            classes: classes.to_device(device)?,
+            probabilities: probabilities.to_device(device)?,
+        },
+    })
 }

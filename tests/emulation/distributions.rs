@@ -4,9 +4,11 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
     problem::{Distribution, Eps, Problem, Target, View, round},
-    rows::{Kind, Row, problem, row},
+    rows::{Kind, Row, menu, problem, row},
 };
 use crate::kernels::abi::Element;
+
+const NORMAL: Row = row(Kind::Normal, 0.1, 1.0);
 
 /// What a row's target is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,32 +51,6 @@ pub const ALL: Options = Options {
     entropy: true,
 };
 
-/// Every rule of a row that depends on its target. Ignored rows are first and last, where the target can be.
-pub fn menu() -> Vec<Row> {
-    use Kind::*;
-    vec![
-        row(Ignored, 0.1, 1.0),
-        row(Normal, 0.1, 1.0),
-        row(Shifted(-300.0), 0.3, 0.5),
-        row(Shifted(200.0), 0.0, 2.0),
-        row(Normal, 1.0, 1.25),
-        row(Masked, 0.0, 1.0),
-        row(Masked, 0.2, 1.0),
-        row(MaskedTarget, 0.1, 3.0),
-        row(AllMasked, 0.1, 1.0),
-        row(Nan, 0.1, 1.0),
-        row(Infinite, 0.0, 1.0),
-        row(Confident, 0.0, 1.0),
-        row(Confident, 0.1, 1.0),
-        row(Flat, 0.05, 1.0),
-        row(Spread, 0.05, 1.0),
-        row(Rising, 0.1, 1.0),
-        row(Normal, 0.1, 0.0),
-        row(MaskedTarget, 0.1, 0.0),
-        row(Ignored, f32::NAN, f32::NAN),
-    ]
-}
-
 /// [`problem`] with targets and options of these kinds.
 pub fn distribution(
     name: &str,
@@ -88,7 +64,7 @@ pub fn distribution(
     if matches!(form, Form::Probabilities(..)) {
         // None is ignored.
         for row in rows.iter_mut().filter(|row| row.kind == Kind::Ignored) {
-            *row = super::rows::row(Kind::Normal, 0.1, 1.0);
+            *row = NORMAL;
         }
     }
     let mut p = problem(name, element, vocab, &rows);
@@ -300,7 +276,7 @@ pub fn sure() -> Vec<Problem> {
 
 /// Bad values between good ones: of entries, of probabilities, of the classes.
 pub fn bad() -> Vec<Problem> {
-    let normal = [row(Kind::Normal, 0.1, 1.0); 8];
+    let normal = [NORMAL; 8];
     let element = Element::BF16;
     let values = [-0.5, f32::NAN, f32::INFINITY];
     let top_k = distribution("bad entries", element, 19, &normal, Form::TopK(3), ALL);

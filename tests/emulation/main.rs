@@ -130,6 +130,14 @@ fn softcap(build: Build) {
     }
 }
 
+/// Deviations near a type's limits.
+fn far(element: Element) -> [f32; 2] {
+    match element {
+        Element::F16 => [3e4, 1e-4],
+        _ => [1e10, 1e38],
+    }
+}
+
 /// Logits up to the types' limits, under scales and softcaps from small to large.
 fn every_magnitude(build: Build) {
     let rows = |far: [f32; 2]| {
@@ -146,10 +154,6 @@ fn every_magnitude(build: Build) {
         ]
     };
     for element in Element::ALL {
-        let far = match element {
-            Element::F16 => [3e4, 1e-4],
-            _ => [1e10, 1e38],
-        };
         for (vocab, scale, softcap) in [
             (3, 0.7, None),
             (33, 1.0, None),
@@ -162,7 +166,7 @@ fn every_magnitude(build: Build) {
             (9, 1e30, Some(2.0)),
             (1100, 0.5, None),
         ] {
-            let mut problem = problem("magnitudes", element, vocab, &rows(far));
+            let mut problem = problem("magnitudes", element, vocab, &rows(far(element)));
             problem.name += &format!(", scale {scale}, softcap {softcap:?}");
             (problem.logit_scale, problem.softcap, problem.z_loss) = (scale, softcap, 0.0);
             passes(&problem, build);
@@ -591,7 +595,7 @@ fn distributions_at_every_small_size(build: Build) {
                 (66, ALL),
             ][skipped..]
             {
-                let rows = distributions::menu();
+                let rows = menu();
                 let mut p = distribution("distributions", element, vocab, &rows, form, options);
                 let size = element.size();
                 p.logits_view.offset = vocab % 5 * size % 16;
@@ -603,7 +607,7 @@ fn distributions_at_every_small_size(build: Build) {
             }
         }
         // Targets of 32 bits, a value for all rows, padding.
-        let rows = distributions::menu();
+        let rows = menu();
         let mut p = distribution("u32", element, 41, &rows, Form::Class, ENTROPY);
         p.targets_are_i64 = false;
         let wide = |t: &mut i64| *t = if *t < 0 { i64::from(u32::MAX) } else { *t };
@@ -656,7 +660,7 @@ fn distributions_in_tiles(build: Build) {
             (Form::Probabilities(Element::F32, 1), ALL),
             (Form::Probabilities(Element::BF16, 0), PRIOR),
         ] {
-            let rows = distributions::menu();
+            let rows = menu();
             let shapes = [(1, 1), (2, 7), (24, 33), (5, 70)];
             let mut p = distribution("tiles", element, 70, &rows, form, options);
             p.tiles = shapes
@@ -696,10 +700,6 @@ fn distributions_of_every_magnitude(build: Build) {
         ]
     };
     for element in Element::ALL {
-        let far = match element {
-            Element::F16 => [3e4, 1e-4],
-            _ => [1e10, 1e38],
-        };
         for (vocab, scale, softcap) in [
             (33, 1.0, None),
             (33, 1e30, None),
@@ -712,7 +712,7 @@ fn distributions_of_every_magnitude(build: Build) {
                 Form::TopK(4),
                 Form::Probabilities(Element::F32, 0),
             ] {
-                let rows = rows(far);
+                let rows = rows(far(element));
                 let mut p = distribution("magnitudes", element, vocab, &rows, form, PRIOR);
                 p.name += &format!(", scale {scale}, softcap {softcap:?}");
                 (p.logit_scale, p.softcap, p.z_loss) = (scale, softcap, 0.0);
@@ -879,7 +879,7 @@ fn problems_of_every_path() -> Vec<Problem> {
                 (130, Form::Class, ENTROPY, differently),
                 (long, Form::TopK(1), NONE, [0, 0]),
             ] {
-                let rows = distributions::menu();
+                let rows = menu();
                 let rows = if vocab < long { &rows } else { &short_menu() };
                 let mut problem = distribution("paths", element, vocab, rows, form, options);
                 [problem.logits_view.offset, problem.grad_view.offset] = offsets;

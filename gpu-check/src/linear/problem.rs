@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
     cases::{Options, gaussian, values},
-    targets::Given,
+    targets::{Given, targets_on},
 };
 
 pub const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -242,7 +242,7 @@ impl Problem {
     }
 
     pub fn targets_on(&self, device: &Device) -> Result<Targets> {
-        self.given.targets_on(device)
+        targets_on(&self.given.targets, device)
     }
 
     /// `loss` with this problem's values of each row.
