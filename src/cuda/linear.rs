@@ -19,7 +19,7 @@ use super::{
     arguments::{FirstError, Inputs, check_upstream, scalars},
     memory::{OnDevice, alloc, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    rows::{self, Named, Rows},
+    rows::{self, Named, Rows, floats},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
@@ -372,28 +372,6 @@ fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
     }
 }
 
-/// Memory for what is known of rows between tiles.
-enum RunningRows {
-    OneClass(CudaSlice<Running>),
-    Distributions(CudaSlice<DistributionRunning>),
-}
-
-impl RunningRows {
-    fn alloc(call: &Call, device: &CudaDevice) -> Result<Self> {
-        Ok(match call.has_distributions() {
-            true => Self::Distributions(alloc(device, call.rows)?),
-            false => Self::OneClass(alloc(device, call.rows)?),
-        })
-    }
-
-    fn set<'a>(&'a mut self, launch: &mut Launch<'a>) {
-        launch.params.running = match self {
-            Self::OneClass(rows) => launch.write(rows),
-            Self::Distributions(rows) => launch.write(rows),
-        };
-    }
-}
-
 impl LinearBackend for Cuda {
     type LinearSaved = Saved;
 
@@ -434,7 +412,11 @@ impl LinearBackend for Cuda {
         if call.rows > 0 {
             let products = Products::new(call, operands)?;
             let work = Work::ForwardOfTile { stats };
-            let mut running = RunningRows::alloc(call, device)?;
+            let running = match call.has_distributions() {
+                true => floats::<DistributionRunning>(),
+                false => floats::<Running>(),
+            };
+            let mut running: CudaSlice<f32> = alloc(device, running * call.rows)?;
             let mut free = None;
             for (t, tile) in plan.tiles.iter().enumerate() {
                 let mut logits = match free.take() {
@@ -449,7 +431,7 @@ impl LinearBackend for Cuda {
                 rows.set(&mut launch, call, false);
                 first_error.set(&mut launch);
                 if tile.classes.len() < call.vocab {
-                    running.set(&mut launch);
+                    launch.params.running = launch.write(&mut running);
                 }
                 // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
                 unsafe { launch.start(work, element, call) }?;

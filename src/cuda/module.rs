@@ -21,10 +21,7 @@ use cudarc::{
 use crate::{
     call::Call,
     kernels::{
-        abi::{
-            DistributionRunning, Element, Kernel, NamedGradient, Params, REDUCE_THREADS, RowState,
-            Running,
-        },
+        abi::{Element, Kernel, NamedGradient, Params, REDUCE_THREADS},
         select::{self, Forced, Geometry, Gpu},
     },
 };
@@ -33,12 +30,7 @@ use crate::{
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cross_entropy.fatbin"));
 const ARCHS: &str = env!("CROSS_ENTROPY_ARCHS");
 
-// SAFETY: `repr(C)` structs of integers and floats with twins in kernels/params.cuh.
-unsafe impl DeviceRepr for RowState {}
-unsafe impl DeviceRepr for Running {}
-// SAFETY: the same.
-unsafe impl DeviceRepr for DistributionRunning {}
-// SAFETY: the same.
+// SAFETY: a `repr(C)` struct of an integer and a float with a twin in kernels/params.cuh.
 unsafe impl DeviceRepr for NamedGradient {}
 
 struct Loaded {

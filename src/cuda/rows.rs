@@ -19,7 +19,8 @@ use crate::{
     targets::Targets,
 };
 
-const fn floats<T>() -> usize {
+/// The size of a `T` in floats.
+pub(super) const fn floats<T>() -> usize {
     size_of::<T>() / size_of::<f32>()
 }
 
