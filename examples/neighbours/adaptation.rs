@@ -11,17 +11,23 @@
 //! is no other that normalises.
 
 use candle_core::{DType, Result, Tensor};
-use candle_cross_entropy::{CrossEntropy, Targets};
+use candle_cross_entropy::{CrossEntropy, Reduction, Targets};
 
 /// The loss of logits (N, V).
 pub fn loss(logits: &Tensor) -> Result<Tensor> {
-    let (rows, device) = (logits.dim(0)?, logits.device());
-    // Targets without mass: a class for each row, with probability 0.
-    let nothing = Targets::top_k(
-        &Tensor::zeros((rows, 1), DType::U32, device)?,
-        &Tensor::zeros((rows, 1), DType::F32, device)?,
-    );
-    CrossEntropy::new()
-        .entropy_weight(1.0)
-        .forward(logits, nothing)
+    entropy(Reduction::Mean).forward(logits, nothing(logits)?)
+}
+
+/// H of each row, reduced so.
+pub fn entropy(reduction: Reduction) -> CrossEntropy {
+    CrossEntropy::new().entropy_weight(1.0).reduction(reduction)
+}
+
+/// Targets without mass for logits (N, V): a class for each row, with probability 0.
+pub fn nothing(logits: &Tensor) -> Result<Targets> {
+    let (shape, device) = ((logits.dim(0)?, 1), logits.device());
+    Ok(Targets::top_k(
+        &Tensor::zeros(shape, DType::U32, device)?,
+        &Tensor::zeros(shape, DType::F32, device)?,
+    ))
 }

@@ -1,21 +1,39 @@
 //! Active learning by gradient norms, after LPLgrad: Gul et al., "LPLgrad: Optimizing Active Learning Through Gradient Norm
 //! Sample Selection and Auxiliary Model Training", arXiv 2411.15217.
 //!
-//! Of the unlabelled samples those are sent to be labelled whose gradient is largest. With logits z = W·h, prediction p
-//! and q the one-hot vector of the predicted class, the loss at that class has the gradient (p − q)·hᵀ by W, and
+//! Of the unlabelled samples those are sent to be labelled whose gradient is largest. The paper's is that of the
+//! prediction's entropy H(p), which needs no label. With logits z = W·h its gradient by the output layer W is an outer
+//! product, whose norm is that of its factors, so that no backward by parameters is needed:
 //!
 //! ```text
-//! score_i = ‖∂loss_i/∂W‖² = ‖p_i − q_i‖²·‖h_i‖²
+//! score_i = ‖∂H(p_i)/∂W‖² = ‖∂H/∂z_i‖²·‖h_i‖²      ∂H/∂z_k = −p_k·(log p_k + H)
 //! ```
 //!
-//! whose first factor comes with the loss, so that no backward is needed. The paper takes the norm of the gradient of the
-//! prediction's entropy by all parameters; the loss at the predicted class, and the output layer alone, are this crate's
-//! reading. Its second network, which predicts losses, is left out.
+//! That is 0 where p is even: the entropy is at its maximum there, and the most uncertain samples are passed over. The loss
+//! at the predicted class y has no such hole, with q = 1 at y and 0 elsewhere; its first factor is a statistic of the loss:
+//!
+//! ```text
+//! score_i = ‖∂(−log p_y)/∂W‖² = ‖p_i − q_i‖²·‖h_i‖²
+//! ```
+//!
+//! The paper takes all parameters; the output layer alone is this example's. Its second network, which predicts losses, is
+//! left out.
 
 use candle_core::{D, Result, Tensor};
-use candle_cross_entropy::CrossEntropy;
+use candle_cross_entropy::{CrossEntropy, Reduction};
 
-/// Scores (N) of hidden states (N, D) and output projection W (V, D).
+use crate::adaptation::{entropy, nothing};
+
+/// Scores (N) by the gradient of the entropy, of hidden states (N, D) and output projection W (V, D).
+pub fn entropy_scores(hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (hidden, weight) = (hidden.detach(), weight.detach());
+    let logits = hidden.matmul(&weight.t()?)?;
+    let nothing = nothing(&logits)?;
+    let of_entropy = entropy(Reduction::Sum).loss_and_grad_inplace(logits, nothing)?;
+    of_entropy.grad.sqr()?.sum(D::Minus1)? * hidden.sqr()?.sum(D::Minus1)?
+}
+
+/// Scores (N) by the gradient of the loss at the predicted class.
 pub fn scores(hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (hidden, weight) = (hidden.detach(), weight.detach());
     let predicted = hidden.matmul(&weight.t()?)?.argmax(D::Minus1)?;

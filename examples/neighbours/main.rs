@@ -101,12 +101,23 @@ fn reliable_report() -> Result<String> {
 
 fn gradient_norm_report() -> Result<String> {
     let run = runs::gradient_norm()?;
-    let [selected, all] = run.wrong;
-    let [before, after] = run.test_accuracy;
-    Ok(format!(
-        "{} selected, {selected:.3} of them predicted wrongly (of all {all:.3}); test accuracy {before:.3} → {after:.3}",
-        run.selected
-    ))
+    let of = |by: &str, asked: &runs::Asked| {
+        format!(
+            "{} selected by the {by}: {:.3} of them predicted wrongly (of all {:.3}), their entropy {:.3}, test accuracy \
+             {:.3} → {:.3}",
+            asked.selected,
+            asked.wrong,
+            run.wrong,
+            asked.entropy,
+            run.test_accuracy,
+            asked.test_accuracy
+        )
+    };
+    Ok([
+        of("entropy's gradient", &run.by_entropy),
+        of("loss's", &run.by_loss),
+    ]
+    .join("; "))
 }
 
 fn confidence_report() -> Result<String> {

@@ -248,29 +248,52 @@ pub fn reliable() -> Result<Reliable> {
 }
 
 pub struct GradientNorm {
+    /// By the gradient of the loss at the predicted class.
+    pub by_loss: Asked,
+    /// By that of the entropy.
+    pub by_entropy: Asked,
+    /// Share of wrong predictions among all unlabelled samples.
+    pub wrong: f64,
+    /// On other samples, before any is asked for.
+    pub test_accuracy: f64,
+}
+
+pub struct Asked {
     pub selected: usize,
-    /// Share of wrong predictions among the samples sent to be labelled, and among all.
-    pub wrong: [f64; 2],
-    /// On other samples: before, and after training with their labels too.
-    pub test_accuracy: [f64; 2],
+    /// Share of wrong predictions among the selected samples.
+    pub wrong: f64,
+    /// Mean entropy of their predictions, in nats.
+    pub entropy: f32,
+    /// On other samples, once trained on these too.
+    pub test_accuracy: f64,
 }
 
 pub fn gradient_norm() -> Result<GradientNorm> {
     let [labelled, unlabelled, test] = few_labels()?;
-    let model = train(40, |model| plain(model, &labelled))?;
-    let before = test.accuracy(&model.logits(&test.inputs)?)?;
-    let scores = gradient_norm::scores(&model.hidden(&unlabelled.inputs)?, model.output())?;
-    let chosen = gradient_norm::select(&scores, 20)?;
-    let asked = unlabelled.select(&chosen)?;
-    let wrong =
-        |data: &Data| -> Result<f64> { Ok(1.0 - data.accuracy(&model.logits(&data.inputs)?)?) };
-    let wrong = [wrong(&asked)?, wrong(&unlabelled)?];
-    let more = labelled.and(&asked)?;
-    proceed(&model, 100, |model| plain(model, &more))?;
+    let trained = || train(40, |model| plain(model, &labelled));
+    let asked = |scores: fn(&Tensor, &Tensor) -> Result<Tensor>| -> Result<Asked> {
+        let model = trained()?;
+        let scores = scores(&model.hidden(&unlabelled.inputs)?, model.output())?;
+        let chosen = gradient_norm::select(&scores, 20)?;
+        let asked = unlabelled.select(&chosen)?;
+        let logits = model.logits(&asked.inputs)?;
+        let entropy = adaptation::loss(&logits)?.to_scalar()?;
+        let wrong = 1.0 - asked.accuracy(&logits)?;
+        let more = labelled.and(&asked)?;
+        proceed(&model, 100, |model| plain(model, &more))?;
+        Ok(Asked {
+            selected: chosen.len(),
+            wrong,
+            entropy,
+            test_accuracy: test.accuracy(&model.logits(&test.inputs)?)?,
+        })
+    };
+    let model = trained()?;
     Ok(GradientNorm {
-        selected: chosen.len(),
-        wrong,
-        test_accuracy: [before, test.accuracy(&model.logits(&test.inputs)?)?],
+        by_loss: asked(gradient_norm::scores)?,
+        by_entropy: asked(gradient_norm::entropy_scores)?,
+        wrong: 1.0 - unlabelled.accuracy(&model.logits(&unlabelled.inputs)?)?,
+        test_accuracy: test.accuracy(&model.logits(&test.inputs)?)?,
     })
 }
 

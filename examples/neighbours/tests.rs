@@ -326,42 +326,41 @@ fn the_largest_gradient_norms_are_selected() {
     let (data, model) = setting();
     let hidden = model.hidden(&data.inputs).unwrap().detach();
     let weight = Var::from_tensor(&model.output().detach()).unwrap();
-    // The norm by candle's own backward, a sample at a time.
-    let norms: Vec<f32> = (0..40)
-        .map(|i| {
-            let logits = hidden
-                .narrow(0, i, 1)
-                .unwrap()
-                .matmul(&weight.t().unwrap())
-                .unwrap();
-            let predicted = logits.argmax(1).unwrap();
-            let gradient = cross_entropy(&logits, &predicted)
-                .unwrap()
-                .backward()
-                .unwrap();
-            values(gradient.get(&weight).unwrap())
-                .iter()
-                .map(|g| g * g)
-                .sum()
-        })
-        .collect();
+    // Norms by candle's own backward, a sample at a time.
+    let norms = |loss: fn(&Tensor) -> Tensor| -> Vec<f32> {
+        let norm = |i| {
+            let sample = hidden.narrow(0, i, 1).unwrap();
+            let loss = loss(&sample.matmul(&weight.t().unwrap()).unwrap());
+            let gradient = loss.backward().unwrap();
+            let gradient = values(gradient.get(&weight).unwrap());
+            gradient.iter().map(|g| g * g).sum()
+        };
+        (0..40).map(norm).collect()
+    };
+    let at_predicted = norms(|logits| cross_entropy(logits, &logits.argmax(1).unwrap()).unwrap());
     let scores = gradient_norm::scores(&hidden, &weight).unwrap();
-    assert_close(&values(&scores), &norms, 1e-5);
+    assert_close(&values(&scores), &at_predicted, 1e-5);
     let mut order: Vec<u32> = (0..40).collect();
-    order.sort_by(|&a, &b| norms[b as usize].total_cmp(&norms[a as usize]));
+    order.sort_by(|&a, &b| at_predicted[b as usize].total_cmp(&at_predicted[a as usize]));
     assert_eq!(gradient_norm::select(&scores, 9).unwrap(), order[..9]);
+
+    let scores = gradient_norm::entropy_scores(&hidden, &weight).unwrap();
+    assert_close(&values(&scores), &norms(entropy), 1e-5);
+    let no_preference = Tensor::zeros((CLASSES, 4), DType::F32, DEVICE).unwrap();
+    let even = gradient_norm::entropy_scores(&hidden.narrow(1, 0, 4).unwrap(), &no_preference);
+    assert!(values(&even.unwrap()).iter().all(|s| *s < 1e-12));
 }
 
 #[test]
 fn samples_with_large_gradients_are_those_worth_asking_for() {
     let run = runs::gradient_norm().unwrap();
-    assert_eq!(run.selected, 20);
-    assert!(run.wrong[0] > run.wrong[1] + 0.1, "{:?}", run.wrong);
-    assert!(
-        run.test_accuracy[1] >= run.test_accuracy[0] - 0.01,
-        "{:?}",
-        run.test_accuracy
-    );
+    assert_eq!([run.by_loss.selected, run.by_entropy.selected], [20, 20]);
+    assert!(run.by_loss.wrong > run.wrong + 0.1, "{}", run.by_loss.wrong);
+    let accuracy = run.by_loss.test_accuracy;
+    assert!(accuracy >= run.test_accuracy - 0.01, "{accuracy}");
+    // The entropy's own gradient passes over the most uncertain.
+    let [by_entropy, by_loss] = [run.by_entropy.entropy, run.by_loss.entropy];
+    assert!(by_entropy < by_loss, "{by_entropy}, {by_loss}");
 }
 
 #[test]

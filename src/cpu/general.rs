@@ -31,11 +31,10 @@ type Tile = (usize, usize);
 
 /// Values of the classes, `None` for 1.
 struct ClassVectors<R> {
-    /// c·u: what smoothing is multiplied by.
-    shares: Option<Vec<R>>,
     weights: Option<Vec<R>>,
     prior: Option<Vec<R>>,
-    weighted: bool,
+    /// c·u where there are both.
+    products: Option<Vec<R>>,
     /// Of each piece, [`Beside::masses`].
     masses: Vec<[f64; 3]>,
 }
@@ -43,12 +42,11 @@ struct ClassVectors<R> {
 /// What stands beside a piece.
 #[derive(Clone, Copy)]
 pub(super) struct Beside<'a, R> {
+    /// c·u: what smoothing is multiplied by.
     pub shares: Option<&'a [R]>,
     pub weights: Option<&'a [R]>,
-    prior: Option<&'a [R]>,
+    pub prior: Option<&'a [R]>,
     pub target: Option<&'a [R]>,
-    /// Whether the shares are not the prior alone.
-    weighted: bool,
     /// Σ c·u, Σ u, Σ u² over all of its classes, if they have values.
     masses: [f64; 3],
 }
@@ -101,7 +99,6 @@ impl<R: Real> Beside<'_, R> {
         weights: None,
         prior: None,
         target: None,
-        weighted: false,
         masses: [0.0; 3],
     };
 
@@ -121,35 +118,20 @@ impl<'a, R: Real> General<'a, R> {
         first_row: usize,
         columns: &Range<usize>,
     ) -> Self {
-        let vector = |values: &Option<Vec<f64>>| -> Option<Vec<R>> {
-            let values = values.as_ref()?;
-            Some(values[columns.clone()].iter().map(|&v| R::of(v)).collect())
-        };
-        let shares = (classes.weights.is_some() || classes.prior.is_some()).then(|| {
-            let share = |k| R::of(classes.weight(k) * classes.prior(k));
-            columns.clone().map(share).collect()
-        });
-        let masses = |start: usize| {
-            let mut sums = [0.0; 3];
-            for k in columns.clone().skip(start).take(PIECE) {
-                let u = classes.prior(k);
-                sums[0] += classes.weight(k) * u;
-                sums[1] += u;
-                sums[2] += u * u;
-            }
-            sums
-        };
+        let ClassValues { weights, prior } = classes;
+        let (weights, prior) = (part(weights, columns), part(prior, columns));
+        let vector = |values: &[f64]| values.iter().map(|&v| R::of(v)).collect();
         Self {
             vectors: ClassVectors {
-                masses: match shares {
-                    Some(_) => (0..columns.len()).step_by(PIECE).map(masses).collect(),
-                    None => Vec::new(),
+                products: match (weights, prior) {
+                    (Some(c), Some(u)) => {
+                        Some(c.iter().zip(u).map(|(c, u)| R::of(c * u)).collect())
+                    }
+                    _ => None,
                 },
-                weighted: classes.weights.is_some(),
-                shares,
-                // For targets that are probabilities: a class's is known where it is used.
-                weights: probabilities.and_then(|_| vector(&classes.weights)),
-                prior: vector(&classes.prior),
+                masses: masses(weights, prior),
+                weights: weights.map(vector),
+                prior: prior.map(vector),
             },
             probabilities: probabilities.map(|values| (values, (first_row, columns.start))),
             ones: OnceLock::new(),
@@ -162,6 +144,16 @@ impl<'a, R: Real> General<'a, R> {
         beside.shares.unwrap_or_else(ones)
     }
 
+    /// Where the probabilities of a row from `column` on would be, which need not be there, and the bytes of one.
+    pub fn target_at(&self, row: usize, column: usize) -> (*const u8, usize) {
+        match &self.probabilities {
+            Some((values, (first_row, first_class))) => {
+                values.at(first_row + row, first_class + column)
+            }
+            None => (std::ptr::null(), 0),
+        }
+    }
+
     /// Of `columns` of a row. `buffer` is scratch memory.
     pub fn piece<'b>(
         &'b self,
@@ -170,11 +162,12 @@ impl<'a, R: Real> General<'a, R> {
         buffer: &'b mut [R; PIECE],
     ) -> Beside<'b, R> {
         let ClassVectors {
-            shares,
             weights,
             prior,
+            products,
             ..
         } = &self.vectors;
+        let (weights, prior) = (part(weights, columns), part(prior, columns));
         let target = match &self.probabilities {
             Some((values, (first_row, first_class))) => {
                 let start = first_class + columns.start;
@@ -184,17 +177,44 @@ impl<'a, R: Real> General<'a, R> {
             None => None,
         };
         Beside {
-            shares: part(shares, columns),
-            weights: part(weights, columns),
-            prior: part(prior, columns),
+            shares: part(products, columns).or(weights).or(prior),
+            weights,
+            prior,
             target,
-            weighted: self.vectors.weighted,
             masses: match self.vectors.masses.get(columns.start / PIECE) {
                 Some(masses) => *masses,
                 None => [0.0; 3],
             },
         }
     }
+}
+
+/// [`Beside::masses`] of each piece; none where there are no values.
+fn masses(weights: Option<&[f64]>, prior: Option<&[f64]>) -> Vec<[f64; 3]> {
+    static ONES: [f64; PIECE] = [1.0; PIECE];
+    let Some(values) = weights.or(prior) else {
+        return Vec::new();
+    };
+    let of_piece = |start: usize| {
+        let here = start..(start + PIECE).min(values.len());
+        let c = weights.map_or(&ONES[..here.len()], |c| &c[here.clone()]);
+        let u = prior.map_or(&ONES[..here.len()], |u| &u[here.clone()]);
+        [dot(c, u), dot(&ONES[..here.len()], u), dot(u, u)]
+    };
+    (0..values.len()).step_by(PIECE).map(of_piece).collect()
+}
+
+/// In several chains, as one would wait for each addition.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            sums[l] += a[l] * b[l];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).map(|(a, b)| a * b);
+    total(&sums) + rest.sum::<f64>()
 }
 
 fn part<'a, R>(values: &'a Option<Vec<R>>, columns: &Range<usize>) -> Option<&'a [R]> {
@@ -230,6 +250,18 @@ impl<'a> Probabilities<'a> {
             values,
             starts: readable(layout)?,
         })
+    }
+
+    /// The address of a column of a row, or beyond it, and the bytes of an element.
+    fn at(&self, row: usize, column: usize) -> (*const u8, usize) {
+        let (first, size) = match self.values {
+            Floats::F32(values) => (values.as_ptr().cast(), 4),
+            Floats::F64(values) => (values.as_ptr().cast(), 8),
+            Floats::F16(values) => (values.as_ptr().cast(), 2),
+            Floats::BF16(values) => (values.as_ptr().cast(), 2),
+        };
+        let at: *const u8 = first;
+        (at.wrapping_add((self.starts.of(row) + column) * size), size)
     }
 
     /// `columns` of a row, in the buffer if they are not of type `R`.
@@ -439,37 +471,17 @@ pub(super) struct Piece<'a, R> {
     pub masked: bool,
 }
 
-/// The sums of a piece of a row whose target names classes: all but those of a prior beside class weights come with the
-/// partial result.
-pub(super) fn dots_of_values<R: Real>(beside: &Beside<R>, extra: &Extra<R>, x: &[R]) -> Dots {
-    let e = &*extra.kept;
-    let [shares, prior_mass, prior_squares] = beside.masses;
-    let mass = extra.visible.unwrap_or(shares);
-    let mut dots = Dots {
+/// The sums of a piece of a row whose target names classes; `extra` is what came with the partial result.
+pub(super) fn dots_of_values<R: Real>(beside: &Beside<R>, extra: &Extra<R>) -> Dots {
+    let [mass, prior_mass, prior_squares] = extra.visible.unwrap_or(beside.masses);
+    Dots {
         shares: Sum {
             mass,
             linear: extra.linear,
         },
+        prior: [prior_mass, extra.with_exp, prior_squares],
         ..Dots::default()
-    };
-    if let Some(prior) = beside.prior {
-        let masked = extra.visible.is_some();
-        let squares = if masked {
-            product(prior, prior, x)
-        } else {
-            prior_squares
-        };
-        dots.prior = match (beside.weighted, masked) {
-            (false, _) => [mass, extra.with_exp, squares],
-            (true, false) => [prior_mass, product(prior, e, x), squares],
-            (true, true) => [
-                product(prior, &[R::ONE; PIECE], x),
-                product(prior, e, x),
-                squares,
-            ],
-        };
     }
-    dots
 }
 
 /// The sums of a piece of a row of which no class is left out. `buffer` is scratch memory.
@@ -482,32 +494,6 @@ pub(super) fn dots<R: Real>(beside: &Beside<R>, piece: Piece<R>, buffer: &mut [R
         dots: &mut dots,
     });
     dots
-}
-
-/// Σ a·b over the classes that are not masked.
-fn product<R: Real>(a: &[R], b: &[R], x: &[R]) -> f64 {
-    let mut sum = 0.0;
-    dispatch(Product {
-        a,
-        b,
-        x,
-        sum: &mut sum,
-    });
-    sum
-}
-
-struct Product<'a, R> {
-    a: &'a [R],
-    b: &'a [R],
-    x: &'a [R],
-    sum: &'a mut f64,
-}
-
-impl<R: Real> Task for Product<'_, R> {
-    #[inline(always)]
-    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
-        *self.sum = add_product::<R, true, FUSED>(self.a, self.b, self.x);
-    }
 }
 
 /// [`dots`] as work for the instruction set, apart from what depends on the logits' type.
@@ -548,7 +534,7 @@ fn add<R: Real, const MASKED: bool, const FUSED: bool>(
         dots.prior = [all.sum.mass, all.with_exp, all.squares];
         dots.shares = all.sum;
     }
-    if let (Some(shares), true) = (beside.shares, beside.weighted) {
+    if let (Some(shares), Some(_)) = (beside.shares, beside.weights) {
         dots.shares = weigh::<R, MASKED, FUSED>(shares, piece);
     }
     if let Some(target) = beside.target {

@@ -19,8 +19,8 @@ pub(super) struct GradFactors<R> {
     share: R,
     entropy: R,
     target: R,
-    /// Multiplies all of it in rows of the general kind, where p and q may cancel: neither's rounding may be more than its
-    /// own. 1 in others, whose factors have it.
+    /// Multiplies all of it where probabilities or the entropy may cancel p: nothing's rounding may be more than its own.
+    /// 1 elsewhere, where the factors have it.
     outer: R,
     /// The same five, and whether what they make is in R's range.
     exact: [f64; 5],
@@ -38,7 +38,7 @@ pub(super) struct GradFactors<R> {
 
 impl<R: Real> GradFactors<R> {
     /// `scale` is everything that multiplies dz but the row's weight; `None` where the whole row's gradient is 0.
-    pub fn new(call: &Call, row: &Row, n: &Normaliser, scale: f64, general: bool) -> Option<Self> {
+    pub fn new(call: &Call, row: &Row, n: &Normaliser, scale: f64) -> Option<Self> {
         let scale = scale * row.weight;
         if row.weight == 0.0 || n.classes == 0 {
             return None;
@@ -53,7 +53,8 @@ impl<R: Real> GradFactors<R> {
         let share = smoothed_part(row.smoothing, n.prior_mass);
         let scale = scale * f64::from(call.logit_scale);
         let inverse_sum = (-n.log_sum).exp();
-        let (inner, outer) = if general { (1.0, scale) } else { (scale, 1.0) };
+        let cancels = call.probabilities().is_some() || call.weighs_entropy();
+        let (inner, outer) = if cancels { (1.0, scale) } else { (scale, 1.0) };
         let exact = [
             inner * (n.mass + lse_slope + beta * n.mean) * inverse_sum,
             inner * share,
@@ -255,6 +256,12 @@ pub(super) fn general_gradient_of_kept<T: Element, const FORM: Form, const FUSED
     let (outer, masked) = (factors.outer, factors.masked);
     if !factors.any_masked && T::NARROWS_ONE {
         let both = [factors.share, factors.target];
+        if beside.target.is_none() {
+            for_each_class!(beside, both, grad.iter_mut().zip(kept), (g, e), subtracted => {
+                *g = T::narrow_one(e.fma::<FUSED>(exponential, -subtracted));
+            });
+            return;
+        }
         for_each_class!(beside, both, grad.iter_mut().zip(kept), (g, e), subtracted => {
             *g = T::narrow_one(e.fma::<FUSED>(exponential, -subtracted) * outer);
         });

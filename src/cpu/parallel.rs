@@ -514,7 +514,7 @@ pub(super) fn differentiate_tile<T: Element>(
             let normaliser = &saved.normalisers[at];
             let factors = work
                 .row(i)
-                .and_then(|row| GradFactors::new(call, row, normaliser, scale, general));
+                .and_then(|row| GradFactors::new(call, row, normaliser, scale));
             write(work, i, factors.as_ref(), logits, out, named, shared);
         },
     );
@@ -591,7 +591,7 @@ fn evaluate_and_differentiate_with<
             let normaliser;
             (*result, normaliser) =
                 finish_row::<T, FORM, STATS>(&work, row, x, left_out, &sums, entries);
-            let factors = GradFactors::new(call, row, &normaliser, scale, GENERAL);
+            let factors = GradFactors::new(call, row, &normaliser, scale);
             match &factors {
                 Some(factors) if keep && factors.in_range => {
                     work.list_named(row, x, left_out, &mut scratch.named);

@@ -34,8 +34,12 @@ pub(super) trait Real:
     /// Below this, e^x would be subnormal.
     const LEAST: Self;
 
+    /// e^r and `round` + n, where e^self = 2^n·e^r.
+    fn exp_parts<const FUSED: bool>(self, round: Self) -> (Self, Self);
     /// e^self for [`Self::LEAST`] ≤ self ≤ 0 (a little above is fine), NaN for NaN.
     fn exp_in_range<const FUSED: bool>(self) -> Self;
+    /// The same bits with one product less, and anything for NaN.
+    fn exp_of_number<const FUSED: bool>(self) -> Self;
     /// (e^self − 1)/self for −[`SERIES`] ≤ self ≤ 0 (a little above is fine).
     fn exp_minus_1_series<const FUSED: bool>(self) -> Self;
 
@@ -139,7 +143,7 @@ const EXP_MINUS_1: [f64; 13] = [
 ];
 
 // e^x = 2^n·e^r with n = round(x·log2 e), r = x − n·ln 2, ln 2 in two parts (Cody and Waite, "Software Manual for the
-// Elementary Functions", 1980, chapter 6). Adding `ROUND` puts n, biased as an exponent is, into the low bits.
+// Elementary Functions", 1980, chapter 6). Adding `round` puts n into the low bits, biased as an exponent is if it has the bias.
 macro_rules! real {
     ($float:ident, $mantissa:literal, $round:expr, $bias:expr, $ln2_high:expr, $ln2_low:expr, $least:literal, $exp:ident, $exp_minus_1:expr,
      $as_simd:ident, $splat:ident, $max:ident, $min:ident, $reduce_max:ident, $reduce_min:ident) => {
@@ -186,17 +190,27 @@ macro_rules! real {
                 }
             }
             #[inline(always)]
-            fn exp_in_range<const FUSED: bool>(self) -> Self {
-                const ROUND: $float = $round + $bias;
-                let biased = self.fma::<FUSED>(std::$float::consts::LOG2_E, ROUND);
-                let n = biased - ROUND;
+            fn exp_parts<const FUSED: bool>(self, round: Self) -> (Self, Self) {
+                let rounded = self.fma::<FUSED>(std::$float::consts::LOG2_E, round);
+                let n = rounded - round;
                 // ln 2 happens to be so near an f32 that a fused multiply-add needs no second part.
                 let r = if FUSED && $mantissa == 23 {
                     n.fma::<FUSED>(-std::$float::consts::LN_2, self)
                 } else {
                     n.fma::<FUSED>(-$ln2_low, n.fma::<FUSED>(-$ln2_high, self))
                 };
-                $exp::<FUSED>(r) * $float::from_bits(biased.to_bits() << $mantissa)
+                ($exp::<FUSED>(r), rounded)
+            }
+            #[inline(always)]
+            fn exp_in_range<const FUSED: bool>(self) -> Self {
+                let (power, biased) = self.exp_parts::<FUSED>($round + $bias);
+                power * $float::from_bits(biased.to_bits() << $mantissa)
+            }
+            #[inline(always)]
+            fn exp_of_number<const FUSED: bool>(self) -> Self {
+                // Products are what there is most of where exponentials are summed, so n is added to the exponent.
+                let (power, n) = self.exp_parts::<FUSED>($round);
+                $float::from_bits(power.to_bits().wrapping_add(n.to_bits() << $mantissa))
             }
             #[inline(always)]
             fn exp_minus_1_series<const FUSED: bool>(self) -> Self {
@@ -305,6 +319,21 @@ mod tests {
         assert!(error::<f32, false>(f32::EPSILON.into(), &far) < 2.0);
         assert!(error::<f64, true>(f64::EPSILON, &far) < 2.0);
         assert!(error::<f64, false>(f64::EPSILON, &far) < 2.0);
+    }
+
+    #[test]
+    fn exp_of_numbers_has_the_same_bits() {
+        fn check<R: Real, const FUSED: bool>() {
+            for i in 0..=200_000 {
+                let x = R::of(R::LEAST.f64() * f64::from(i) / 200_000.0);
+                let (a, b) = (x.exp_in_range::<FUSED>(), x.exp_of_number::<FUSED>());
+                assert!(a == b && a > R::ZERO, "{}", x.f64());
+            }
+        }
+        check::<f32, true>();
+        check::<f32, false>();
+        check::<f64, true>();
+        check::<f64, false>();
     }
 
     #[test]

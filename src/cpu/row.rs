@@ -144,27 +144,33 @@ pub(super) fn one<T: Element>(x: T) -> T::Real {
     T::widen(&[x], &mut [T::Real::ZERO])[0]
 }
 
-/// What is summed, a constant where it is compiled: [`USUAL`], [`VALUES`] or [`APART`].
+/// What is summed, a constant where it is compiled: [`USUAL`], [`VALUES`], [`PRIOR`] or [`APART`].
 pub(super) type Kind = u8;
 /// A class a row, or a few, smoothed evenly.
 pub(super) const USUAL: Kind = 0;
 /// The same with values v of the classes.
 pub(super) const VALUES: Kind = 1;
+/// [`VALUES`] and a prior u, whose products with exponentials the gradient's norm needs.
+pub(super) const PRIOR: Kind = 2;
 /// No class is left out, so the largest is counted apart; exponents are kept for what else is summed.
-pub(super) const APART: Kind = 2;
+pub(super) const APART: Kind = 3;
 
 /// What a piece's sums read and write besides.
 pub(super) struct Extra<'a, R> {
     /// With `KEEP`: exponentials, −0 for masked classes and the target.
     pub kept: &'a mut [R],
-    /// Of [`VALUES`].
+    /// Of [`VALUES`] and [`PRIOR`].
     pub values: &'a [R],
+    /// Of [`PRIOR`].
+    pub prior: &'a [R],
     /// Of [`APART`]: exponents, 0 for masked classes.
     pub differences: &'a mut [R],
-    /// Of [`VALUES`]: Σ v·d, Σ v·exp d, and Σ v over the classes that are not masked, if there are masked ones.
+    /// The same: what will be read beside the next piece, and bytes of it for each class. Nothing is read.
+    pub next: (*const u8, usize),
+    /// Of the same: Σ v·d, Σ u·exp d, and [Σ v, Σ u, Σ u²] over the classes that are not masked, if there are masked ones.
     pub linear: f64,
     pub with_exp: f64,
-    pub visible: Option<f64>,
+    pub visible: Option<[f64; 3]>,
 }
 
 impl<R> Default for Extra<'_, R> {
@@ -173,7 +179,9 @@ impl<R> Default for Extra<'_, R> {
         Self {
             kept: &mut [],
             values: &[],
+            prior: &[],
             differences: &mut [],
+            next: (std::ptr::null(), 0),
             linear: 0.0,
             with_exp: 0.0,
             visible: None,
@@ -265,22 +273,30 @@ fn sum<
     let mut largest_classes = [zero; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (kept_chunks, kept_rest) = extra.kept.as_chunks_mut::<LANES>();
-    let (mut with_exp, mut visible) = ([zero; LANES], [zero; LANES]);
+    let (mut with_exp, mut visible) = ([zero; LANES], [[zero; LANES]; 3]);
     let (difference_chunks, differences_rest) = extra.differences.as_chunks_mut::<LANES>();
     let (value_chunks, values_rest) = extra.values.as_chunks::<LANES>();
-    let mut padded_values = [zero; LANES];
-    padded_values[..values_rest.len()].copy_from_slice(values_rest);
-    let mut padded = [T::Real::NEG_INFINITY; LANES];
-    padded[..rest.len()].copy_from_slice(rest);
+    let (prior_chunks, prior_rest) = extra.prior.as_chunks::<LANES>();
+    let padded_values = padded(values_rest, zero);
+    let padded_prior = padded(prior_rest, zero);
+    let padded = padded(rest, T::Real::NEG_INFINITY);
     for c in 0..x.len().div_ceil(LANES) {
         // By value: the compiler would check in every round whether they overlap with what is written.
         let chunk = if c < chunks.len() { chunks[c] } else { padded };
         prefetch(next.wrapping_add(c * LANES));
+        if KIND == APART {
+            let (next, size) = extra.next;
+            prefetch(next.wrapping_add(c * LANES * size));
+        }
         let mut powers = [zero; LANES];
         let mut exponents = [zero; LANES];
         let values = match KIND {
-            VALUES if c < value_chunks.len() => value_chunks[c],
+            VALUES | PRIOR if c < value_chunks.len() => value_chunks[c],
             _ => padded_values,
+        };
+        let prior = match KIND {
+            PRIOR if c < prior_chunks.len() => prior_chunks[c],
+            _ => padded_prior,
         };
         for l in 0..LANES {
             let hidden = WIDE && chunk[l] == T::Real::NEG_INFINITY;
@@ -289,7 +305,7 @@ fn sum<
             let power = if WIDE {
                 d.exp::<FUSED>()
             } else {
-                d.exp_in_range::<FUSED>()
+                d.exp_of_number::<FUSED>()
             };
             let power = if hidden { zero } else { power };
             if KIND == APART {
@@ -300,11 +316,18 @@ fn sum<
             } else {
                 exp[l] = exp[l] + power;
             }
-            if KIND == VALUES {
+            if KIND == VALUES || KIND == PRIOR {
                 linear[l] = values[l].fma::<FUSED>(d, linear[l]);
-                with_exp[l] = values[l].fma::<FUSED>(power, with_exp[l]);
+                if KIND == PRIOR {
+                    with_exp[l] = prior[l].fma::<FUSED>(power, with_exp[l]);
+                }
                 if WIDE {
-                    visible[l] = visible[l] + if hidden { zero } else { values[l] };
+                    visible[0][l] = visible[0][l] + if hidden { zero } else { values[l] };
+                }
+                if WIDE && KIND == PRIOR {
+                    let u = if hidden { zero } else { prior[l] };
+                    visible[1][l] = visible[1][l] + u;
+                    visible[2][l] = u.fma::<FUSED>(u, visible[2][l]);
                 }
             } else {
                 linear[l] = linear[l] + d;
@@ -333,31 +356,40 @@ fn sum<
             }
         }
     }
-    if KIND == VALUES {
-        extra.linear = total(&linear);
+    let linear = total(&linear);
+    if KIND == VALUES || KIND == PRIOR {
+        extra.linear = linear;
         extra.with_exp = total(&with_exp);
-        extra.visible = WIDE.then(|| total(&visible));
+        extra.visible = match WIDE {
+            true => Some([total(&visible[0]), total(&visible[1]), total(&visible[2])]),
+            false => None,
+        };
     }
     let counted = x.len().next_multiple_of(LANES) - total(&masked) as usize;
+    // What was not a number is not in the exponentials, but in what is linear in it. Counted apart, +inf would not be seen.
+    let is_nan = !WIDE && linear.is_nan() || largest.f64() == f64::INFINITY;
     Partial {
-        // Counted apart, +inf would not be seen.
-        exp: if largest.f64() == f64::INFINITY {
-            f64::NAN
-        } else {
-            total(&exp)
-        },
+        exp: if is_nan { f64::NAN } else { total(&exp) },
         // Of masked classes alone, the largest is masked too.
         largest_classes: if counted == 0 {
             0
         } else {
             total(&largest_classes) as usize
         },
-        linear: total(&linear),
+        linear,
         weighted: total(&weighted),
         squares: total(&squares),
         classes: counted,
         ..Partial::EMPTY
     }
+}
+
+/// Fewer than [`LANES`] values, filled up.
+#[inline(always)]
+fn padded<R: Real>(values: &[R], with: R) -> [R; LANES] {
+    let mut lanes = [with; LANES];
+    lanes[..values.len()].copy_from_slice(values);
+    lanes
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use super::{
     gradient::{self, GradFactors},
     memory::{GradRows, Logits},
     real::Real,
-    row::{self, APART, Extra, PIECE, Partial, USUAL, VALUES},
+    row::{self, APART, Extra, PIECE, PRIOR, Partial, USUAL, VALUES},
     transform::{Form, Transform},
 };
 use crate::call::ClassValues;
@@ -92,30 +92,35 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
                 kept,
                 ..Extra::default()
             };
+            // Returns the piece's partial result and logits.
+            macro_rules! partial {
+                ($kind:ident) => {
+                    row::partial::<T, FORM, true, true, $kind, FUSED, S>(
+                        simd,
+                        self.x,
+                        index,
+                        self.target,
+                        self.transforms,
+                        &mut extra,
+                        &mut buffer,
+                    )
+                };
+            }
             let x;
             if self.leaves_out {
                 extra.values = self.general.values(&beside, len);
-                (*partial, x) = row::partial::<T, FORM, true, true, VALUES, FUSED, S>(
-                    simd,
-                    self.x,
-                    index,
-                    self.target,
-                    self.transforms,
-                    &mut extra,
-                    &mut buffer,
-                );
-                *dots = general::dots_of_values(&beside, &extra, x);
+                (*partial, x) = match beside.prior {
+                    Some(prior) => {
+                        extra.prior = prior;
+                        partial!(PRIOR)
+                    }
+                    None => partial!(VALUES),
+                };
+                *dots = general::dots_of_values(&beside, &extra);
             } else {
                 extra.differences = &mut differences[..len];
-                (*partial, x) = row::partial::<T, FORM, true, true, APART, FUSED, S>(
-                    simd,
-                    self.x,
-                    index,
-                    self.target,
-                    self.transforms,
-                    &mut extra,
-                    &mut buffer,
-                );
+                extra.next = self.general.target_at(self.row, columns.end);
+                (*partial, x) = partial!(APART);
                 let (d, e) = (&*extra.differences, &*extra.kept);
                 let masked = partial.has_masked(len);
                 let piece = general::Piece { x, d, e, masked };

@@ -38,8 +38,10 @@ macro_rules! with_path {
             } else {
                 with_path!(@ CAPPED, false, $F, $G => $body)
             }
+        } else if <$T as Element>::GENERAL && general && form == SCALED {
+            with_path!(@ SCALED, true, $F, $G => $body)
         } else if <$T as Element>::GENERAL && general {
-            with_path!(@ SCALED, true, $F, $G => $body) // a plain row is one with a scale of 1
+            with_path!(@ PLAIN, true, $F, $G => $body)
         } else if <$T as Element>::USUAL && form == SCALED {
             with_path!(@ SCALED, false, $F, $G => $body)
         } else if <$T as Element>::USUAL {

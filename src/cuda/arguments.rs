@@ -183,7 +183,7 @@ impl FirstError {
             bail!("class_weights or smoothing_prior: a bad value, no longer there");
         };
         let row = row as usize;
-        let mut rows = call.read_each_row(&ClassValues::default(), &mut Vec::new())?;
+        let (mut rows, _) = call.read_each_row(&ClassValues::default())?;
         rows.swap_remove(row)?;
         if let Some(values) = call.probabilities() {
             call.probability_reader(values)?(row)?;

@@ -130,7 +130,7 @@ fn rows_that_count(options: &CrossEntropy, call: &Call, stats: bool) -> Result<O
         let rows = call.read_rows(&classes)?.rows;
         rows.into_iter().map(Ok).collect()
     } else {
-        call.read_each_row(&classes, &mut Vec::new())? // bad rows stay, to become NaN
+        call.read_each_row(&classes)?.0 // bad rows stay, to become NaN
     };
     let ids: Vec<u32> = (0..)
         .zip(&rows)

@@ -340,6 +340,64 @@ fn rows_that_are_nan() {
     }
 }
 
+/// Whatever the bits of the NaN, which exponentials are made of, and whatever stands beside it: a value of 0 too.
+#[test]
+fn nan_of_any_bits() {
+    let width = 2 * 2048 + 32;
+    let device = &CPU;
+    let v = Tensor::rand(0.5f32, 1.5, width, device).unwrap();
+    let t = Tensor::rand(0f32, 1.0, (3, width), device).unwrap();
+    let few = Tensor::new(&[[1u32, 5], [2, 7], [9, 4000]], device).unwrap();
+    let few = Targets::top_k(&few, &Tensor::full(0.5f32, (3, 2), device).unwrap());
+    let one = Targets::from(Tensor::new(&[1u32, 5, 4100], device).unwrap());
+    let loss = CrossEntropy::new()
+        .smoothing(0.1)
+        .reduction(Reduction::None);
+    for at in [0, 31, 2047, 2048, 3000, width - 1] {
+        let mut zero_there = v.to_vec1::<f32>().unwrap();
+        zero_there[at] = 0.0;
+        let zero_there = Tensor::new(zero_there, device).unwrap();
+        for bits in [
+            0x7fc0_0000u32,
+            0x7fc0_0001,
+            0x7f80_0001,
+            0xffff_ffff,
+            0xff80_0100,
+        ] {
+            let mut x = vec![0.5f32; 3 * width];
+            x[width + at] = f32::from_bits(bits);
+            let x = Tensor::from_vec(x, (3, width), device).unwrap();
+            for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+                let x = x.to_dtype(dtype).unwrap();
+                for (loss, targets) in [
+                    (loss.clone(), one.clone()),
+                    (loss.clone().class_weights(&v), one.clone()),
+                    (loss.clone().class_weights(&zero_there), one.clone()),
+                    (loss.clone().smoothing_prior(&zero_there), one.clone()),
+                    (loss.clone().entropy_weight(0.1), one.clone()),
+                    (loss.clone().softcap(30.0), one.clone()),
+                    (loss.clone(), few.clone()),
+                    (loss.clone(), t.clone().into()),
+                ] {
+                    let result = loss.loss_and_grad(&x, targets.clone()).unwrap();
+                    let losses = values(&result.loss);
+                    let nan: Vec<bool> = losses.iter().map(|l| l.is_nan()).collect();
+                    assert_eq!(nan, [false, true, false], "{bits:x} at {at}, {dtype:?}");
+                    let gradient = values(&result.grad);
+                    let nan: Vec<bool> = gradient.iter().map(|g| g.is_nan()).collect();
+                    assert!(
+                        nan.iter()
+                            .enumerate()
+                            .all(|(i, nan)| *nan == (i / width == 1))
+                    );
+                    let forward = values(&loss.forward(&x, targets).unwrap());
+                    assert!(forward[1].is_nan() && !forward[0].is_nan());
+                }
+            }
+        }
+    }
+}
+
 /// Of the type that the loss computes in, so that no conversion copies them.
 #[test]
 fn values_that_are_views_of_the_logits() {
