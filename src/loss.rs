@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::{
-    call::Call,
+    call::{Call, Groups},
     linear, op,
     options::CrossEntropy,
     reference,
@@ -18,7 +18,7 @@ impl CrossEntropy {
     /// The forward reads the logits once; `backward()` reads them once more and writes their gradient. Without a
     /// tracked input no gradient is computed and the logits are never written.
     pub fn forward(&self, logits: &Tensor, targets: impl Into<Targets>) -> Result<Tensor> {
-        Ok(op::forward(Call::new(self, logits, &targets.into())?, logits, false)?.0)
+        Ok(op::forward(self.call(logits, targets)?, logits, false)?.0)
     }
 
     /// [`forward`](Self::forward) with the statistics of every row from the same pass.
@@ -27,7 +27,7 @@ impl CrossEntropy {
         logits: &Tensor,
         targets: impl Into<Targets>,
     ) -> Result<(Tensor, RowStats)> {
-        let (loss, stats) = op::forward(Call::new(self, logits, &targets.into())?, logits, true)?;
+        let (loss, stats) = op::forward(self.call(logits, targets)?, logits, true)?;
         Ok((loss, stats.expect("asked for")))
     }
 
@@ -37,7 +37,7 @@ impl CrossEntropy {
         logits: &Tensor,
         targets: impl Into<Targets>,
     ) -> Result<LossAndGrad> {
-        op::loss_and_grad(Call::new(self, logits, &targets.into())?, logits, true).map(with_stats)
+        op::loss_and_grad(self.call(logits, targets)?, logits, true).map(with_stats)
     }
 
     /// [`loss_and_grad`](Self::loss_and_grad) that writes the gradient over the logits and returns their memory as
@@ -49,8 +49,7 @@ impl CrossEntropy {
         logits: Tensor,
         targets: impl Into<Targets>,
     ) -> Result<LossAndGrad> {
-        op::loss_and_grad_inplace(Call::new(self, &logits, &targets.into())?, logits, true)
-            .map(with_stats)
+        op::loss_and_grad_inplace(self.call(&logits, targets)?, logits, true).map(with_stats)
     }
 
     /// Loss and gradient, bit for bit those of [`loss_and_grad`](Self::loss_and_grad), without the statistics, for
@@ -60,7 +59,7 @@ impl CrossEntropy {
         logits: &Tensor,
         targets: impl Into<Targets>,
     ) -> Result<(Tensor, Tensor)> {
-        let call = Call::new(self, logits, &targets.into())?;
+        let call = self.call(logits, targets)?;
         op::loss_and_grad(call, logits, false).map(|(loss, grad, _)| (loss, grad))
     }
 
@@ -71,7 +70,7 @@ impl CrossEntropy {
         logits: Tensor,
         targets: impl Into<Targets>,
     ) -> Result<(Tensor, Tensor)> {
-        let call = Call::new(self, &logits, &targets.into())?;
+        let call = self.call(&logits, targets)?;
         op::loss_and_grad_inplace(call, logits, false).map(|(loss, grad, _)| (loss, grad))
     }
 
@@ -115,9 +114,17 @@ impl CrossEntropy {
     }
 
     /// The oracle: the same results in f64 on the CPU, by plain loops written to be read beside the formulas. Accepts
-    /// tensors on any device; everything it returns is f64 (`predicted` u32) on the CPU.
+    /// tensors on any device; everything it returns is f64 (`predicted` u32) on the CPU. Of whole rows: with
+    /// [`vocab_shard`](Self::vocab_shard) or [`data_parallel`](Self::data_parallel) an error.
     pub fn reference(&self, logits: &Tensor, targets: impl Into<Targets>) -> Result<LossAndGrad> {
         reference::loss_and_grad(self, logits, &targets.into())
+    }
+}
+
+impl CrossEntropy {
+    /// The checked arguments; other ranks are told of an error.
+    fn call(&self, logits: &Tensor, targets: impl Into<Targets>) -> Result<Call> {
+        Groups::of(self).tell(Call::new(self, logits, &targets.into()))
     }
 }
 

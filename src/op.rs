@@ -54,22 +54,25 @@ pub(crate) fn loss_and_grad_inplace(
     if call.rows == 0 {
         return loss_and_grad(call, &logits, stats); // candle has no in-place operation on nothing
     }
-    let dims = logits.dims();
+    call.groups.tell(check_overwritable(&call, &logits))?;
+    let op = FusedOp::new(call, stats);
+    logits.inplace_op1(&op)?;
+    Ok(op.finish(logits))
+}
+
+fn check_overwritable(call: &Call, logits: &Tensor) -> Result<()> {
+    let (dims, strides) = (logits.dims(), logits.stride());
     let Some(rows) = row_offsets(logits.layout()) else {
         bail!(
-            "logits: strides {:?} for shape {dims:?}, must have stride 1 inside a row to be overwritten",
-            logits.stride()
+            "logits: strides {strides:?} for shape {dims:?}, must have stride 1 inside a row to be overwritten"
         );
     };
     if !rows.disjoint(call.width) {
         bail!(
-            "logits: strides {:?} for shape {dims:?} overlap, must be rows of their own to be overwritten",
-            logits.stride()
+            "logits: strides {strides:?} for shape {dims:?} overlap, must be rows of their own to be overwritten"
         );
     }
-    let op = FusedOp::new(call, stats);
-    logits.inplace_op1(&op)?;
-    Ok(op.finish(logits))
+    Ok(())
 }
 
 /// The logits, copied if the backends could not read their rows where they are.

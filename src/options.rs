@@ -1,6 +1,10 @@
 //! The options of the loss: what [`CrossEntropy`]'s builder methods set.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
+
+use crate::parallel::{Communicator, Ranks};
 
 /// Label smoothing: the share of the target distribution that is spread over all classes, evenly or by a
 /// [prior](CrossEntropy::smoothing_prior).
@@ -104,6 +108,16 @@ pub struct CrossEntropy {
     pub(crate) memory_budget: usize,
     pub(crate) tile_bytes: Option<usize>,
     pub(crate) compact_rows: bool,
+    pub(crate) vocab_shard: Option<Shard>,
+    pub(crate) data_parallel: Option<Ranks>,
+}
+
+/// This rank's part of a vocabulary in slices.
+#[derive(Clone, Debug)]
+pub(crate) struct Shard {
+    pub ranks: Ranks,
+    pub first_class: usize,
+    pub vocabulary: usize,
 }
 
 impl Default for CrossEntropy {
@@ -132,6 +146,8 @@ impl CrossEntropy {
             memory_budget: 256 << 20,
             tile_bytes: None,
             compact_rows: false,
+            vocab_shard: None,
+            data_parallel: None,
         }
     }
 
@@ -255,6 +271,46 @@ impl CrossEntropy {
     /// default; then hidden states of such rows that are not finite make the weight's gradient NaN, as whole logits would.
     pub fn compact_rows(mut self, on: bool) -> Self {
         self.compact_rows = on;
+        self
+    }
+
+    /// This rank has the logits of classes `first_class` and on, of a `vocabulary` that the ranks of `comm` share out: as
+    /// many as a row has columns (`vocab_size` leaves padding out). Slices may be uneven, and in any order. Logits, rows of
+    /// the output projection, bias, and probabilities as targets (…, this rank's classes) are this rank's part. Everything
+    /// else is the same on all ranks: hidden states, targets with class numbers of the whole vocabulary, smoothing, weights,
+    /// class weights and a prior (`vocabulary`), options.
+    ///
+    /// Loss and statistics are those of the whole vocabulary, with the same bits on every rank; the gradient of the logits is
+    /// this rank's part. A forward takes one all-gather of 48 bytes a row, 72 with statistics, 176 and 8 for each class
+    /// that a row's target names where that is more than one or something stands beside the logits, and of 512 bytes. The
+    /// backward of logits takes none, that of [`forward_linear`](Self::forward_linear) an all-reduce of the hidden states'
+    /// gradient, if there is one; so ranks that run one must all run it.
+    ///
+    /// Slices that overlap or leave a gap, arguments that differ, and a rank's bad input are an error on every rank. On the
+    /// CPU only. The idea is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3), whose two or three collectives
+    /// are one here.
+    pub fn vocab_shard(
+        mut self,
+        comm: Arc<dyn Communicator>,
+        first_class: usize,
+        vocabulary: usize,
+    ) -> Self {
+        self.vocab_shard = Some(Shard {
+            ranks: Ranks(comm),
+            first_class,
+            vocabulary,
+        });
+        self
+    }
+
+    /// Each rank of `comm` has rows of its own. [`Reduction::Mean`] then divides by the rows (their weights) of all ranks,
+    /// however unequal: the ranks' losses and gradients add up to those of all rows at once. So gradients are to be
+    /// **summed** over the ranks, not averaged. Without effect on other reductions, but every forward exchanges 512 bytes, so
+    /// that a rank's bad input is an error on every rank.
+    ///
+    /// On the CPU only. The mean of ranks' means, which this is not, weighs rows by how few their rank has.
+    pub fn data_parallel(mut self, comm: Arc<dyn Communicator>) -> Self {
+        self.data_parallel = Some(Ranks(comm));
         self
     }
 }

@@ -1,7 +1,7 @@
 //! The oracle: the loss in f64 on the CPU by plain loops, to be read beside the formulas in the crate's
 //! documentation. Speed is no concern here; every other path is tested against it.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::{
     call::{Call, ClassValues, Row, RowTarget},
@@ -27,6 +27,11 @@ pub(crate) fn loss_and_grad(
     logits: &Tensor,
     targets: &Targets,
 ) -> Result<LossAndGrad> {
+    if options.vocab_shard.is_some() || options.data_parallel.is_some() {
+        bail!(
+            "reference: of whole rows on one rank, must have neither vocab_shard nor data_parallel"
+        );
+    }
     let cpu = |t: &Tensor| t.detach().to_device(&Device::Cpu);
     let options = on_cpu(options)?;
     let (logits, targets) = (cpu(logits)?, targets.try_map(cpu)?);

@@ -337,7 +337,7 @@ fn the_largest_gradient_norms_are_selected() {
         };
         (0..40).map(norm).collect()
     };
-    let at_predicted = norms(|logits| cross_entropy(logits, &logits.argmax(1).unwrap()).unwrap());
+    let at_predicted = norms(|logits| cross_entropy(logits, logits.argmax(1).unwrap()).unwrap());
     let scores = gradient_norm::scores(&hidden, &weight).unwrap();
     assert_close(&values(&scores), &at_predicted, 1e-5);
     let mut order: Vec<u32> = (0..40).collect();

@@ -3,12 +3,15 @@
 mod arguments;
 mod values;
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use self::arguments::{class_values, row_targets, row_values, same_device, value_type};
 pub(crate) use self::values::{ClassValues, Row, RowTarget, Rows, bad_probability};
 use crate::{
     options::{CrossEntropy, Reduction, RowValue, Smoothing},
+    parallel::Ranks,
     targets::Targets,
 };
 
@@ -21,8 +24,15 @@ pub(crate) struct Call {
     pub rows: usize,
     /// Length of a row, padding included.
     pub width: usize,
-    /// Classes: `width` less the padding.
+    /// Classes of the whole vocabulary.
     pub vocab: usize,
+    /// Those of the columns: all, or this rank's. `width` less the padding.
+    pub columns: Range<usize>,
+    pub groups: Groups,
+    /// Of the logits, or of the factors that they are products of.
+    pub dtype: DType,
+    /// Whether the hidden states that the logits are products of are in candle's graph.
+    pub hidden_is_tracked: bool,
     /// Classes (rows) or (rows, k), contiguous, u32 or i64. Probabilities of a few classes (rows, k), contiguous, f64 or on
     /// CUDA f32; of all (…, `width` or at least `vocab`) in the caller's type, rows as [`row_offsets`] takes them.
     pub targets: Targets,
@@ -47,8 +57,29 @@ pub(crate) struct Call {
     pub check_inputs: bool,
 }
 
+/// The groups of ranks that a call belongs to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Groups {
+    pub vocab_shard: Option<Ranks>,
+    pub data_parallel: Option<Ranks>,
+}
+
+impl Groups {
+    pub fn of(options: &CrossEntropy) -> Self {
+        Self {
+            vocab_shard: options
+                .vocab_shard
+                .as_ref()
+                .map(|shard| shard.ranks.clone()),
+            data_parallel: options.data_parallel.clone(),
+        }
+    }
+}
+
 /// Kernels count columns in 32 bits, and some way beyond a row's end.
 const MAX_WIDTH: usize = i32::MAX as usize - (1 << 14);
+/// [`predicted`](crate::RowStats::predicted) is a u32.
+const MAX_VOCABULARY: usize = u32::MAX as usize;
 
 impl Call {
     pub fn new(options: &CrossEntropy, logits: &Tensor, targets: &Targets) -> Result<Self> {
@@ -105,7 +136,10 @@ impl Call {
             }
             same_device(argument, tensor, ("hidden", hidden))?;
         }
-        Self::of_rows(options, ("hidden", hidden), width, targets)
+        Ok(Self {
+            hidden_is_tracked: hidden.track_op(),
+            ..Self::of_rows(options, ("hidden", hidden), width, targets)?
+        })
     }
 
     /// `rows` is the argument with a row (its last dimension) for each target.
@@ -138,6 +172,32 @@ impl Call {
         if vocab == 0 || vocab > width {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
         }
+        let groups = Groups::of(options);
+        for (option, ranks) in [
+            ("vocab_shard", &groups.vocab_shard),
+            ("data_parallel", &groups.data_parallel),
+        ] {
+            if ranks.is_some() && !on_cpu {
+                bail!(
+                    "{option}: {argument} on {:?}, must be on the CPU",
+                    tensor.device().location()
+                );
+            }
+        }
+        let (columns, vocabulary) = match &options.vocab_shard {
+            None => (0..vocab, vocab),
+            Some(shard) => {
+                let (first, vocabulary) = (shard.first_class, shard.vocabulary);
+                let end = first.checked_add(vocab);
+                if vocabulary > MAX_VOCABULARY || end.is_none_or(|end| end > vocabulary) {
+                    bail!(
+                        "vocab_shard: {vocab} classes from {first} on of a vocabulary of {vocabulary}, must be within it, and it \
+                         at most {MAX_VOCABULARY}"
+                    );
+                }
+                (first..first + vocab, vocabulary)
+            }
+        };
         if !(options.z_loss.is_finite() && options.z_loss >= 0.0) {
             bail!(
                 "z_loss: {}, must be finite and not negative",
@@ -186,7 +246,13 @@ impl Call {
             RowValue::Uniform(value) => bail!("entropy_weight: {value}, must be finite"),
         };
         let per_class = |argument, values: &Option<Tensor>| {
-            let read = |values| class_values(argument, values, (vocab, width), rows);
+            // A rank's padding is not the vocabulary's.
+            let width = if groups.vocab_shard.is_some() {
+                vocabulary
+            } else {
+                width
+            };
+            let read = |values| class_values(argument, values, (vocabulary, width), rows);
             values.as_ref().map(read).transpose()
         };
         let call = Self {
@@ -198,7 +264,11 @@ impl Call {
             shape,
             rows: count,
             width,
-            vocab,
+            vocab: vocabulary,
+            columns,
+            groups: groups.clone(),
+            dtype: tensor.dtype(),
+            hidden_is_tracked: false,
             smoothing,
             uniform_smoothing,
             weights,
@@ -220,6 +290,28 @@ impl Call {
             || self.smoothing_prior.is_some()
             || self.weighs_entropy()
             || self.probabilities().is_some()
+    }
+
+    /// Whether it does where a row's classes come in parts: which of a few classes that the target names has the largest logit,
+    /// and would be left out of the sums, is known only after the last part.
+    pub fn is_general_in_parts(&self) -> bool {
+        self.is_general() || matches!(self.targets, Targets::TopK { .. })
+    }
+
+    /// Whether it does for the logits of this call, which are all of a row's, or a rank's part.
+    pub fn is_general_here(&self) -> bool {
+        match self.groups.vocab_shard {
+            Some(_) => self.is_general_in_parts(),
+            None => self.is_general(),
+        }
+    }
+
+    /// Classes that the target of a row names, if it names several.
+    pub fn entries_a_row(&self) -> usize {
+        match &self.targets {
+            Targets::TopK { classes, .. } if self.rows > 0 => classes.elem_count() / self.rows,
+            _ => 0,
+        }
     }
 
     /// Whether a row's entropy has a weight.

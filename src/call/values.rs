@@ -196,12 +196,12 @@ impl Call {
         &self,
         values: &Tensor,
     ) -> Result<impl Fn(usize) -> Result<Vec<f64>> + use<>> {
-        let (rows, vocab, width) = (self.rows, self.vocab, values.dim(D::Minus1)?);
-        let values = values.reshape((rows, width))?.narrow(1, 0, vocab)?;
+        let (rows, columns, width) = (self.rows, self.columns.clone(), values.dim(D::Minus1)?);
+        let values = values.reshape((rows, width))?.narrow(1, 0, columns.len())?;
         Ok(move |i: usize| {
             let row: Vec<f64> = values.get(i)?.to_dtype(DType::F64)?.to_vec1()?;
             match row.iter().position(|t| !(t.is_finite() && *t >= 0.0)) {
-                Some(class) => Err(bad_probability(i, class, row[class])),
+                Some(at) => Err(bad_probability(i, columns.start + at, row[at])),
                 None => Ok(row),
             }
         })

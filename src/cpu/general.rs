@@ -26,7 +26,7 @@ pub(super) struct General<'a, R> {
     ones: OnceLock<Vec<R>>,
 }
 
-/// First row and first class.
+/// First row and first column.
 type Tile = (usize, usize);
 
 /// Values of the classes, `None` for 1.
@@ -111,11 +111,10 @@ impl<R: Real> Beside<'_, R> {
 }
 
 impl<'a, R: Real> General<'a, R> {
-    /// Of rows from `rows.start` on and of the classes `columns`.
+    /// Of the classes `columns`, and of probabilities from a row and a column of their tensor on.
     pub fn new(
         classes: &ClassValues,
-        probabilities: Option<&'a Probabilities<'a>>,
-        first_row: usize,
+        probabilities: Option<(&'a Probabilities<'a>, Tile)>,
         columns: &Range<usize>,
     ) -> Self {
         let ClassValues { weights, prior } = classes;
@@ -133,7 +132,7 @@ impl<'a, R: Real> General<'a, R> {
                 weights: weights.map(vector),
                 prior: prior.map(vector),
             },
-            probabilities: probabilities.map(|values| (values, (first_row, columns.start))),
+            probabilities,
             ones: OnceLock::new(),
         }
     }
@@ -299,17 +298,20 @@ impl<'a> Probabilities<'a> {
         buffer
     }
 
-    /// The error for the first bad one of a row's classes; of rows so numbered.
-    pub fn error_in(&self, row: usize, vocab: usize) -> candle_core::Error {
+    /// The error for the first bad one of a row's classes, which are those of the columns.
+    pub fn error_in(&self, row: usize, classes: &Range<usize>) -> candle_core::Error {
         let mut value = [0.0f64; PIECE];
-        for class in 0..vocab {
-            let value = self.stretch(row, class..class + 1, &mut value)[0];
+        for column in 0..classes.len() {
+            let value = self.stretch(row, column..column + 1, &mut value)[0];
             // As f32, which it may be beyond.
             if !((value as f32).is_finite() && value >= 0.0) {
-                return bad_probability(row, class, value);
+                return bad_probability(row, classes.start + column, value);
             }
         }
-        unreachable!("one of them is bad")
+        candle_core::Error::Msg(format!(
+            "targets: row {row} has a bad probability for a class of another rank"
+        ))
+        .bt()
     }
 }
 

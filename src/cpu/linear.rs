@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use candle_core::{
-    CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, backend::BackendStorage, bail,
-    utils::get_num_threads,
+    CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType, backend::BackendStorage,
+    bail, utils::get_num_threads,
 };
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -14,22 +14,19 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     element::{Element, Precise},
-    finish::{self, Normaliser, RowResult, Sums},
-    general::{Dots, Locked},
+    finish::{Normaliser, RowResult},
+    general::Locked,
     memory::{GradRows, Logits},
-    parallel::{
-        Given, NO_COLUMN, Scratch, Work, check_probabilities, differentiate_tile, for_each_row,
-        row_partial,
-    },
+    parallel::{Given, Work, differentiate_tile},
     real::Real,
     results::{self, Inputs, forward_result, result_type},
-    row::{self, Partial},
-    transform::{Form, Transform, with_path},
+    row,
+    running::{self, Running, merge_stretch},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
-    call::{Call, Row, RowTarget},
-    targets::Targets,
+    call::Call,
+    parallel::Ranks,
     tiles::{Plan, Tile},
 };
 
@@ -211,17 +208,20 @@ struct FactorGradient<E: Element> {
     gradient: Vec<E>,
     depth: usize,
     is_sum: bool,
+    /// Whether other ranks have a part of it too.
+    is_part: bool,
     /// What is not yet rounded to the factor's type; not used where that is the products' own.
     exact: Vec<E::Real>,
     any: bool,
 }
 
 impl<E: Element<Real: Compute>> FactorGradient<E> {
-    fn new(rows: usize, depth: usize, is_sum: bool) -> Self {
+    fn new(rows: usize, depth: usize, is_sum: bool, is_part: bool) -> Self {
         Self {
             gradient: bytemuck::zeroed_vec(rows * depth),
             depth,
             is_sum,
+            is_part,
             exact: Vec::new(),
             any: false,
         }
@@ -241,6 +241,11 @@ impl<E: Element<Real: Compute>> FactorGradient<E> {
             );
             return;
         }
+        if self.is_part {
+            self.exact.resize(self.gradient.len(), E::Real::ZERO);
+            multiply(&mut self.exact[span], add, a, b);
+            return;
+        }
         self.exact.resize(span.len(), E::Real::ZERO);
         multiply(&mut self.exact, add, a, b);
         if !self.is_sum {
@@ -248,8 +253,25 @@ impl<E: Element<Real: Compute>> FactorGradient<E> {
         }
     }
 
+    /// The sum of all ranks' parts.
+    fn sum_over(&mut self, ranks: &Ranks) -> Result<()> {
+        let sum = |part: Vec<E::Real>| -> Result<Vec<E::Real>> {
+            let length = part.len();
+            let part = Tensor::from_vec(part, length, &Device::Cpu)?;
+            ranks.0.all_reduce_sum(&part)?.to_vec1()
+        };
+        if E::IS_REAL {
+            let part = std::mem::take(&mut self.gradient);
+            self.gradient = bytemuck::cast_vec(sum(bytemuck::cast_vec(part))?);
+        } else {
+            self.exact.resize(self.gradient.len(), E::Real::ZERO);
+            self.exact = sum(std::mem::take(&mut self.exact))?;
+        }
+        Ok(())
+    }
+
     fn into_storage(mut self) -> CpuStorage {
-        if self.is_sum && self.any && !E::IS_REAL {
+        if (self.is_sum && self.any || self.is_part) && !E::IS_REAL {
             let sums = &self.exact;
             narrow(sums, &mut self.gradient[..sums.len()]);
         }
@@ -300,114 +322,6 @@ impl<'a, E: Element<Real: Compute> + WithDType> Factors<'a, E> {
     }
 }
 
-/// What is known of a row after some of its tiles.
-#[derive(Clone)]
-struct Running {
-    others: Partial,
-    /// Of the target's one class, which is left out of the sums.
-    target_logit: f64,
-    predicted: u32,
-    /// Of rows of the general kind.
-    general: Option<Box<General>>,
-}
-
-#[derive(Clone, Default)]
-struct General {
-    dots: Dots,
-    /// Logits of a few classes that the target names, of which none is left out.
-    entries: Vec<f64>,
-}
-
-/// Whether rows are of the general kind: which of a few classes has the largest logit, and would be left out, is known only
-/// after the last tile.
-fn is_general(call: &Call) -> bool {
-    call.is_general() || matches!(call.targets, Targets::TopK { .. })
-}
-
-/// Merges the logits `x` of a tile into its rows' results.
-fn merge_tile<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bool>(
-    work: &Work<T>,
-    x: &[T],
-    running: &mut [Running],
-) {
-    let width = work.columns.len();
-    for_each_row(
-        width,
-        running,
-        || Scratch::new(width, false, GENERAL),
-        |i, running, scratch, shared| {
-            let Some(row) = work.row(i) else { return };
-            let x = &x[i * width..][..width];
-            let logit = |column: usize| row::one(x[column]).f64();
-            let target = match row.target {
-                RowTarget::Class(class) => work.column(class),
-                _ => None,
-            };
-            if let Some(column) = target {
-                running.target_logit = logit(column);
-            }
-            if GENERAL {
-                let named = work.named(row);
-                let entries = &mut running.general.get_or_insert_default().entries;
-                entries.resize(named.len(), f64::NAN);
-                for (entry, &(class, _)) in entries.iter_mut().zip(named) {
-                    if let Some(column) = work.column(class) {
-                        *entry = logit(column);
-                    }
-                }
-            }
-            let (partial, dots) = row_partial::<T, FORM, STATS, false, GENERAL>(
-                work,
-                i,
-                x,
-                target.unwrap_or(NO_COLUMN),
-                scratch,
-                shared,
-            );
-            if STATS && partial.largest > running.others.largest {
-                running.predicted = work.columns.start as u32 + row::largest_column(x, &partial);
-            }
-            let all = running.others.merge::<FORM>(partial, &work.exact);
-            if let Some(general) = &mut running.general {
-                let before = general
-                    .dots
-                    .related::<FORM>(&running.others, &all, &work.exact);
-                general.dots = before.plus(dots.related::<FORM>(&partial, &all, &work.exact));
-            }
-            running.others = all;
-        },
-    );
-}
-
-/// Loss, statistics and normaliser of a row whose tiles are all merged.
-fn finish<const FORM: Form>(
-    given: Given,
-    row: Option<&Row>,
-    running: &Running,
-    exact: &Transform<f64>,
-) -> (RowResult, Normaliser) {
-    let Some(row) = row else {
-        return Default::default();
-    };
-    let none = General::default();
-    let General { dots, entries } = running.general.as_deref().unwrap_or(&none);
-    let named: Vec<_> = match row.target {
-        RowTarget::Class(class) => vec![(class, 1.0, running.target_logit)],
-        target => {
-            let with_logits = given.rows.named(target).iter().zip(entries);
-            with_logits.map(|(&(class, t), &x)| (class, t, x)).collect()
-        }
-    };
-    let sums = Sums {
-        others: &running.others,
-        dots,
-        named: &named,
-        left_out: matches!(row.target, RowTarget::Class(_)).then_some(0),
-        predicted: running.predicted,
-    };
-    finish::finish::<FORM>(given.call, given.classes, row, &sums, exact)
-}
-
 /// Memory for a tile's logits, which the product writes in full.
 fn resize<C: Compute>(logits: &mut Vec<C>, tile: &Tile) {
     if logits.capacity() < tile.len() {
@@ -424,46 +338,27 @@ fn evaluate<E: Element<Real: Compute> + WithDType>(
 ) -> Result<(Vec<RowResult>, Vec<Normaliser>, Vec<CpuStorage>)> {
     let call = given.call;
     let mut factors = Factors::<E>::new(operands)?;
-    let empty = Running {
-        others: Partial::EMPTY,
-        target_logit: f64::NAN,
-        predicted: 0,
-        general: None,
-    };
-    let mut running = vec![empty; call.rows];
+    let mut running = vec![Running::default(); call.rows];
     let (mut kept, mut logits) = (Vec::new(), Vec::new());
     for (t, tile) in plan.tiles.iter().enumerate() {
         resize(&mut logits, &tile);
         factors.logits(&tile, &mut logits);
         let running = &mut running[tile.rows.clone()];
-        let (row, classes) = (tile.rows.start, &tile.classes);
+        let width = tile.classes.len();
         if call.softcap.is_some() {
             let x = bytemuck::cast_slice::<_, <E::Real as Compute>::Capped>(&logits);
-            merge(&Work::new(given, row, classes), x, running, stats);
+            let work = Work::of_tile(given, &tile);
+            merge_stretch(&work, |i| &x[i * width..][..width], running, stats);
         } else {
-            merge(&Work::new(given, row, classes), &logits, running, stats);
+            let work = Work::of_tile(given, &tile);
+            merge_stretch(&work, |i| &logits[i * width..][..width], running, stats);
         }
         if t < plan.keep {
             kept.push(Element::storage(std::mem::take(&mut logits)));
         }
     }
-    let exact = Transform::new(call);
-    let rows = given.rows.rows.iter().zip(&running);
-    let finish = with_path!(f64, call, false, FORM, _GENERAL => finish::<FORM>);
-    let (results, normalisers): (Vec<_>, _) = rows
-        .map(|(row, running)| finish(given, row.as_ref(), running, &exact))
-        .unzip();
-    check_probabilities(given, &results)?;
+    let (results, normalisers) = running::finish_rows(given, stats, running)?;
     Ok((results, normalisers, kept))
-}
-
-/// [`merge_tile`] on the path of the call.
-fn merge<T: Element>(work: &Work<T>, x: &[T], running: &mut [Running], stats: bool) {
-    let call = work.given.call;
-    with_path!(T, call, is_general(call), FORM, GENERAL => match stats || GENERAL {
-        true => merge_tile::<T, FORM, true, GENERAL>(work, x, running),
-        false => merge_tile::<T, FORM, false, GENERAL>(work, x, running),
-    });
 }
 
 fn differentiate<E: Element<Real: Compute> + WithDType>(
@@ -477,10 +372,12 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
     let call = given.call;
     let mut factors = Factors::<E>::new(operands)?;
     let (depth, by_rows) = (factors.depth(), plan.tiles.by_rows);
-    let gradient =
-        |rows, is_sum, wanted: bool| wanted.then(|| FactorGradient::<E>::new(rows, depth, is_sum));
-    let mut hidden_gradient = gradient(call.rows, !by_rows, wanted.hidden);
-    let mut weight_gradient = gradient(call.width, by_rows, wanted.weight);
+    let gradient = |rows, is_sum, is_part, wanted: bool| {
+        wanted.then(|| FactorGradient::<E>::new(rows, depth, is_sum, is_part))
+    };
+    let ranks = call.groups.vocab_shard.as_ref();
+    let mut hidden_gradient = gradient(call.rows, !by_rows, ranks.is_some(), wanted.hidden);
+    let mut weight_gradient = gradient(call.width, by_rows, false, wanted.weight);
     let mut bias_gradient = wanted.bias.then(|| vec![0.0f64; call.width]);
 
     let mut kept = saved.kept.take();
@@ -512,6 +409,9 @@ fn differentiate<E: Element<Real: Compute> + WithDType>(
             add_columns(gradients, &mut bias[tile.classes.clone()]);
         }
     }
+    if let (Some(hidden), Some(ranks)) = (&mut hidden_gradient, ranks) {
+        hidden.sum_over(ranks)?;
+    }
     let bias = |sums: Vec<f64>| {
         let sums: Vec<_> = sums.into_iter().map(E::Real::of).collect();
         let mut gradient = bytemuck::zeroed_vec(sums.len());
@@ -533,8 +433,8 @@ fn differentiate_logits<T: Element>(
     x: &mut [T],
     tile: &Tile,
 ) -> Result<()> {
-    let work = Work::new(given, tile.rows.start, &tile.classes);
-    let (rows, general) = (tile.rows.len(), is_general(given.call));
+    let work = Work::of_tile(given, tile);
+    let (rows, general) = (tile.rows.len(), given.call.is_general_in_parts());
     let out = GradRows::contiguous(rows, tile.classes.len(), x);
     differentiate_tile(&work, saved, upstream, general, Logits::InPlace, &out, rows)
 }
@@ -609,14 +509,14 @@ impl LinearBackend for Cpu {
         operands: &Operands<CpuStorage>,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let inputs = Inputs::read(call)?;
+        let inputs = Inputs::read(call, stats)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
         let (results, normalisers, kept) =
             with_type!(operands, E => evaluate::<E>(given, plan, operands, stats)?);
         let dtype = result_type(operands.hidden.0.dtype());
-        let (loss, stats) = forward_result(call, &inputs.rows.rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &inputs, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,

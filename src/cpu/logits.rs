@@ -32,7 +32,7 @@ macro_rules! with_elements {
                 let $x = bytemuck::$cast::<bf16, Precise<bf16>>(x);
                 $body
             }
-            CpuStorage::BF16(x) if $call.is_general() => {
+            CpuStorage::BF16(x) if $call.is_general_here() => {
                 let $x = bytemuck::$cast::<bf16, InOrder>(x);
                 $body
             }
@@ -55,14 +55,14 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Forward<CpuStorage, Saved>> {
-        let inputs = Inputs::read(call)?;
+        let inputs = Inputs::read(call, stats)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
         let (results, normalisers) =
             with_elements!(call, logits, cast_slice, x => evaluate(given, x, layout, stats)?);
         let dtype = result_type(logits.dtype());
-        let (loss, stats) = forward_result(call, &inputs.rows.rows, &results, dtype, stats)?;
+        let (loss, stats) = forward_result(call, &inputs, &results, dtype, stats)?;
         Ok(Forward {
             loss,
             stats,
@@ -113,7 +113,7 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<(CpuStorage, Fused)> {
-        let inputs = Inputs::read(call)?;
+        let inputs = Inputs::read(call, stats)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
@@ -123,7 +123,7 @@ impl Backend for Cpu {
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
             let logits = Logits::Separate(x, readable(layout)?);
             let results = evaluate_and_differentiate(given, logits, &out, stats)?;
-            Ok((Element::storage(grad), fused_result(call, &inputs.rows.rows, &results, dtype, stats)?))
+            Ok((Element::storage(grad), fused_result(call, &inputs, &results, dtype, stats)?))
         })
     }
 
@@ -133,7 +133,7 @@ impl Backend for Cpu {
         layout: &Layout,
         stats: bool,
     ) -> Result<Fused> {
-        let inputs = Inputs::read(call)?;
+        let inputs = Inputs::read(call, stats)?;
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
@@ -142,6 +142,6 @@ impl Backend for Cpu {
             let out = GradRows::inside(call, x, layout)?;
             evaluate_and_differentiate(given, Logits::InPlace, &out, stats)?
         });
-        fused_result(call, &inputs.rows.rows, &results, dtype, stats)
+        fused_result(call, &inputs, &results, dtype, stats)
     }
 }

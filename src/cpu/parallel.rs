@@ -13,8 +13,9 @@ use super::{
     gradient::{GradFactors, named_gradient},
     memory::{GradRows, Logits, readable},
     real::Real,
-    results::{Inputs, Saved, divisor},
+    results::{Inputs, Saved},
     row::{self, PIECE, Partial},
+    running::{self, Running, merge_stretch},
     tasks::{
         GeneralGradients, GeneralPartials, Gradients, KeptGeneralGradients, KeptGradients, Partials,
     },
@@ -23,6 +24,7 @@ use super::{
 use crate::{
     call::{Call, ClassValues, Row, RowTarget, Rows},
     targets::Targets,
+    tiles::Tile,
 };
 
 /// Fewer rows than this a thread, and the pieces of a row are shared out as well.
@@ -43,6 +45,8 @@ pub(super) struct Given<'a> {
     pub rows: &'a Rows,
     pub classes: &'a ClassValues,
     pub probabilities: Option<&'a Probabilities<'a>>,
+    /// What row losses are divided by.
+    pub divisor: f64,
 }
 
 impl Inputs {
@@ -56,6 +60,7 @@ impl Inputs {
             rows: &self.rows,
             classes: &self.classes,
             probabilities,
+            divisor: self.divisor,
         }
     }
 }
@@ -85,23 +90,37 @@ pub(super) struct Named<T> {
 pub(super) const NO_COLUMN: usize = usize::MAX;
 
 impl<'a, T: Element> Work<'a, T> {
-    pub fn new(given: Given<'a>, first_row: usize, columns: &Range<usize>) -> Self {
+    /// Of a tile of this rank's classes.
+    pub fn of_tile(given: Given<'a>, tile: &Tile) -> Self {
+        let Range { start, end } = tile.classes;
+        let first = given.call.columns.start;
+        Self::new(given, tile.rows.start, first + start..first + end)
+    }
+
+    fn new(given: Given<'a>, first_row: usize, columns: Range<usize>) -> Self {
+        let first = (first_row, columns.start - given.call.columns.start);
+        let probabilities = given.probabilities.map(|values| (values, first));
         Self {
             transform: Transform::new(given.call),
             exact: Transform::new(given.call),
-            general: General::new(given.classes, given.probabilities, first_row, columns),
-            columns: columns.clone(),
+            general: General::new(given.classes, probabilities, &columns),
+            columns,
             first_row,
-            // Which of several has the largest logit is known only after the last tile.
+            // Which of several has the largest logit is known only after the last part.
             leaves_out: matches!(given.call.targets, Targets::Classes(_)),
             given,
         }
     }
 
+    /// Of all rows and this rank's classes.
     fn all(given: Given<'a>) -> Self {
-        Self {
-            leaves_out: given.probabilities.is_none(),
-            ..Self::new(given, 0, &(0..given.call.vocab))
+        let work = Self::new(given, 0, given.call.columns.clone());
+        match given.call.groups.vocab_shard {
+            Some(_) => work,
+            None => Self {
+                leaves_out: given.probabilities.is_none(),
+                ..work
+            },
         }
     }
 
@@ -336,6 +355,11 @@ pub(super) fn evaluate<T: Element>(
     let call = given.call;
     let starts = readable(layout)?;
     let work = Work::all(given);
+    let columns = call.columns.len();
+    let x = |i: usize| &x[starts.of(i)..][..columns];
+    if call.groups.vocab_shard.is_some() {
+        return evaluate_slice(&work, x, stats);
+    }
     let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
     let general = call.is_general();
     let evaluate_row = with_path!(T, call, general, FORM, GENERAL => match stats || GENERAL {
@@ -343,13 +367,12 @@ pub(super) fn evaluate<T: Element>(
         false => evaluate_row::<T, FORM, false, GENERAL>,
     });
     for_each_row(
-        call.vocab,
+        columns,
         &mut results,
-        || Scratch::new(call.vocab, false, general),
+        || Scratch::new(columns, false, general),
         |i, result, scratch, shared| {
             if let Some(row) = work.row(i) {
-                let x = &x[starts.of(i)..][..call.vocab];
-                *result = evaluate_row(&work, i, row, x, scratch, shared);
+                *result = evaluate_row(&work, i, row, x(i), scratch, shared);
             }
         },
     );
@@ -358,13 +381,24 @@ pub(super) fn evaluate<T: Element>(
     Ok((results, normalisers))
 }
 
+/// [`evaluate`] of a slice of the vocabulary, with the other ranks.
+fn evaluate_slice<'x, T: Element>(
+    work: &Work<T>,
+    x: impl Fn(usize) -> &'x [T] + Sync + Send,
+    stats: bool,
+) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
+    let mut running = vec![Running::default(); work.given.call.rows];
+    merge_stretch(work, x, &mut running, stats);
+    running::finish_rows(work.given, stats, running)
+}
+
 /// An error for the first row with a bad probability in its target.
 pub(super) fn check_probabilities(given: Given, results: &[RowResult]) -> Result<()> {
     match (
         given.probabilities,
         results.iter().position(|result| result.bad),
     ) {
-        (Some(probabilities), Some(row)) => Err(probabilities.error_in(row, given.call.vocab)),
+        (Some(probabilities), Some(row)) => Err(probabilities.error_in(row, &given.call.columns)),
         _ => Ok(()),
     }
 }
@@ -500,9 +534,24 @@ pub(super) fn differentiate_tile<T: Element>(
     out: &GradRows<T>,
     rows: usize,
 ) -> Result<()> {
-    let call = work.given.call;
     let upstream = upstream.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let divisor = divisor(call, &work.given.rows.rows);
+    let scale =
+        |row: usize| upstream[if upstream.len() == 1 { 0 } else { row }] / saved.inputs.divisor;
+    differentiate_rows(work, &saved.normalisers, scale, general, logits, out, rows);
+    Ok(())
+}
+
+/// Gradient of every row of a tile; `scale` of a row is everything that multiplies it but its weight.
+fn differentiate_rows<T: Element>(
+    work: &Work<T>,
+    normalisers: &[Normaliser],
+    scale: impl Fn(usize) -> f64 + Sync + Send,
+    general: bool,
+    logits: Logits<T>,
+    out: &GradRows<T>,
+    rows: usize,
+) {
+    let call = work.given.call;
     let write = with_path!(T, call, general, FORM, GENERAL => write_gradient::<T, FORM, GENERAL>);
     for_each_row(
         work.columns.len(),
@@ -510,15 +559,12 @@ pub(super) fn differentiate_tile<T: Element>(
         Vec::new,
         |i, (), named, shared| {
             let at = work.first_row + i;
-            let scale = upstream[if upstream.len() == 1 { 0 } else { at }] / divisor;
-            let normaliser = &saved.normalisers[at];
             let factors = work
                 .row(i)
-                .and_then(|row| GradFactors::new(call, row, normaliser, scale));
+                .and_then(|row| GradFactors::new(call, row, &normalisers[at], scale(at)));
             write(work, i, factors.as_ref(), logits, out, named, shared);
         },
     );
-    Ok(())
 }
 
 /// [`differentiate_tile`] of all logits.
@@ -530,7 +576,7 @@ pub(super) fn differentiate_all<T: Element>(
     out: &GradRows<T>,
 ) -> Result<()> {
     let (work, call) = (Work::all(given), given.call);
-    let general = call.is_general();
+    let general = call.is_general_here();
     differentiate_tile(&work, saved, upstream, general, logits, out, call.rows)
 }
 
@@ -542,6 +588,23 @@ pub(super) fn evaluate_and_differentiate<T: Element>(
     stats: bool,
 ) -> Result<Vec<RowResult>> {
     let call = given.call;
+    if call.groups.vocab_shard.is_some() {
+        let work = Work::all(given);
+        // SAFETY: nothing is written meanwhile.
+        let x = |i| unsafe { logits.stretch(out, i, 0..call.columns.len()) };
+        let (results, normalisers) = evaluate_slice(&work, x, stats)?;
+        let (scale, general) = (1.0 / given.divisor, call.is_general_here());
+        differentiate_rows(
+            &work,
+            &normalisers,
+            |_| scale,
+            general,
+            logits,
+            out,
+            call.rows,
+        );
+        return Ok(results);
+    }
     let results = with_path!(T, call, call.is_general(), FORM, GENERAL => match stats || GENERAL {
         true => evaluate_and_differentiate_with::<T, FORM, true, GENERAL>(given, logits, out),
         false => evaluate_and_differentiate_with::<T, FORM, false, GENERAL>(given, logits, out),
@@ -561,16 +624,16 @@ fn evaluate_and_differentiate_with<
     out: &GradRows<T>,
 ) -> Vec<RowResult> {
     let call = given.call;
-    let scale = 1.0 / divisor(call, &given.rows.rows);
+    let (scale, columns) = (1.0 / given.divisor, call.columns.len());
     let work = Work::all(given);
     // A softcap's slope needs the logits once more, the entropy's gradient the exponents, so there is nothing to gain from
     // keeping exponentials.
     let keep = FORM != CAPPED && !call.weighs_entropy();
     let mut results = vec![RowResult::default(); call.rows];
     for_each_row(
-        call.vocab,
+        columns,
         &mut results,
-        || Scratch::new(call.vocab, keep, GENERAL),
+        || Scratch::new(columns, keep, GENERAL),
         |i, result, scratch, shared| {
             let Some(row) = work.row(i) else {
                 let named = &mut scratch.named;
@@ -578,7 +641,7 @@ fn evaluate_and_differentiate_with<
                 return;
             };
             // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
-            let x = unsafe { logits.stretch(out, i, 0..call.vocab) };
+            let x = unsafe { logits.stretch(out, i, 0..columns) };
             let left_out = work.left_out(row, x);
             let sums = if keep {
                 row_partial::<T, FORM, STATS, true, GENERAL>(&work, i, x, left_out, scratch, shared)
@@ -625,7 +688,7 @@ fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     let Scratch { partials, kept, .. } = scratch;
     let call = work.given.call;
     // SAFETY: the row is this call's alone, and padding no other task's.
-    unsafe { out.stretch(i, call.vocab..call.width) }.fill(T::default());
+    unsafe { out.stretch(i, call.columns.len()..call.width) }.fill(T::default());
     let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
         let of = KeptGradients::<T, FORM> {
             kept,

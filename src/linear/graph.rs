@@ -82,7 +82,7 @@ fn plan<B: LinearBackend>(
 ) -> Plan {
     let logit_size = B::tile_dtype(hidden.dtype()).size_in_bytes();
     let tiles = Tiles::new(
-        (call.rows, call.vocab),
+        (call.rows, call.columns.len()),
         logit_size,
         options.tile_bytes.unwrap_or(B::TILE_BYTES),
         options.tile_bytes.is_some(),

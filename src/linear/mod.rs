@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 use self::rows::ChosenRows;
 use crate::{
-    call::Call,
+    call::{Call, Groups},
     options::{CrossEntropy, Reduction},
     results::RowStats,
     targets::Targets,
@@ -22,14 +22,15 @@ pub(crate) fn forward(
     targets: &Targets,
     stats: bool,
 ) -> Result<(Tensor, Option<RowStats>)> {
-    let call = Call::linear(options, hidden, weight, bias, targets)?;
+    let groups = Groups::of(options);
+    let call = groups.tell(Call::linear(options, hidden, weight, bias, targets))?;
     let depth = hidden.dims()[hidden.rank() - 1];
     let hidden = if hidden.rank() == 2 {
         hidden.clone()
     } else {
         hidden.reshape((call.rows, depth))?
     };
-    let Some(chosen) = ChosenRows::of(options, &call, stats)? else {
+    let Some(chosen) = groups.tell(ChosenRows::of(options, &call, stats))? else {
         return graph::apply(options, call, &hidden, weight, bias, stats);
     };
     let hidden = chosen.hidden(&hidden)?;

@@ -14,26 +14,26 @@ const REDUCTIONS: [Reduction; 4] = [
 
 /// Hidden states, projection and targets; the upstream gradient of `Reduction::None`.
 #[derive(Clone)]
-struct Linear {
-    setup: Setup,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Option<Tensor>,
+pub struct Linear {
+    pub setup: Setup,
+    pub hidden: Tensor,
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
     targets: Tensor,
-    distribution: Option<Targets>,
+    pub distribution: Option<Targets>,
     upstream: Tensor,
 }
 
 /// Loss, statistics, and gradients of hidden, weight and bias.
-struct Results {
-    loss: Tensor,
-    stats: RowStats,
-    gradients: Vec<Tensor>,
+pub struct Results {
+    pub loss: Tensor,
+    pub stats: RowStats,
+    pub gradients: Vec<Tensor>,
 }
 
 impl Linear {
     /// `rows` is the targets' shape, `depth` D, and the vocabulary comes with the setup's problem.
-    fn new(problem: Problem, depth: usize, bias: bool, seed: u64) -> Self {
+    pub fn new(problem: Problem, depth: usize, bias: bool, seed: u64) -> Self {
         let mut rng = rng(seed);
         let (&width, rows) = problem.logits.dims().split_last().unwrap();
         let dtype = problem.logits.dtype();
@@ -71,7 +71,7 @@ impl Linear {
         self.distribution.clone().unwrap_or_else(classes)
     }
 
-    fn loss(&self) -> CrossEntropy {
+    pub fn loss(&self) -> CrossEntropy {
         self.setup.build(self.targets.dims())
     }
 
@@ -84,7 +84,7 @@ impl Linear {
     }
 
     /// What `loss` gives with variables for all arguments.
-    fn run(&self, loss: &CrossEntropy) -> Results {
+    pub fn run(&self, loss: &CrossEntropy) -> Results {
         let variables = self.variables();
         let bias = variables.get(2).map(|bias| bias.as_tensor());
         let (value, stats) = loss
@@ -120,7 +120,7 @@ impl Linear {
     }
 
     /// Everything in f64: logits, the reference, and the chain rule.
-    fn exact(&self) -> Results {
+    pub fn exact(&self) -> Results {
         let f64 = |tensor: &Tensor| tensor.to_dtype(DType::F64).unwrap();
         let (width, depth) = self.weight.dims2().unwrap();
         let rows = self.targets.elem_count();
@@ -193,7 +193,7 @@ impl Linear {
     /// Compares with [`exact`](Self::exact): loss and statistics as a product in f32 allows, gradients to the same plus
     /// the one rounding to their type.
     #[track_caller]
-    fn check(&self, actual: &Results, expected: &Results, context: &str) {
+    pub fn check(&self, actual: &Results, expected: &Results, context: &str) {
         let dtype = self.hidden.dtype();
         let noise = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
         assert_eq!(actual.loss.dtype(), loss_dtype(dtype), "{context}");

@@ -12,6 +12,7 @@ mod gradient;
 mod graph;
 mod linear;
 mod magnitudes;
+mod parallel;
 mod properties;
 mod pytorch;
 mod reductions;

@@ -1,0 +1,234 @@
+//! Ranks that are processes under MPI.
+
+use std::{
+    sync::{Mutex, MutexGuard},
+    thread::{self, ThreadId},
+};
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+use half::{bf16, f16};
+use mpi::{
+    Threading,
+    collective::SystemOperation,
+    datatype::Equivalence,
+    environment::threading_support,
+    topology::SimpleCommunicator,
+    traits::{Communicator as _, CommunicatorCollectives},
+};
+
+use super::{Communicator, check_alike};
+
+/// A rank of an MPI communicator, for tensors on the CPU.
+///
+/// Which thread may call it is MPI's to say: the one that initialised it, unless that was done by
+/// `mpi::initialize_with_threading(Threading::Serialized)` or `Multiple`. A call from another thread is an error. The
+/// communicator should be this rank's alone (`duplicate` makes one): operations of others on it would be taken for its own.
+/// The `mpi::environment::Universe` must outlive it.
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use candle_cross_entropy::{CrossEntropy, parallel::Mpi};
+/// # use mpi::traits::Communicator as _;
+/// let (universe, _) = mpi::initialize_with_threading(mpi::Threading::Serialized).unwrap();
+/// let ranks = Arc::new(Mpi::new(universe.world().duplicate()));
+/// let loss = CrossEntropy::new().data_parallel(ranks);
+/// ```
+pub struct Mpi {
+    communicator: Mutex<SimpleCommunicator>,
+    rank: usize,
+    size: usize,
+    created_by: ThreadId,
+}
+
+// SAFETY: the communicator is a handle of the MPI library's. It is used behind a lock, from other threads only where the library
+// was told that there are several.
+unsafe impl Send for Mpi {}
+unsafe impl Sync for Mpi {}
+
+/// Elements a message: MPI counts them in an `int`.
+const MESSAGE: usize = 1 << 28;
+
+/// Dimensions that a tensor may have.
+const MAX_DIMS: usize = 8;
+
+impl Mpi {
+    /// Around a communicator whose ranks all do the same.
+    pub fn new(communicator: SimpleCommunicator) -> Self {
+        Self {
+            rank: communicator.rank() as usize,
+            size: communicator.size() as usize,
+            communicator: Mutex::new(communicator),
+            created_by: thread::current().id(),
+        }
+    }
+
+    fn lock(&self) -> Result<MutexGuard<'_, SimpleCommunicator>> {
+        let support = threading_support();
+        let several = matches!(support, Threading::Serialized | Threading::Multiple);
+        if !several && thread::current().id() != self.created_by {
+            bail!(
+                "MPI: called from another thread with {support:?}, must be initialised with Threading::Serialized for that"
+            );
+        }
+        Ok(self.communicator.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    /// The values of each rank, one behind the other.
+    fn gather<T: Equivalence + Copy + Default>(
+        &self,
+        communicator: &SimpleCommunicator,
+        local: &[T],
+    ) -> Vec<T> {
+        let mut all = vec![T::default(); self.size * local.len()];
+        if local.is_empty() {
+            return all; // two empty buffers are one address, which MPI refuses
+        }
+        let message = (MESSAGE / self.size).max(1);
+        if local.len() <= message {
+            communicator.all_gather_into(local, &mut all[..]);
+            return all;
+        }
+        let mut part = Vec::new();
+        for (m, local) in local.chunks(message).enumerate() {
+            part.resize(self.size * local.len(), T::default());
+            communicator.all_gather_into(local, &mut part[..]);
+            let length = all.len() / self.size;
+            for (part, all) in part.chunks(local.len()).zip(all.chunks_mut(length)) {
+                all[m * message..][..local.len()].copy_from_slice(part);
+            }
+        }
+        all
+    }
+
+    fn sum<T: Equivalence + Copy + Default>(
+        &self,
+        communicator: &SimpleCommunicator,
+        local: &[T],
+    ) -> Vec<T> {
+        let mut sums = vec![T::default(); local.len()];
+        for (local, sums) in local.chunks(MESSAGE).zip(sums.chunks_mut(MESSAGE)) {
+            communicator.all_reduce_into(local, sums, SystemOperation::sum());
+        }
+        sums
+    }
+
+    /// The tensor, contiguous, if all ranks give alike: an error on every rank if not, which MPI itself would not survive.
+    fn checked(&self, communicator: &SimpleCommunicator, local: &Tensor) -> Result<Tensor> {
+        let local = on_cpu(local);
+        let mut about = [0u64; 2 + MAX_DIMS];
+        about[0] = REFUSED;
+        if let Ok(local) = &local {
+            let dtype = TYPES.iter().position(|t| *t == local.dtype());
+            about[0] = dtype.map_or(REFUSED, |dtype| dtype as u64);
+            about[1] = local.rank() as u64;
+            for (to, dim) in about[2..].iter_mut().zip(local.dims()) {
+                *to = *dim as u64;
+            }
+        }
+        let all = self.gather(communicator, &about);
+        let local = local?;
+        let mut given = Vec::new();
+        for (rank, about) in all.chunks(about.len()).enumerate() {
+            match TYPES.get(about[0] as usize) {
+                Some(dtype) => given.push((*dtype, &about[2..][..about[1] as usize])),
+                None => bail!("MPI: rank {rank} gave a tensor of a type that is not sent"),
+            }
+        }
+        check_alike(&given)?;
+        Ok(local)
+    }
+}
+
+/// In place of a type's number: a tensor that is not sent.
+const REFUSED: u64 = u64::MAX;
+
+/// Types of tensors, in an order that all ranks have.
+const TYPES: [DType; 7] = [
+    DType::F32,
+    DType::F64,
+    DType::F16,
+    DType::BF16,
+    DType::U8,
+    DType::U32,
+    DType::I64,
+];
+
+/// Evaluates an expression with `$values` as what a contiguous tensor on the CPU holds.
+macro_rules! with_values {
+    ($tensor:expr, $values:ident: $($kind:ident)|+ => $body:expr) => {{
+        let (storage, layout) = $tensor.storage_and_layout();
+        let span = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+        match &*storage {
+            $(Storage::Cpu(CpuStorage::$kind(values)) => {
+                let $values = &values[span];
+                $body
+            })+
+            _ => bail!("MPI: {} on {:?}", $tensor.dtype().as_str(), $tensor.device().location()),
+        }
+    }};
+}
+
+impl Communicator for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_gather(&self, local: &Tensor) -> Result<Tensor> {
+        let communicator = self.lock()?;
+        let local = self.checked(&communicator, local)?;
+        let shape = [&[self.size], local.dims()].concat();
+        fn tensor<T: WithDType>(values: Vec<T>, shape: Vec<usize>) -> Result<Tensor> {
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        }
+        // Two bytes each, which MPI has no type for.
+        fn halves<T: WithDType + bytemuck::Pod>(
+            bits: impl FnOnce(&[u16]) -> Vec<u16>,
+            values: &[T],
+            shape: Vec<usize>,
+        ) -> Result<Tensor> {
+            let all = bits(bytemuck::cast_slice(values));
+            tensor(bytemuck::cast_slice::<_, T>(&all).to_vec(), shape)
+        }
+        match local.dtype() {
+            DType::F16 => with_values!(local, values: F16 =>
+                halves::<f16>(|bits| self.gather(&communicator, bits), values, shape)),
+            DType::BF16 => with_values!(local, values: BF16 =>
+                halves::<bf16>(|bits| self.gather(&communicator, bits), values, shape)),
+            _ => with_values!(local, values: F32 | F64 | U8 | U32 | I64 =>
+                tensor(self.gather(&communicator, values), shape)),
+        }
+    }
+
+    fn all_reduce_sum(&self, local: &Tensor) -> Result<Tensor> {
+        let communicator = self.lock()?;
+        let local = self.checked(&communicator, local)?;
+        let exact = match local.dtype() {
+            DType::F16 | DType::BF16 => local.to_dtype(DType::F32)?,
+            _ => local.clone(),
+        };
+        let sum = with_values!(exact, values: F32 | F64 | U8 | U32 | I64 => {
+            Tensor::from_vec(self.sum(&communicator, values), exact.shape(), &Device::Cpu)?
+        });
+        sum.to_dtype(local.dtype())
+    }
+}
+
+fn on_cpu(local: &Tensor) -> Result<Tensor> {
+    if !local.device().is_cpu() {
+        bail!(
+            "MPI: a tensor on {:?}, must be on the CPU",
+            local.device().location()
+        );
+    }
+    if local.rank() > MAX_DIMS {
+        bail!(
+            "MPI: {} dimensions, must be at most {MAX_DIMS}",
+            local.rank()
+        );
+    }
+    local.detach().contiguous()
+}
