@@ -59,17 +59,19 @@
 //!
 //! * `cuda`: the CUDA kernels; needs nvcc of CUDA 12.1 or newer when building.
 //! * `nvtx`: names every kernel launch in an `nsys` timeline.
+//! * `mpi`: ranks that are processes under MPI; needs an MPI library and libclang when building.
 //! * `gemm-avx512` (default): AVX-512 kernels in the gemm crate, and so in all of candle in the program, with the same bits.
 //!
 //! It works with candle 0.11.1.
 //!
 //! # Where to look
 //!
-//! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values. Inside, from the top:
+//! [`CrossEntropy`] is the loss, [`ual`] turns uncertainties into smoothing values, [`parallel`] has ranks that share a loss.
+//! Inside, from the top:
 //!
 //! * `options`, `targets` and `results` are what a caller sets and gets, `loss` the entry points; `reference` is the oracle.
 //! * `call` checks the arguments of one call and brings them to the form that everything below reads; `rows` finds rows
-//!   in memory.
+//!   in memory; `shard` is what ranks tell each other about it.
 //! * `op` ties the loss of logits into candle's graph, `linear` that of hidden states; `tiles` cuts the latter's logits.
 //! * `backend` is what a device does for them. `cpu` is the vectorised path, `cuda` launches the kernels in `kernels/`.
 //! * `kernels` is what these are given, and chooses among them; `blas` puts products into BLAS's terms.
@@ -107,6 +109,8 @@ mod documents {
     struct Readme;
     #[doc = include_str!("../docs/guide.md")]
     struct Guide;
+    #[doc = include_str!("../docs/parallel.md")]
+    struct Parallel;
 }
 
 pub use loss::cross_entropy;
