@@ -22,7 +22,12 @@ fn main() -> Result<()> {
         let universe = mpi::initialize().expect("MPI is not initialised yet");
         let world = universe.world();
         if world.size() > 1 || std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
-            return train(Arc::new(Mpi::new(world.duplicate())));
+            let result = train(Arc::new(Mpi::new(world.duplicate())));
+            if let Err(error) = &result {
+                eprintln!("rank {}: {error}", world.rank());
+                world.abort(1); // the others would wait for this one
+            }
+            return result;
         }
     }
     // A thread owns its end of the group: whoever ends, by an error too, keeps no other waiting.

@@ -281,8 +281,9 @@ impl CrossEntropy {
     /// class weights and a prior (`vocabulary`), options.
     ///
     /// Loss and statistics are those of the whole vocabulary, with the same bits on every rank; the gradient of the logits is
-    /// this rank's part. A forward takes one all-gather of 48 bytes a row, 72 with statistics, 176 and 8 for each class
-    /// that a row's target names where that is more than one or something stands beside the logits, and of 512 bytes. The
+    /// this rank's part. A forward takes one all-gather of 48 bytes a row, 72 with statistics; 176 where something stands beside
+    /// the logits or targets are distributions, and 8 more for each class that [`Targets::TopK`](crate::Targets) names; and of
+    /// 512 bytes. The
     /// backward of logits takes none, that of [`forward_linear`](Self::forward_linear) an all-reduce of the hidden states'
     /// gradient, if there is one; so ranks that run one must all run it.
     ///
@@ -305,8 +306,8 @@ impl CrossEntropy {
 
     /// Each rank of `comm` has rows of its own. [`Reduction::Mean`] then divides by the rows (their weights) of all ranks,
     /// however unequal: the ranks' losses and gradients add up to those of all rows at once. So gradients are to be
-    /// **summed** over the ranks, not averaged. Without effect on other reductions, but every forward exchanges 512 bytes, so
-    /// that a rank's bad input is an error on every rank.
+    /// **summed** over the ranks, not averaged. Without effect on other reductions, but every forward exchanges 512 bytes (twice
+    /// where targets are probabilities), so that a rank's bad input is an error on every rank.
     ///
     /// On the CPU only. The mean of ranks' means, which this is not, weighs rows by how few their rank has.
     pub fn data_parallel(mut self, comm: Arc<dyn Communicator>) -> Self {

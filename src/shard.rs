@@ -142,7 +142,8 @@ pub(crate) fn count_of_all(
     let message = match local {
         Ok(count) => {
             let (kind, divisor) = reduction(call);
-            let mut message = vec![0.0, count, kind, divisor];
+            let checks_again = f64::from(u8::from(call.probabilities().is_some()));
+            let mut message = vec![0.0, count, kind, divisor, checks_again];
             message.resize(HEADER, 0.0);
             message
         }
@@ -150,11 +151,27 @@ pub(crate) fn count_of_all(
     };
     let all = exchange(DATA_PARALLEL, &call.groups.data_parallel, message)?;
     for (rank, message) in all.iter().enumerate() {
-        if message[2..4] != all[0][2..4] {
-            bail!("{DATA_PARALLEL}: reduction on rank {rank}: not what rank 0 has");
+        for (name, field) in [("reduction", 2..4), ("form of the targets", 4..5)] {
+            if message[field.clone()] != all[0][field] {
+                bail!("{DATA_PARALLEL}: {name} on rank {rank}: not what rank 0 has");
+            }
         }
     }
     Ok(all.iter().map(|message| message[1]).sum())
+}
+
+/// The result, of rows whose targets are checked as they are used, or an error of another rank that has rows of the same batch.
+pub(crate) fn settle<T>(call: &Call, result: Result<T>) -> Result<T> {
+    if call.groups.data_parallel.is_none() || call.probabilities().is_none() {
+        return result;
+    }
+    let message = match &result {
+        Ok(_) => vec![0.0; HEADER],
+        Err(error) => failure(error),
+    };
+    let others = exchange(DATA_PARALLEL, &call.groups.data_parallel, message);
+    let result = result?;
+    others.map(|_| result)
 }
 
 /// What each rank sends; an error if one has failed. Nothing where there are no ranks.
@@ -260,6 +277,7 @@ fn fields(
         ("number of classes", call.columns.len() as f64, No),
         ("vocabulary", call.vocab as f64, Value),
         ("number of rows", call.rows as f64, Value),
+        ("rows that count", digest([&call.chosen]), Contents),
         ("statistics", flag(stats), Contents),
         (
             "type of the logits",

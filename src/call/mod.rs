@@ -33,6 +33,8 @@ pub(crate) struct Call {
     pub dtype: DType,
     /// Whether the hidden states that the logits are products of are in candle's graph.
     pub hidden_is_tracked: bool,
+    /// Of all rows the numbers of these, and how many there are, where some are left out.
+    pub chosen: Option<(usize, Vec<u32>)>,
     /// Classes (rows) or (rows, k), contiguous, u32 or i64. Probabilities of a few classes (rows, k), contiguous, f64 or on
     /// CUDA f32; of all (…, `width` or at least `vocab`) in the caller's type, rows as [`row_offsets`] takes them.
     pub targets: Targets,
@@ -269,6 +271,7 @@ impl Call {
             groups: groups.clone(),
             dtype: tensor.dtype(),
             hidden_is_tracked: false,
+            chosen: None,
             smoothing,
             uniform_smoothing,
             weights,
@@ -376,6 +379,10 @@ impl Call {
             }
         };
         Ok(Self {
+            chosen: match self.groups.vocab_shard {
+                Some(_) => Some((self.rows, ids.to_vec1()?)),
+                None => None,
+            },
             shape: ids.dims().to_vec(),
             rows: ids.elem_count(),
             targets: targets.try_map(|values| values.index_select(ids, 0))?,

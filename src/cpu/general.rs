@@ -309,7 +309,7 @@ impl<'a> Probabilities<'a> {
             }
         }
         candle_core::Error::Msg(format!(
-            "targets: row {row} has a bad probability for a class of another rank"
+            "targets: row {row} has probabilities whose sum is not finite, or a bad one for a class of another rank"
         ))
         .bt()
     }

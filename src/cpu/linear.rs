@@ -27,6 +27,7 @@ use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
     call::Call,
     parallel::Ranks,
+    shard,
     tiles::{Plan, Tile},
 };
 
@@ -513,8 +514,8 @@ impl LinearBackend for Cpu {
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
-        let (results, normalisers, kept) =
-            with_type!(operands, E => evaluate::<E>(given, plan, operands, stats)?);
+        let evaluate = || with_type!(operands, E => evaluate::<E>(given, plan, operands, stats));
+        let (results, normalisers, kept) = shard::settle(call, evaluate())?;
         let dtype = result_type(operands.hidden.0.dtype());
         let (loss, stats) = forward_result(call, &inputs, &results, dtype, stats)?;
         Ok(Forward {

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     backend::{Backend, Forward, Fused},
     call::Call,
+    shard,
 };
 
 /// Evaluates an expression with `$x` as a slice of the logits' elements.
@@ -59,8 +60,9 @@ impl Backend for Cpu {
         let locked = Locked::of(call.probabilities());
         let probabilities = locked.rows()?;
         let given = inputs.given(call, probabilities.as_ref());
-        let (results, normalisers) =
-            with_elements!(call, logits, cast_slice, x => evaluate(given, x, layout, stats)?);
+        let evaluate =
+            || with_elements!(call, logits, cast_slice, x => evaluate(given, x, layout, stats));
+        let (results, normalisers) = shard::settle(call, evaluate())?;
         let dtype = result_type(logits.dtype());
         let (loss, stats) = forward_result(call, &inputs, &results, dtype, stats)?;
         Ok(Forward {
@@ -122,7 +124,8 @@ impl Backend for Cpu {
             let mut grad = bytemuck::zeroed_vec(call.rows * call.width);
             let out = GradRows::contiguous(call.rows, call.width, &mut grad);
             let logits = Logits::Separate(x, readable(layout)?);
-            let results = evaluate_and_differentiate(given, logits, &out, stats)?;
+            let results = evaluate_and_differentiate(given, logits, &out, stats);
+            let results = shard::settle(call, results)?;
             Ok((Element::storage(grad), fused_result(call, &inputs, &results, dtype, stats)?))
         })
     }
@@ -140,7 +143,7 @@ impl Backend for Cpu {
         let dtype = result_type(logits.dtype());
         let results = with_elements!(call, logits, cast_slice_mut, x => {
             let out = GradRows::inside(call, x, layout)?;
-            evaluate_and_differentiate(given, Logits::InPlace, &out, stats)?
+            shard::settle(call, evaluate_and_differentiate(given, Logits::InPlace, &out, stats))?
         });
         fused_result(call, &inputs, &results, dtype, stats)
     }

@@ -1,6 +1,7 @@
 //! Ranks that are processes under MPI.
 
 use std::{
+    mem::ManuallyDrop,
     sync::{Mutex, MutexGuard},
     thread::{self, ThreadId},
 };
@@ -23,7 +24,11 @@ use super::{Communicator, check_alike};
 /// Which thread may call it is MPI's to say: the one that initialised it, unless that was done by
 /// `mpi::initialize_with_threading(Threading::Serialized)` or `Multiple`. A call from another thread is an error. The
 /// communicator should be this rank's alone (`duplicate` makes one): operations of others on it would be taken for its own.
-/// The `mpi::environment::Universe` must outlive it.
+/// The `mpi::environment::Universe` must outlive it. A rank that ends early, by a panic too, waits in MPI's own end for the others,
+/// which wait for it: `abort` of the communicator ends them.
+///
+/// Each operation is preceded by an all-gather of 80 bytes, by which ranks see that they give alike. That sums have the same bits on
+/// all ranks is what MPI recommends to its libraries, and Open MPI does.
 ///
 /// ```no_run
 /// # use std::sync::Arc;
@@ -34,14 +39,17 @@ use super::{Communicator, check_alike};
 /// let loss = CrossEntropy::new().data_parallel(ranks);
 /// ```
 pub struct Mpi {
-    communicator: Mutex<SimpleCommunicator>,
+    communicator: ManuallyDrop<SimpleCommunicator>,
     rank: usize,
     size: usize,
     created_by: ThreadId,
 }
 
-// SAFETY: the communicator is a handle of the MPI library's. It is used behind a lock, from other threads only where the library
-// was told that there are several.
+/// Of all calls of the process: MPI may have been promised that there is one at a time.
+static CALLS: Mutex<()> = Mutex::new(());
+
+// SAFETY: the communicator is a handle of the MPI library's. It is used behind the lock of all calls, and from other threads only
+// where the library was told that there are several.
 unsafe impl Send for Mpi {}
 unsafe impl Sync for Mpi {}
 
@@ -57,20 +65,25 @@ impl Mpi {
         Self {
             rank: communicator.rank() as usize,
             size: communicator.size() as usize,
-            communicator: Mutex::new(communicator),
+            communicator: ManuallyDrop::new(communicator),
             created_by: thread::current().id(),
         }
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, SimpleCommunicator>> {
+    fn lock(&self) -> Result<(MutexGuard<'static, ()>, &SimpleCommunicator)> {
         let support = threading_support();
-        let several = matches!(support, Threading::Serialized | Threading::Multiple);
-        if !several && thread::current().id() != self.created_by {
+        if !self.may_call(support) {
             bail!(
                 "MPI: called from another thread with {support:?}, must be initialised with Threading::Serialized for that"
             );
         }
-        Ok(self.communicator.lock().unwrap_or_else(|e| e.into_inner()))
+        let calls = CALLS.lock().unwrap_or_else(|e| e.into_inner());
+        Ok((calls, &self.communicator))
+    }
+
+    fn may_call(&self, support: Threading) -> bool {
+        let several = matches!(support, Threading::Serialized | Threading::Multiple);
+        several || thread::current().id() == self.created_by
     }
 
     /// The values of each rank, one behind the other.
@@ -92,10 +105,7 @@ impl Mpi {
         for (m, local) in local.chunks(message).enumerate() {
             part.resize(self.size * local.len(), T::default());
             communicator.all_gather_into(local, &mut part[..]);
-            let length = all.len() / self.size;
-            for (part, all) in part.chunks(local.len()).zip(all.chunks_mut(length)) {
-                all[m * message..][..local.len()].copy_from_slice(part);
-            }
+            place(&part, &mut all, self.size, m * message);
         }
         all
     }
@@ -139,6 +149,14 @@ impl Mpi {
     }
 }
 
+/// Puts each rank's part of its values, from number `start` on, among `all`.
+fn place<T: Copy>(part: &[T], all: &mut [T], ranks: usize, start: usize) {
+    let (count, length) = (part.len() / ranks, all.len() / ranks);
+    for (part, all) in part.chunks(count).zip(all.chunks_mut(length)) {
+        all[start..][..count].copy_from_slice(part);
+    }
+}
+
 /// In place of a type's number: a tensor that is not sent.
 const REFUSED: u64 = u64::MAX;
 
@@ -152,6 +170,17 @@ const TYPES: [DType; 7] = [
     DType::U32,
     DType::I64,
 ];
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        // On a thread that may not call MPI the handle is left to its end.
+        if self.may_call(threading_support()) {
+            let _calls = CALLS.lock().unwrap_or_else(|e| e.into_inner());
+            // SAFETY: once, and nothing uses it any more.
+            unsafe { ManuallyDrop::drop(&mut self.communicator) }
+        }
+    }
+}
 
 /// Evaluates an expression with `$values` as what a contiguous tensor on the CPU holds.
 macro_rules! with_values {
@@ -178,8 +207,8 @@ impl Communicator for Mpi {
     }
 
     fn all_gather(&self, local: &Tensor) -> Result<Tensor> {
-        let communicator = self.lock()?;
-        let local = self.checked(&communicator, local)?;
+        let (_calls, communicator) = self.lock()?;
+        let local = self.checked(communicator, local)?;
         let shape = [&[self.size], local.dims()].concat();
         fn tensor<T: WithDType>(values: Vec<T>, shape: Vec<usize>) -> Result<Tensor> {
             Tensor::from_vec(values, shape, &Device::Cpu)
@@ -195,23 +224,23 @@ impl Communicator for Mpi {
         }
         match local.dtype() {
             DType::F16 => with_values!(local, values: F16 =>
-                halves::<f16>(|bits| self.gather(&communicator, bits), values, shape)),
+                halves::<f16>(|bits| self.gather(communicator, bits), values, shape)),
             DType::BF16 => with_values!(local, values: BF16 =>
-                halves::<bf16>(|bits| self.gather(&communicator, bits), values, shape)),
+                halves::<bf16>(|bits| self.gather(communicator, bits), values, shape)),
             _ => with_values!(local, values: F32 | F64 | U8 | U32 | I64 =>
-                tensor(self.gather(&communicator, values), shape)),
+                tensor(self.gather(communicator, values), shape)),
         }
     }
 
     fn all_reduce_sum(&self, local: &Tensor) -> Result<Tensor> {
-        let communicator = self.lock()?;
-        let local = self.checked(&communicator, local)?;
+        let (_calls, communicator) = self.lock()?;
+        let local = self.checked(communicator, local)?;
         let exact = match local.dtype() {
             DType::F16 | DType::BF16 => local.to_dtype(DType::F32)?,
             _ => local.clone(),
         };
         let sum = with_values!(exact, values: F32 | F64 | U8 | U32 | I64 => {
-            Tensor::from_vec(self.sum(&communicator, values), exact.shape(), &Device::Cpu)?
+            Tensor::from_vec(self.sum(communicator, values), exact.shape(), &Device::Cpu)?
         });
         sum.to_dtype(local.dtype())
     }
@@ -231,4 +260,23 @@ fn on_cpu(local: &Tensor) -> Result<Tensor> {
         );
     }
     local.detach().contiguous()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_messages_are_put_together() {
+        // Three ranks of five values, sent two at a time.
+        let all: Vec<u32> = (0..15).collect();
+        let mut together = vec![0; 15];
+        for start in [0, 2, 4] {
+            let end = (start + 2).min(5);
+            let part = (0..3).flat_map(|rank| rank * 5 + start..rank * 5 + end);
+            let part: Vec<u32> = part.map(|i| i as u32).collect();
+            place(&part, &mut together, 3, start);
+        }
+        assert_eq!(together, all);
+    }
 }

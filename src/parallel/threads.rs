@@ -8,8 +8,10 @@ use super::{Communicator, check_alike};
 
 /// A group of `size` ranks that are threads of one process, in rank order: each thread takes one.
 ///
-/// Sums are taken in rank order. Where a rank's communicator is dropped, and with it all that was cloned from it, whoever
-/// waits for that rank gets an error; so a thread must own its communicator, that its end, a panic too, ends no other's.
+/// Sums are taken in rank order. Where a rank's communicator is dropped, and with it all that was cloned from it (the options of a
+/// loss, and a loss with its graph), whoever waits for that rank gets an error: so a thread should own its communicator. They must
+/// be threads of their own, not tasks of a pool, whose threads would wait for ranks that have not begun; and memory that a rank
+/// has overwritten in place must be that rank's alone, as it is locked while the rank waits for others.
 ///
 /// # Panics
 /// If `size` is 0.
@@ -63,11 +65,13 @@ impl Thread {
 
     /// What all ranks give.
     fn exchange(&self, local: &Tensor) -> Result<Arc<Vec<Tensor>>> {
+        // A copy: its owner may overwrite it while others still read.
+        let local = local.detach().copy()?;
         let mut round = self.lock();
         while round.result.is_some() && round.collected[self.rank] {
             round = self.wait(round); // others are still at the last one
         }
-        round.given[self.rank] = Some(local.detach());
+        round.given[self.rank] = Some(local);
         if round.given.iter().all(Option::is_some) {
             let given = round.given.iter_mut().filter_map(Option::take).collect();
             round.result = Some(Arc::new(given));

@@ -6,7 +6,7 @@ use std::{
     process::abort,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
     },
     thread,
     time::Duration,
@@ -27,11 +27,9 @@ type Comm = Arc<dyn Communicator>;
 
 /// What `f` gives on each of so many ranks, in rank order. A rank that waits for a minute ends the program: a test must not.
 fn ranks<R: Send>(size: usize, f: impl Fn(Comm) -> R + Sync) -> Vec<R> {
-    let done = Arc::new(AtomicBool::new(false));
-    let seen = done.clone();
+    let (done, end) = mpsc::channel();
     thread::spawn(move || {
-        thread::sleep(Duration::from_secs(60));
-        if !seen.load(Ordering::Relaxed) {
+        if end.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
             eprintln!("a rank waits for another one");
             abort();
         }
@@ -43,7 +41,7 @@ fn ranks<R: Send>(size: usize, f: impl Fn(Comm) -> R + Sync) -> Vec<R> {
         let join = |handle: thread::ScopedJoinHandle<R>| handle.join().expect("no panic");
         handles.into_iter().map(join).collect()
     });
-    done.store(true, Ordering::Relaxed);
+    let _ = done.send(()); // whoever waits may be gone
     results
 }
 
@@ -393,6 +391,58 @@ fn slices_of_the_projection_give_what_the_whole_does() {
     }
 }
 
+/// Without a softcap, which has logits of another type, and more than a piece of a row in a slice.
+#[test]
+fn plain_slices_of_the_projection_and_long_rows() {
+    for dtype in FLOATS {
+        let setup = Setup {
+            eps: Eps::Uniform(0.1),
+            z_loss: 1e-3,
+            ..Setup::default()
+        };
+        let short = Problem::random(4, &[6, 40], dtype, setup.clone());
+        let long = Problem::random(4, &[3, 5000], dtype, setup);
+        for kind in [
+            None,
+            Some(Kind::TopK(4)),
+            Some(Kind::Probabilities(DType::F32)),
+        ] {
+            for general in [false, true] {
+                let with = |problem: &Problem| {
+                    let problem = match general {
+                        true => problem.clone().general(4),
+                        false => problem.clone(),
+                    };
+                    match kind {
+                        Some(kind) => problem.with(kind, 4),
+                        None => problem,
+                    }
+                };
+                check(&with(&long), &[2500], false);
+                let linear = Linear::new(with(&short), 24, true, 4);
+                check_linear(&linear, &[1, 17], Some(300), usize::MAX);
+            }
+        }
+    }
+}
+
+/// A second backward, for which no tile is kept any more.
+#[test]
+fn a_second_backward_is_as_the_first() {
+    let same = ranks(2, |comm| {
+        let hidden = Var::from_tensor(&tensor(normal(&mut rng(1), 15, 1.0), &[5, 3], DType::F32))?;
+        let weight = Var::from_tensor(&tensor(normal(&mut rng(2), 24, 1.0), &[8, 3], DType::F32))?;
+        let first = 8 * comm.rank();
+        let targets = Tensor::new(&[0u32, 15, 8, 7, 3], CPU)?;
+        let loss = CrossEntropy::new().vocab_shard(comm, first, 16);
+        let loss = loss.forward_linear(&hidden, &weight, None, &targets)?;
+        let [a, b] = [loss.backward()?, loss.backward()?];
+        let equal = |var: &Var| bits(a.get(var).unwrap()) == bits(b.get(var).unwrap());
+        Result::Ok(equal(&hidden) && equal(&weight))
+    });
+    assert!(same.into_iter().all(|same| same.unwrap()));
+}
+
 /// Rows in parts that are anything but equal: losses and gradients of the ranks add up to those of all rows.
 #[test]
 fn rows_of_all_ranks_share_a_mean() {
@@ -433,6 +483,23 @@ fn rows_of_all_ranks_share_a_mean() {
                 let backward = forward.backward().unwrap().get(&x).unwrap().clone();
                 let fused = loss.loss_and_grad(&x, &targets).unwrap();
                 assert_eq!(bits(&forward), bits(&fused.loss));
+                // The same by a product with a projection that changes nothing.
+                let vocab = setup.vocab.unwrap();
+                let identity = Tensor::eye(vocab, dtype, CPU).unwrap();
+                let hidden = x.narrow(1, 0, vocab).unwrap();
+                let linear = setup.clone();
+                let linear = Setup {
+                    vocab: None,
+                    ..linear
+                }
+                .build(&[rows.len()]);
+                let linear = linear.data_parallel(comm.clone());
+                let linear = linear.forward_linear(&hidden, &identity, None, &targets);
+                if rows.is_empty()
+                    || scalar(&forward).is_finite() && values(&hidden).iter().all(|h| h.is_finite())
+                {
+                    assert_close(scalar(&linear.unwrap()), scalar(&forward), 1e-6);
+                }
                 assert_all_close(&backward, &fused.grad, 1e-6);
                 fused
             });
@@ -658,6 +725,101 @@ fn arguments_that_differ_are_an_error_everywhere() {
     assert_all_say(&errors, &["type of the logits on rank 1"]);
 }
 
+/// Rows that ranks leave out of the products, as they are ignored or have no weight, must be the same ones.
+#[test]
+fn other_rows_that_count_are_an_error() {
+    type Change = fn(CrossEntropy, usize) -> (CrossEntropy, [i64; 4]);
+    let cases: [Change; 3] = [
+        |loss, rank| (loss, [[1, 2, 3, -100], [-100, 1, 2, 3]][rank]),
+        |loss, rank| {
+            let weights = Tensor::new(
+                [[1f32, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]][rank].as_slice(),
+                CPU,
+            );
+            (loss.row_weights(&weights.unwrap()), [1, 1, 2, 3])
+        },
+        |loss, rank| (loss, [[1, 2, 3, 4], [1, 2, 3, 5]][rank]),
+    ];
+    for change in cases {
+        let errors = errors(2, |comm| {
+            let rank = comm.rank();
+            let hidden = Tensor::ones((4, 3), DType::F32, CPU)?;
+            let weight = Tensor::ones((4, 3), DType::F32, CPU)?;
+            let loss = CrossEntropy::new().vocab_shard(comm, 4 * rank, 8);
+            let (loss, targets) = change(loss, rank);
+            let targets = Tensor::new(targets.as_slice(), CPU)?;
+            loss.forward_linear(&hidden, &weight, None, &targets)
+                .map(drop)
+        });
+        assert_all_say(&errors, &["vocab_shard", "on rank 1: not what rank 0 has"]);
+    }
+}
+
+/// One rank of four, in two groups, fails: both of its groups hear of it, and so does the fourth.
+#[test]
+fn a_rank_of_two_groups_fails() {
+    for probabilities in [false, true] {
+        let vocabulary = [threads(2), threads(2)];
+        let data = [threads(2), threads(2)];
+        let (vocabulary, data) = (&vocabulary, &data);
+        for error in errors(4, |comm| {
+            let (group, column) = (comm.rank() / 2, comm.rank() % 2);
+            let loss = CrossEntropy::new()
+                .vocab_shard(vocabulary[group][column].clone(), 3 * column, 6)
+                .data_parallel(data[column][group].clone());
+            let logits = Tensor::zeros((1, 3), DType::F32, CPU)?;
+            let targets: Targets = match probabilities {
+                true => Tensor::new(
+                    &[[0.5f32, if comm.rank() == 3 { -1.0 } else { 0.0 }, 0.0]],
+                    CPU,
+                )?
+                .into(),
+                false => Tensor::new(&[if group == 1 { 60u32 } else { 2 }], CPU)?.into(),
+            };
+            loss.forward(&logits, targets).map(drop)
+        }) {
+            assert!(error.contains("targets: row 0"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn rows_in_parallel_agree_on_what_is_done() {
+    let run = |f: fn(CrossEntropy, usize) -> Result<()>| {
+        errors(2, |comm| {
+            let rank = comm.rank();
+            f(CrossEntropy::new().data_parallel(comm), rank)
+        })
+    };
+    let errors = run(|loss, rank| {
+        let reduction = [Reduction::Mean, Reduction::Sum][rank];
+        loss.reduction(reduction)
+            .forward(&simple(4).0, simple(4).1)
+            .map(drop)
+    });
+    assert_all_say(&errors, &["data_parallel: reduction on rank 1"]);
+    let errors = run(|loss, rank| {
+        let reduction = Reduction::SumOver([2.0, 3.0][rank]);
+        loss.reduction(reduction)
+            .forward(&simple(4).0, simple(4).1)
+            .map(drop)
+    });
+    assert_all_say(&errors, &["data_parallel: reduction on rank 1"]);
+    let errors = run(|loss, rank| match rank {
+        0 => loss.forward(&simple(4).0, simple(4).1).map(drop),
+        _ => loss
+            .forward(&simple(4).0, Tensor::ones((2, 4), DType::F32, CPU)?)
+            .map(drop),
+    });
+    assert_all_say(&errors, &["data_parallel: form of the targets on rank 1"]);
+    // Seen as it is used, and told then.
+    let errors = run(|loss, rank| {
+        let t = Tensor::full([0.25f32, -1.0][rank], (2, 4), CPU)?;
+        loss.loss_and_grad(&simple(4).0, &t).map(drop)
+    });
+    assert_all_say(&errors, &["targets: row 0 has probability -1 for class 0"]);
+}
+
 /// A hidden gradient that one rank alone would sum would wait for ever.
 #[test]
 fn hidden_states_are_tracked_on_all_ranks_or_none() {
@@ -794,7 +956,7 @@ fn a_rank_that_fails_keeps_no_other_waiting() {
     assert_all_say(&errors[1..], &["row 1 has probability -1 for class 3"]);
     assert_all_say(
         &errors[..1],
-        &["row 1 has a bad probability for a class of another rank"],
+        &["row 1 has", "a bad one for a class of another rank"],
     );
 }
 
@@ -844,6 +1006,36 @@ fn threads_gather_in_rank_order_and_sum() {
                 assert!(values(&sum).iter().all(|v| *v == wanted));
             }
         }
+    }
+}
+
+/// What a rank gives may change as soon as it has the result.
+#[test]
+fn what_is_given_is_a_copy() {
+    for results in ranks(3, |comm| {
+        let var = Var::from_tensor(&Tensor::full(comm.rank() as f32, 100_000, CPU)?)?;
+        for _ in 0..30 {
+            let mean = (comm.all_reduce_sum(&var)? / comm.size() as f64)?;
+            assert!(values(&mean).iter().all(|m| *m == 1.0));
+            var.set(&(mean + (comm.rank() as f64 - 1.0))?)?;
+        }
+        let all = comm.all_gather(&var)?;
+        var.set(&var.zeros_like()?)?;
+        Result::Ok(values(&all))
+    }) {
+        let all = results.unwrap();
+        assert!(
+            all.chunks(100_000)
+                .zip([0.0, 1.0, 2.0])
+                .all(|(part, v)| part.iter().all(|x| *x == v))
+        );
+    }
+    for sum in ranks(1, |comm| {
+        let var = Var::ones(2, DType::F32, CPU)?;
+        var.set(&comm.all_reduce_sum(&var)?)?;
+        Result::Ok(values(&var))
+    }) {
+        assert_eq!(sum.unwrap(), [1.0, 1.0]);
     }
 }
 

@@ -7,6 +7,7 @@ pub mod method;
 pub mod optimizer;
 pub mod plan;
 pub mod progress;
+pub mod ranks;
 pub mod setup;
 pub mod smoothing;
 pub mod train;

@@ -27,6 +27,7 @@ use crate::{
         evaluate::evaluate,
         method::Method,
         plan::Plan,
+        ranks::Ranks,
         smoothing::{self, Prior},
         train::train,
     },
@@ -86,14 +87,17 @@ impl Setup {
         args: &Args,
         data: Dataset,
         loaded: Option<Loaded>,
+        ranks: &Ranks,
         device: &Device,
     ) -> Result<Self> {
         let map = fit(&data.train, args)?;
         let threshold = data.held_out.iter().map(|sample| sample.uncertainty);
         let threshold = metrics::threshold(threshold.collect()).context("no held-out samples")?;
-        println!("{}", data.description);
-        if let Some(warning) = smoothing::warning(&weighted(&data.train)) {
-            eprintln!("{warning}");
+        if ranks.is_first() {
+            println!("{}", data.description);
+            if let Some(warning) = smoothing::warning(&weighted(&data.train)) {
+                eprintln!("{warning}");
+            }
         }
 
         let of_model = loaded.is_some();
@@ -103,10 +107,13 @@ impl Setup {
             data.digest(),
             loaded.as_ref().map_or("none", |loaded| &loaded.digest)
         );
+        ranks.check_alike("arguments, data or model", &fingerprint)?;
         let model = decoder(args, loaded, &data, device)?;
         let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
         let Config { layers, dim, .. } = model.config();
-        println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
+        if ranks.is_first() {
+            println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
+        }
         let (plan, pretraining_plan) = plans(args, &data);
         let pretraining = if of_model {
             None
@@ -123,6 +130,7 @@ impl Setup {
                 corpus,
                 plan,
                 &checkpoints,
+                ranks,
                 device,
             )?)
         };
@@ -150,25 +158,40 @@ impl Setup {
         }
     }
 
-    /// Trains on `samples` from the initial weights, and evaluates; the model keeps what it learned.
-    pub fn run(
+    /// Trains on `samples` from the initial weights; the model keeps what it learned.
+    pub fn train(
         &self,
         args: &Args,
         name: &'static str,
         method: &Method,
         samples: &[Sample],
+        ranks: &Ranks,
         device: &Device,
-    ) -> Result<Run> {
+    ) -> Result<Curve> {
         self.model.set_weights(&self.initial)?;
-        let training = train(
+        train(
             name,
             &self.model,
             method,
             (samples, &self.data.held_out),
             &self.plan,
             &checkpoints(args, &self.fingerprint, name),
+            ranks,
             device,
-        )?;
+        )
+    }
+
+    /// [`train`](Self::train), and evaluates.
+    pub fn run(
+        &self,
+        args: &Args,
+        name: &'static str,
+        method: &Method,
+        samples: &[Sample],
+        ranks: &Ranks,
+        device: &Device,
+    ) -> Result<Run> {
+        let training = self.train(args, name, method, samples, ranks, device)?;
         let held_out: Vec<_> = self.data.held_out.iter().collect();
         let rows = evaluate(&self.model, &held_out, self.plan.batch, device)?;
         Ok(Run {

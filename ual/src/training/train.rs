@@ -24,6 +24,7 @@ use crate::{
         optimizer::AdamW,
         plan::{Loss, Plan},
         progress::Progress,
+        ranks::Ranks,
     },
 };
 
@@ -34,41 +35,67 @@ pub fn train(
     (samples, held_out): (&[Sample], &[Sample]),
     plan: &Plan,
     checkpoints: &Checkpoints,
+    ranks: &Ranks,
     device: &Device,
 ) -> Result<Curve> {
     let vars = model.vars();
     let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
     let mut batches = Batches::new(samples, plan.batch, plan.seed);
-    let saved = checkpoints.load(vars, &mut optimizer, device)?;
+    let saved = match ranks.is_first() {
+        true => checkpoints.load(vars, &mut optimizer, device)?,
+        false => None,
+    };
     let (done, mut curve, mut sums) = match saved {
         Some(saved) => (saved.step, saved.curve, saved.since_point),
         None => (0, Curve::default(), Sums::default()),
     };
+    let done = ranks.number_of_first(done)?;
+    if done > 0 && ranks.size() > 1 {
+        optimizer.steps = done;
+        for (var, moments) in vars.iter().zip(&mut optimizer.moments) {
+            var.set(&ranks.of_first(var)?)?;
+            moments.first = ranks.of_first(&moments.first)?;
+            moments.second = ranks.of_first(&moments.second)?;
+        }
+    }
     for _ in 0..done * plan.accumulate {
         batches.next_batch();
     }
-    let mut progress = Progress::new(name, plan.steps);
+    let mut progress = ranks.is_first().then(|| Progress::new(name, plan.steps));
     let held_out: Vec<&Sample> = held_out
         .iter()
         .step_by(held_out.len().div_ceil(plan.curve_samples).max(1))
         .collect();
     for step in done + 1..=plan.steps {
         let start = Instant::now();
-        let parts = (0..plan.accumulate).map(|_| Batch::new(&batches.next_batch(), device));
-        let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
-        let rows = parts.iter().map(|part| part.rows).sum();
+        let parts: Vec<_> = (0..plan.accumulate).map(|_| batches.next_batch()).collect();
+        // Of all processes.
+        let rows = parts.iter().flatten().map(|sample| sample.rows()).sum();
+        let tokens = parts
+            .iter()
+            .flatten()
+            .map(|sample| sample.tokens.len())
+            .sum::<usize>();
         let mut gradients: Option<GradStore> = None;
-        let mut loss = 0.0;
+        let (mut loss, mut nll) = (0.0, 0.0);
         for part in &parts {
-            let (part_loss, stats) = forward(model, method, plan.loss, part, rows)?;
+            let part = ranks.part(part);
+            if part.is_empty() {
+                continue;
+            }
+            let part = Batch::new(&part, device)?;
+            let (part_loss, stats) = forward(model, method, plan.loss, &part, rows)?;
             add(&mut gradients, part_loss.backward()?, vars)?;
             loss += part_loss.to_scalar::<f32>()?;
-            sums.nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
+            nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
         }
+        let mut numbers = [f64::from(loss), nll];
+        let mut gradients = ranks.sum(gradients, &mut numbers, vars)?;
+        let (loss, nll) = (numbers[0] as f32, numbers[1]);
+        sums.nll += nll;
         if !loss.is_finite() {
             bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
         }
-        let mut gradients = gradients.context("a step has a batch")?;
         let norm = clip(&mut gradients, vars, plan.clip)?;
         if !norm.is_finite() {
             bail!("{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help");
@@ -77,13 +104,16 @@ pub fn train(
         optimizer.step(&gradients, learning_rate)?;
 
         sums.rows += rows;
-        sums.tokens += parts.iter().map(|part| part.tokens).sum::<usize>();
+        sums.tokens += tokens;
         curve.seconds += start.elapsed().as_secs_f64();
         curve.tokens_per_second = sums.tokens as f64 / curve.seconds;
-        progress.step(step, loss, curve.tokens_per_second);
+        if let Some(progress) = &mut progress {
+            progress.step(step, loss, curve.tokens_per_second);
+        }
         // Evenly spaced, the last at the last step.
         let points = |step: usize| step * plan.points / plan.steps;
-        if points(step) > points(step - 1) && !held_out.is_empty() {
+        let is_point = points(step) > points(step - 1) && !held_out.is_empty();
+        if is_point && ranks.is_first() {
             let held_out = evaluate(model, &held_out, plan.batch, device)?;
             let held_out_nll =
                 metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
@@ -94,7 +124,7 @@ pub fn train(
             });
             (sums.nll, sums.rows) = (0.0, 0);
         }
-        if checkpoints.is_due(step, plan.steps) {
+        if ranks.is_first() && checkpoints.is_due(step, plan.steps) {
             let state = checkpoint::Progress {
                 step,
                 curve,
@@ -104,7 +134,9 @@ pub fn train(
             curve = state.curve;
         }
     }
-    progress.finish();
+    if let Some(progress) = progress {
+        progress.finish();
+    }
     Ok(curve)
 }
 

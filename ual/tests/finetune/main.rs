@@ -8,4 +8,5 @@ mod metrics;
 mod optimizer;
 #[cfg(unix)] // programs are killed
 mod pretrained;
+mod ranks;
 mod runs;

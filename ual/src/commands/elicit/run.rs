@@ -11,11 +11,14 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::commands::elicit::{
-    answers::Answers,
-    args::Args,
-    local, remote,
-    samples::{self, Sample},
+use crate::{
+    commands::elicit::{
+        answers::Answers,
+        args::Args,
+        local, remote,
+        samples::{self, Sample},
+    },
+    training::ranks,
 };
 
 /// Exit status when some samples could not be scored.
@@ -23,6 +26,7 @@ const INCOMPLETE: u8 = 3;
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     args.check()?;
+    ranks::refuse("elicit")?;
     if args.print_prompt {
         io::stdout().write_all(args.template()?.text().as_bytes())?;
         return Ok(ExitCode::SUCCESS);

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::{
     commands::finetune::memory::BatchMemory,
+    failure,
     files::Folder,
     model::export,
     report::{
@@ -18,6 +19,7 @@ use crate::{
         args::{Args, device},
         method::Method,
         plan::Plan,
+        ranks::Ranks,
         setup::{self, Setup},
     },
 };
@@ -38,19 +40,33 @@ struct Report<'a> {
 
 pub fn run(args: &Args) -> Result<()> {
     args.check()?;
+    let ranks = Ranks::launched()?;
+    let result = run_as(args, &ranks);
+    if let (Err(error), true) = (&result, ranks.size() > 1) {
+        eprintln!("process {}: {}", ranks.rank(), failure::text(error));
+        ranks.abort();
+    }
+    result
+}
+
+/// As one of several processes, of which the first one writes.
+fn run_as(args: &Args, ranks: &Ranks) -> Result<()> {
     let start = Instant::now();
     let device = device(&args.device)?;
-    let mut folder = Folder::existing(&args.out)?;
+    let mut folder = match ranks.is_first() {
+        true => Folder::existing(&args.out)?,
+        false => None,
+    };
     let trained_model = args.out.join("model");
-    if let Some(source) = &args.model {
+    if let (Some(source), true) = (&args.model, ranks.is_first()) {
         export::check(source, &trained_model)?;
     }
     let loaded = setup::pretrained(args, &device)?;
     let data = setup::dataset(args, loaded.as_ref())?;
-    if folder.is_none() {
+    if folder.is_none() && ranks.is_first() {
         folder = Some(Folder::make(&args.out)?); // only now: what is refused leaves nothing
     }
-    let setup = Setup::new(args, data, loaded, &device)?;
+    let setup = Setup::new(args, data, loaded, ranks, &device)?;
 
     let spread = |method| setup.spread(&method, args.smoothing_prior);
     let ual = spread(Method::Ual(setup.map.clone()));
@@ -60,7 +76,15 @@ pub fn run(args: &Args) -> Result<()> {
         spread(Method::Constant(args.mean_smoothing)),
         ual.clone(),
     ] {
-        runs.push(setup.run(args, method.name(), &method, &setup.data.train, &device)?);
+        let (name, samples) = (method.name(), &setup.data.train);
+        if ranks.is_first() {
+            runs.push(setup.run(args, name, &method, samples, ranks, &device)?);
+        } else {
+            setup.train(args, name, &method, samples, ranks, &device)?;
+        }
+    }
+    if !ranks.is_first() {
+        return Ok(());
     }
 
     println!("{}", table(&runs));

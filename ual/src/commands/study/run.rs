@@ -24,6 +24,7 @@ use crate::{
         self,
         args::device,
         plan::Plan,
+        ranks::{self, Ranks},
         setup::{self, Loaded, Setup},
     },
 };
@@ -64,7 +65,7 @@ fn of_seed(
     device: &Device,
 ) -> Result<(Vec<Outcome>, First)> {
     let _locked = Folder::make(&args.out)?;
-    let setup = Setup::new(args, data, loaded, device)?;
+    let setup = Setup::new(args, data, loaded, &Ranks::alone(), device)?;
     let mut outcomes = Vec::new();
     let mut first = First {
         about: about(&setup, args),
@@ -74,7 +75,14 @@ fn of_seed(
     };
     for arm in arms(&setup.data, args)? {
         let method = setup.spread(&arm.method, arm.prior);
-        let run = setup.run(args, arm.name, &method, &arm.samples, device)?;
+        let run = setup.run(
+            args,
+            arm.name,
+            &method,
+            &arm.samples,
+            &Ranks::alone(),
+            device,
+        )?;
         let batch = setup.plan.batch;
         let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
         first.runs.push(run.clone());
@@ -93,6 +101,7 @@ fn of_seed(
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    ranks::refuse("study")?;
     let training = &args.training;
     training.check()?;
     ensure!(
