@@ -11,7 +11,7 @@
 //! | [`data`] | samples of a file or made up, estimated uncertainties, batches |
 //! | [`model`] | the decoder and its layers, GGUF and safetensors in and out |
 //! | [`report`] | metrics, loss curves, tables, pictures, progress bars |
-//! | [`training`] | options, methods, optimizer, checkpoints, the training itself, evaluation |
+//! | [`training`] | options, methods, optimizer, checkpoints, processes that train together, the training itself, evaluation |
 //! | [`commands`] | `ual elicit`, `ual finetune`, `ual study` |
 
 pub mod commands;

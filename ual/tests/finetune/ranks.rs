@@ -89,16 +89,27 @@ fn parts_of_batches_train_as_whole_ones_do() {
                 assert!(*same == of_ranks[0].2, "weights differ between processes");
             }
             let first = &of_ranks[0];
+            // A gradient near 0 may have another sign, and AdamW's first steps follow signs: what comes before them is near.
+            let near = |a: f64, e: f64, tolerance| {
+                assert!(
+                    (a - e).abs() < tolerance,
+                    "{a}, not {e}: {more:?}, {size} processes"
+                );
+            };
+            near(
+                first.0.points[0].train_nll,
+                pretraining.points[0].train_nll,
+                1e-5,
+            );
             for (actual, expected) in [(&first.0, &pretraining), (&first.1, &curve)] {
                 assert_eq!(actual.points.len(), expected.points.len());
                 for (a, e) in actual.points.iter().zip(&expected.points) {
                     assert_eq!(a.step, e.step);
-                    assert!((a.train_nll - e.train_nll).abs() < 1e-4, "{more:?}, {size}");
-                    assert!((a.held_out_nll - e.held_out_nll).abs() < 1e-4);
+                    near(a.train_nll, e.train_nll, 1e-3);
+                    near(a.held_out_nll, e.held_out_nll, 1e-3);
                 }
             }
             for (actual, expected) in first.2.iter().zip(&weights) {
-                // A gradient near 0 may have another sign, and AdamW's first steps follow signs.
                 assert_close(actual, expected, 1e-2);
             }
             assert!(

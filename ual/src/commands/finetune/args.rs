@@ -10,7 +10,8 @@ use crate::training;
 Examples:
   ual finetune
   ual finetune --data scored.jsonl
-  ual finetune --data scored.jsonl --model MODEL.gguf --lora 8")]
+  ual finetune --data scored.jsonl --model MODEL.gguf --lora 8
+  mpirun -n 4 ual finetune --data scored.jsonl --model MODEL.gguf --lora 8   (compiled with --features mpi)")]
 pub struct Args {
     #[command(flatten)]
     pub training: training::args::Args,

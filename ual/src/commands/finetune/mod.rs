@@ -10,6 +10,9 @@
 //! of which are trained; what UAL made of it is saved in the same form. With `--checkpoint-every` a run that was cut off
 //! goes on exactly where it was (`--resume`).
 //!
+//! Started as several processes (`mpirun`, feature `mpi`) it trains as one: each takes its part of every batch, see
+//! [`ranks`](crate::training::ranks).
+//!
 //! The same arguments give the same numbers on one machine with the same number of threads (`RAYON_NUM_THREADS`): how
 //! candle splits a matrix product, and so how it rounds, depends on both.
 
