@@ -681,7 +681,7 @@ fn arguments_that_differ_are_an_error_everywhere() {
         ),
         ("smoothing_prior", |l, u| l.smoothing_prior(u)),
         ("entropy_weight", |l, u| {
-            l.entropy_weight(&u.narrow(0, 1, 2).unwrap())
+            l.entropy_weight(u.narrow(0, 1, 2).unwrap())
         }),
     ] {
         let errors = errors(2, |comm| {

@@ -33,7 +33,8 @@ impl Ranks {
     pub fn of(comm: Arc<dyn Communicator>) -> Self {
         Self {
             comm: Some(comm),
-            ..Self::alone()
+            #[cfg(feature = "mpi")]
+            universe: None,
         }
     }
 

@@ -130,8 +130,7 @@ impl Setup {
                 corpus,
                 plan,
                 &checkpoints,
-                ranks,
-                device,
+                (ranks, device),
             )?)
         };
         let vocab = model.output_projection().dim(0)?;
@@ -176,8 +175,7 @@ impl Setup {
             (samples, &self.data.held_out),
             &self.plan,
             &checkpoints(args, &self.fingerprint, name),
-            ranks,
-            device,
+            (ranks, device),
         )
     }
 

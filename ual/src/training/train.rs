@@ -35,8 +35,7 @@ pub fn train(
     (samples, held_out): (&[Sample], &[Sample]),
     plan: &Plan,
     checkpoints: &Checkpoints,
-    ranks: &Ranks,
-    device: &Device,
+    (ranks, device): (&Ranks, &Device),
 ) -> Result<Curve> {
     let vars = model.vars();
     let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
