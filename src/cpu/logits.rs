@@ -8,8 +8,8 @@ use super::{
     element::{Element, InOrder, Precise},
     general::Locked,
     memory::{GradRows, Logits, readable},
-    parallel::{differentiate_all, evaluate, evaluate_and_differentiate},
     results::{Inputs, Saved, forward_result, fused_result, result_type},
+    rows::{differentiate_all, evaluate, evaluate_and_differentiate},
 };
 use crate::{
     backend::{Backend, Forward, Fused},

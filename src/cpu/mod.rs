@@ -13,6 +13,7 @@ mod parallel;
 mod real;
 mod results;
 mod row;
+mod rows;
 mod running;
 mod tasks;
 mod transform;

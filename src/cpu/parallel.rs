@@ -2,24 +2,21 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Layout, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
     dispatch::dispatch,
     element::Element,
-    finish::{self, Normaliser, RowResult, Sums},
+    finish::{Normaliser, RowResult},
     general::{Dots, General, Probabilities},
     gradient::{GradFactors, named_gradient},
-    memory::{GradRows, Logits, readable},
+    memory::{GradRows, Logits},
     real::Real,
     results::{Inputs, Saved},
     row::{self, PIECE, Partial},
-    running::{self, Running, merge_stretch},
-    tasks::{
-        GeneralGradients, GeneralPartials, Gradients, KeptGeneralGradients, KeptGradients, Partials,
-    },
-    transform::{CAPPED, Form, Transform, with_path},
+    tasks::{GeneralGradients, GeneralPartials, Gradients, Partials},
+    transform::{Form, Transform, with_path},
 };
 use crate::{
     call::{Call, ClassValues, Row, RowTarget, Rows},
@@ -32,7 +29,7 @@ const FEW_ROWS: usize = 4;
 /// Up to so many logits in all, the calling thread is done before others would be awake.
 const SMALL: usize = 1 << 15;
 /// Pieces a task where they are shared out.
-const PIECES_PER_TASK: usize = 8;
+pub(super) const PIECES_PER_TASK: usize = 8;
 
 fn rows_are_few(rows: usize, vocab: usize) -> bool {
     rows < FEW_ROWS * rayon::current_num_threads() && vocab > PIECE * PIECES_PER_TASK
@@ -73,7 +70,7 @@ pub(super) struct Work<'a, T: Element> {
     pub columns: Range<usize>,
     transform: Transform<T::Real>,
     pub exact: Transform<f64>,
-    general: General<'a, T::Real>,
+    pub general: General<'a, T::Real>,
     /// Whether a class of each row is left out of the sums.
     leaves_out: bool,
 }
@@ -113,7 +110,7 @@ impl<'a, T: Element> Work<'a, T> {
     }
 
     /// Of all rows and this rank's classes.
-    fn all(given: Given<'a>) -> Self {
+    pub fn all(given: Given<'a>) -> Self {
         let work = Self::new(given, 0, given.call.columns.clone());
         match given.call.groups.vocab_shard {
             Some(_) => work,
@@ -143,7 +140,7 @@ impl<'a, T: Element> Work<'a, T> {
 
     /// The column that is left out of the sums of a row: the target's, or, of those that it names, that with the largest
     /// logit, as its p may be near 1.
-    fn left_out(&self, row: &Row, x: &[T]) -> usize {
+    pub fn left_out(&self, row: &Row, x: &[T]) -> usize {
         match row.target {
             RowTarget::Class(class) => self.column(class).unwrap_or(NO_COLUMN),
             RowTarget::Entries { .. } => {
@@ -165,7 +162,7 @@ impl<'a, T: Element> Work<'a, T> {
     }
 
     /// Lists the classes in the tile that the target of a row names.
-    fn list_named(&self, row: &Row, x: &[T], left_out: usize, named: &mut Vec<Named<T>>) {
+    pub fn list_named(&self, row: &Row, x: &[T], left_out: usize, named: &mut Vec<Named<T>>) {
         named.clear();
         let mut push = |class, t| {
             if let Some(column) = self.column(class) {
@@ -188,7 +185,7 @@ impl<'a, T: Element> Work<'a, T> {
     }
 
     /// Puts the gradient of the classes that a row's target names right.
-    fn write_named<const FORM: Form>(
+    pub fn write_named<const FORM: Form>(
         &self,
         i: usize,
         named: &[Named<T>],
@@ -214,11 +211,11 @@ impl<'a, T: Element> Work<'a, T> {
 
 /// A thread's memory, used again for each of its rows.
 pub(super) struct Scratch<T: Element> {
-    partials: Vec<Partial>,
+    pub partials: Vec<Partial>,
     dots: Vec<Dots>,
-    kept: Vec<T::Real>,
-    named: Vec<Named<T>>,
-    entries: Vec<(usize, f64, f64)>,
+    pub kept: Vec<T::Real>,
+    pub named: Vec<Named<T>>,
+    pub entries: Vec<(usize, f64, f64)>,
 }
 
 impl<T: Element> Scratch<T> {
@@ -345,53 +342,6 @@ pub(super) fn for_each_row<R: Send, S>(
     }
 }
 
-/// Loss, statistics and normaliser of every row.
-pub(super) fn evaluate<T: Element>(
-    given: Given,
-    x: &[T],
-    layout: &Layout,
-    stats: bool,
-) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
-    let call = given.call;
-    let starts = readable(layout)?;
-    let work = Work::all(given);
-    let columns = call.columns.len();
-    let x = |i: usize| &x[starts.of(i)..][..columns];
-    if call.groups.vocab_shard.is_some() {
-        return evaluate_slice(&work, x, stats);
-    }
-    let mut results = vec![(RowResult::default(), Normaliser::default()); call.rows];
-    let general = call.is_general();
-    let evaluate_row = with_path!(T, call, general, FORM, GENERAL => match stats || GENERAL {
-        true => evaluate_row::<T, FORM, true, GENERAL>,
-        false => evaluate_row::<T, FORM, false, GENERAL>,
-    });
-    for_each_row(
-        columns,
-        &mut results,
-        || Scratch::new(columns, false, general),
-        |i, result, scratch, shared| {
-            if let Some(row) = work.row(i) {
-                *result = evaluate_row(&work, i, row, x(i), scratch, shared);
-            }
-        },
-    );
-    let (results, normalisers): (Vec<RowResult>, _) = results.into_iter().unzip();
-    check_probabilities(given, &results)?;
-    Ok((results, normalisers))
-}
-
-/// [`evaluate`] of a slice of the vocabulary, with the other ranks.
-fn evaluate_slice<'x, T: Element>(
-    work: &Work<T>,
-    x: impl Fn(usize) -> &'x [T] + Sync + Send,
-    stats: bool,
-) -> Result<(Vec<RowResult>, Vec<Normaliser>)> {
-    let mut running = vec![Running::default(); work.given.call.rows];
-    merge_stretch(work, x, &mut running, stats);
-    running::finish_rows(work.given, stats, running)
-}
-
 /// An error for the first row with a bad probability in its target.
 pub(super) fn check_probabilities(given: Given, results: &[RowResult]) -> Result<()> {
     match (
@@ -403,58 +353,8 @@ pub(super) fn check_probabilities(given: Given, results: &[RowResult]) -> Result
     }
 }
 
-fn evaluate_row<T: Element, const FORM: Form, const STATS: bool, const GENERAL: bool>(
-    work: &Work<T>,
-    i: usize,
-    row: &Row,
-    x: &[T],
-    scratch: &mut Scratch<T>,
-    shared: bool,
-) -> (RowResult, Normaliser) {
-    let left_out = work.left_out(row, x);
-    let sums = row_partial::<T, FORM, STATS, false, GENERAL>(work, i, x, left_out, scratch, shared);
-    finish_row::<T, FORM, STATS>(work, row, x, left_out, &sums, &mut scratch.entries)
-}
-
-fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
-    work: &Work<T>,
-    row: &Row,
-    x: &[T],
-    left_out: usize,
-    (others, dots): &(Partial, Dots),
-    entries: &mut Vec<(usize, f64, f64)>,
-) -> (RowResult, Normaliser) {
-    let predicted = if STATS {
-        row::largest_column(x, others)
-    } else {
-        0
-    };
-    let logit = |class: usize| row::one(x[class]).f64();
-    let target;
-    let (named, left_out) = match row.target {
-        RowTarget::Class(class) => {
-            target = [(class, 1.0, logit(class))];
-            (&target[..], Some(0))
-        }
-        _ => {
-            entries.clear();
-            entries.extend(work.named(row).iter().map(|&(k, t)| (k, t, logit(k))));
-            (&entries[..], entries.iter().position(|e| e.0 == left_out))
-        }
-    };
-    let sums = Sums {
-        others,
-        dots,
-        named,
-        left_out,
-        predicted,
-    };
-    let Given { call, classes, .. } = work.given;
-    finish::finish::<FORM>(call, classes, row, &sums, &work.exact)
-}
-
 /// Gradient of row `i` from its logits, `factors` unless it is 0. `named` is scratch memory.
-fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
+pub(super) fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     work: &Work<T>,
     i: usize,
     factors: Option<&GradFactors<T::Real>>,
@@ -542,7 +442,7 @@ pub(super) fn differentiate_tile<T: Element>(
 }
 
 /// Gradient of every row of a tile; `scale` of a row is everything that multiplies it but its weight.
-fn differentiate_rows<T: Element>(
+pub(super) fn differentiate_rows<T: Element>(
     work: &Work<T>,
     normalisers: &[Normaliser],
     scale: impl Fn(usize) -> f64 + Sync + Send,
@@ -565,156 +465,4 @@ fn differentiate_rows<T: Element>(
             write(work, i, factors.as_ref(), logits, out, named, shared);
         },
     );
-}
-
-/// [`differentiate_tile`] of all logits.
-pub(super) fn differentiate_all<T: Element>(
-    given: Given,
-    saved: &Saved,
-    upstream: &Tensor,
-    logits: Logits<T>,
-    out: &GradRows<T>,
-) -> Result<()> {
-    let (work, call) = (Work::all(given), given.call);
-    let general = call.is_general_here();
-    differentiate_tile(&work, saved, upstream, general, logits, out, call.rows)
-}
-
-/// Loss, statistics and gradient of every row, a row at a time while it is in the cache.
-pub(super) fn evaluate_and_differentiate<T: Element>(
-    given: Given,
-    logits: Logits<T>,
-    out: &GradRows<T>,
-    stats: bool,
-) -> Result<Vec<RowResult>> {
-    let call = given.call;
-    if call.groups.vocab_shard.is_some() {
-        let work = Work::all(given);
-        // SAFETY: nothing is written meanwhile.
-        let x = |i| unsafe { logits.stretch(out, i, 0..call.columns.len()) };
-        let (results, normalisers) = evaluate_slice(&work, x, stats)?;
-        let (scale, general) = (1.0 / given.divisor, call.is_general_here());
-        differentiate_rows(
-            &work,
-            &normalisers,
-            |_| scale,
-            general,
-            logits,
-            out,
-            call.rows,
-        );
-        return Ok(results);
-    }
-    let results = with_path!(T, call, call.is_general(), FORM, GENERAL => match stats || GENERAL {
-        true => evaluate_and_differentiate_with::<T, FORM, true, GENERAL>(given, logits, out),
-        false => evaluate_and_differentiate_with::<T, FORM, false, GENERAL>(given, logits, out),
-    });
-    check_probabilities(given, &results)?;
-    Ok(results)
-}
-
-fn evaluate_and_differentiate_with<
-    T: Element,
-    const FORM: Form,
-    const STATS: bool,
-    const GENERAL: bool,
->(
-    given: Given,
-    logits: Logits<T>,
-    out: &GradRows<T>,
-) -> Vec<RowResult> {
-    let call = given.call;
-    let (scale, columns) = (1.0 / given.divisor, call.columns.len());
-    let work = Work::all(given);
-    // A softcap's slope needs the logits once more, the entropy's gradient the exponents, so there is nothing to gain from
-    // keeping exponentials.
-    let keep = FORM != CAPPED && !call.weighs_entropy();
-    let mut results = vec![RowResult::default(); call.rows];
-    for_each_row(
-        columns,
-        &mut results,
-        || Scratch::new(columns, keep, GENERAL),
-        |i, result, scratch, shared| {
-            let Some(row) = work.row(i) else {
-                let named = &mut scratch.named;
-                write_gradient::<T, FORM, GENERAL>(&work, i, None, logits, out, named, shared);
-                return;
-            };
-            // SAFETY: the row is this call's alone, and `x` is not used once the gradient is written.
-            let x = unsafe { logits.stretch(out, i, 0..columns) };
-            let left_out = work.left_out(row, x);
-            let sums = if keep {
-                row_partial::<T, FORM, STATS, true, GENERAL>(&work, i, x, left_out, scratch, shared)
-            } else {
-                row_partial::<T, FORM, STATS, false, GENERAL>(
-                    &work, i, x, left_out, scratch, shared,
-                )
-            };
-            let entries = &mut scratch.entries;
-            let normaliser;
-            (*result, normaliser) =
-                finish_row::<T, FORM, STATS>(&work, row, x, left_out, &sums, entries);
-            let factors = GradFactors::new(call, row, &normaliser, scale);
-            match &factors {
-                Some(factors) if keep && factors.in_range => {
-                    work.list_named(row, x, left_out, &mut scratch.named);
-                    write_kept_gradient::<T, FORM, GENERAL>(
-                        &work, i, scratch, out, factors, shared,
-                    );
-                    work.write_named::<FORM>(i, &scratch.named, out, factors);
-                    scratch.named.clear();
-                }
-                factors => {
-                    let (factors, named) = (factors.as_ref(), &mut scratch.named);
-                    write_gradient::<T, FORM, GENERAL>(
-                        &work, i, factors, logits, out, named, shared,
-                    );
-                }
-            }
-        },
-    );
-    results
-}
-
-/// Gradient of row `i`, but for that of classes which its target names, from the exponentials in the scratch memory.
-fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
-    work: &Work<T>,
-    i: usize,
-    scratch: &mut Scratch<T>,
-    out: &GradRows<T>,
-    factors: &GradFactors<T::Real>,
-    shared: bool,
-) {
-    let Scratch { partials, kept, .. } = scratch;
-    let call = work.given.call;
-    // SAFETY: the row is this call's alone, and padding no other task's.
-    unsafe { out.stretch(i, call.columns.len()..call.width) }.fill(T::default());
-    let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
-        let of = KeptGradients::<T, FORM> {
-            kept,
-            partials,
-            out,
-            row: i,
-            first_column,
-            exact: &work.exact,
-            factors,
-        };
-        if GENERAL {
-            let general = &work.general;
-            dispatch(KeptGeneralGradients { of, general });
-        } else {
-            dispatch(of);
-        }
-    };
-    if shared {
-        let stretch = PIECES_PER_TASK * PIECE;
-        let tasks = partials
-            .par_chunks(PIECES_PER_TASK)
-            .zip(kept.par_chunks_mut(stretch));
-        tasks
-            .enumerate()
-            .for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
-    } else {
-        run(0, partials, kept);
-    }
 }
