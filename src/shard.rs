@@ -251,13 +251,9 @@ fn fields(
         let values = rows.rows.iter().map(|row| row.as_ref().map(value));
         digest(values.map(|value| value.map(f64::to_bits)))
     };
-    let of_classes = |values: &Option<Vec<f64>>| {
-        digest(
-            values
-                .as_ref()
-                .map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>()),
-        )
-    };
+    // There is a class at least, so that values that there are not are nothing else.
+    let of_classes =
+        |values: &Option<Vec<f64>>| digest(values.iter().flatten().map(|v| v.to_bits()));
     let targets = rows.rows.iter().map(|row| {
         row.map(|row| {
             let named = rows.named(row.target).iter();

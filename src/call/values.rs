@@ -115,10 +115,7 @@ impl Call {
             } => (integers(classes)?, floats(probabilities)?),
             Targets::Probabilities(_) => Default::default(),
         };
-        let k = match &self.targets {
-            Targets::TopK { .. } if self.rows > 0 => named.len() / self.rows,
-            _ => 0,
-        };
+        let k = self.entries_a_row();
         let is_class = |target: i64| (0..self.vocab as i64).contains(&target);
         let read = |i: usize, entries: &mut [(usize, f64)]| {
             let mut count = 1.0;

@@ -218,7 +218,7 @@ impl Running {
         {
             self.target_logit = other.target_logit;
         }
-        let mut none = Dots::default();
+        let mut dots = Dots::default();
         if let (Some(general), Some(other)) = (&mut self.general, &other.general) {
             let named = given.rows.named(row.target).iter();
             for ((entry, theirs), (class, _)) in
@@ -228,9 +228,9 @@ impl Running {
                     *entry = *theirs;
                 }
             }
-            none = other.dots;
+            dots = other.dots;
         }
-        self.merge::<FORM>(&other.others, &none, other.predicted, exact);
+        self.merge::<FORM>(&other.others, &dots, other.predicted, exact);
     }
 }
 
