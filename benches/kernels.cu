@@ -125,7 +125,7 @@ int main(int argc, char** argv) {
       p.logits_rows.dims = p.smoothing_rows.dims = p.weight_rows.dims = 1;
       p.logits_rows.strides[0] = vocab, p.smoothing_rows.strides[0] = p.weight_rows.strides[0] = 1;
       p.grad_rows = p.logits_rows;
-      p.rows = kRows, p.ignore_index = -100, p.vocab = p.width = vocab;
+      p.rows = kRows, p.ignore_index = -100, p.vocab = p.end_class = p.width = vocab;
       p.logit_scale = p.result_scale = 1.f;
       // As src/kernels/select.rs.
       const unsigned groups = (vocab * sizeof(bf16) + 15) / 16;

@@ -6,26 +6,29 @@
 //   ce_fused_*     both in one launch: the second read of a row finds it in the cache
 //   ce_onchip_*    forward and fused from sm_90 on, a cluster of blocks a row: no second read (on_chip.cuh)
 //   ce_distribution_forward_*, _backward_*, _fused_*   the same of any target distribution (distribution.cuh)
+//   ce_merge_*, ce_distribution_merge_*   the forward's results of slices that ranks have, to losses (ranks.cuh)
 //   ce_classes     looks at the classes' weights and prior
 //   ce_reduce      row losses to the result, in a fixed order
 //
 // Line by line the mathematics is that of src/reference.rs.
 #include "distribution.cuh"
 #include "on_chip.cuh"
+#include "ranks.cuh"
 #include "row.cuh"
 
 // Merges a slice of the vocabulary into what is known of its row; true when that is all of it.
 template <bool STATS, bool SOFTCAP>
-DEVICE bool continue_row(const Params& p, uint64_t row, const Stretch& slice, Partial& others, float& x_y, bool has_target,
-                         const Transform<SOFTCAP>& transform) {
+DEVICE bool continue_row(const Params& p, uint64_t row, const RowInputs& in, const Stretch& slice, Partial& others, float& x_y,
+                         bool has_target, const Transform<SOFTCAP>& transform) {
   Running& running = static_cast<Running*>(p.running)[row];
-  if (slice.begin > 0) {
+  if (slice.begin > static_cast<int>(p.first_class)) {
     others = merge<STATS>(running.others, others, transform);
     if (!has_target) x_y = running.target_logit;
   }
-  if (slice.begin + slice.classes == static_cast<int>(p.vocab)) return true;
+  if (p.ranks == 0 && slice.begin + slice.classes == static_cast<int>(p.vocab)) return true;
   running.others = others;
   running.target_logit = x_y;
+  if (p.ranks != 0) running.digest = digest_of(in);
   return false;
 }
 
@@ -57,7 +60,7 @@ template <class T, bool STATS, bool SOFTCAP, bool GRAD> DEVICE void row_loss(con
     }
     dev::sync_block();  // the factors are there; and in place, nothing may be overwritten before it is read
     write_gradient<T, SOFTCAP, false>(p, row, x, stored, in.target, factors[0], transform);
-  } else if (writes && (!p.running || continue_row<STATS>(p, row, stored, others, x_y, has_target, transform))) {
+  } else if (writes && (!p.running || continue_row<STATS>(p, row, in, stored, others, x_y, has_target, transform))) {
     finish_row<STATS, SOFTCAP>(p, row, in, others, x_y, transform, true);
   }
 }
@@ -119,13 +122,23 @@ INSTANTIATE(f32)
 INSTANTIATE(f16)
 INSTANTIATE(bf16)
 
+#define MERGE_KERNEL KERNEL void __launch_bounds__(32)
+#define INSTANTIATE_MERGE(SUFFIX, SOFTCAP)                                                      \
+  MERGE_KERNEL ce_merge##SUFFIX(Params p) { merge_ranks<false, SOFTCAP>(p); }                   \
+  MERGE_KERNEL ce_merge_stats##SUFFIX(Params p) { merge_ranks<true, SOFTCAP>(p); }              \
+  MERGE_KERNEL ce_distribution_merge##SUFFIX(Params p) { merge_distributions<SOFTCAP>(p); }
+INSTANTIATE_MERGE(, false)
+INSTANTIATE_MERGE(_softcap, true)
+
 // Checks the classes' values, and finds the largest of the prior. One block.
 KERNEL void __launch_bounds__(1024) ce_classes(Params p) {
   dev::begin_kernel();
   SHARED_ARRAY(int, largest_of_warps, 32);
+  SHARED_ARRAY(unsigned, digests, 32);
   constexpr int kBad = 0x7fffffff;  // finite numbers that are not negative have smaller bits, in the same order
   constexpr int kAhead = 8;  // loads in flight: nothing but latency
   int largest = 0;
+  unsigned digest = 0;
   for (unsigned first = threadIdx.x; first < p.vocab; first += kAhead * blockDim.x) {
     float c[kAhead], u[kAhead];
     UNROLL for (int i = 0; i < kAhead; i++) {
@@ -137,16 +150,25 @@ KERNEL void __launch_bounds__(1024) ce_classes(Params p) {
       const bool good = c[i] >= 0.f && c[i] < INFINITY && u[i] >= 0.f && u[i] < INFINITY;
       const int bits = good ? static_cast<int>(dev::bits_from_float(u[i] + 0.f)) : kBad;
       largest = bits > largest ? bits : largest;
+      const unsigned k = first + i * blockDim.x;
+      if (p.ranks != 0 && k < p.vocab) digest += digest_with(digest_with(k, c[i]), u[i]);
     }
   }
   largest = dev::reduce_max(largest);
-  if (threadIdx.x % 32 == 0) largest_of_warps[threadIdx.x / 32] = largest;
+  digest = dev::reduce_add(digest);
+  if (threadIdx.x % 32 == 0) {
+    largest_of_warps[threadIdx.x / 32] = largest;
+    digests[threadIdx.x / 32] = digest;
+  }
   dev::sync_block();
   if (threadIdx.x >= 32) return;
-  largest = dev::reduce_max(threadIdx.x < blockDim.x / 32 ? largest_of_warps[threadIdx.x] : 0);
+  const bool is_warp = threadIdx.x < blockDim.x / 32;
+  largest = dev::reduce_max(is_warp ? largest_of_warps[threadIdx.x] : 0);
+  digest = dev::reduce_add(is_warp ? digests[threadIdx.x] : 0u);
   if (threadIdx.x != 0) return;
   const bool good = largest != kBad && largest != 0;  // a prior of zeros spreads nothing
-  *p.class_check = {good ? 1.f : NAN, 1.f / fmaxf(dev::float_from_bits(static_cast<unsigned>(largest)), 0x1p-126f)};
+  const float scale = 1.f / fmaxf(dev::float_from_bits(static_cast<unsigned>(largest)), 0x1p-126f);
+  *p.class_check = {good ? 1.f : NAN, scale, digest};
   if (!good && p.first_error) dev::atomic_min(p.first_error, 0);
 }
 
@@ -209,7 +231,8 @@ KERNEL void __launch_bounds__(1024) ce_reduce(Params p) {
     loss += losses[warp];
     weight += weights[warp];
   }
-  p.total_weight[0] = static_cast<float>(weight);
+  if (p.divisor) weight = *p.divisor;  // of all ranks' rows
+  else p.total_weight[0] = static_cast<float>(weight);
   if (p.reduced) {
     const double mean = p.mean && weight != 0.0 ? loss / weight : loss;
     p.reduced[0] = static_cast<float>(mean * p.result_scale);

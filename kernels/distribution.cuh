@@ -102,7 +102,10 @@ DEVICE AllClasses sum_distribution(const Params& p, uint64_t row, const T* x, co
 
 // Probability of a class in the row's target, and where it names classes the sum of all that name it. By a whole warp.
 DEVICE float target_probability(const Params& p, uint64_t row, int column) {
-  if (p.entries == 0) return Beside(p, row, {0, static_cast<int>(p.vocab), 0}, 0).target_of(column);
+  if (p.entries == 0) {
+    const int first = static_cast<int>(p.first_class), end = static_cast<int>(p.end_class);
+    return Beside(p, row, {first, end - first, 0}, 0).target_of(column - first);
+  }
   float t = 0.f;
   for (unsigned j = threadIdx.x % 32; j < p.entries; j += 32) {
     if (named_class(p, row, j) == column) t += named_probability(p, row, j);
@@ -131,11 +134,10 @@ static_assert(sizeof(DistributionState) == 64, "src/kernels/abi.rs has as many b
 // What a class's value of the prior is multiplied by; a prior of masked classes alone spreads nothing.
 DEVICE float smoothed_part(float smoothing, float prior_mass) { return prior_mass == 0.f ? 0.f : smoothing / prior_mass; }
 
-// Loss, statistics and normaliser of a row whose classes merge to `a`. Its `at` is a column, which has the probability
-// `top_probability` in the target: for the norm alone. The first thread.
+// Loss, statistics and normaliser of a row whose classes merge to `a`. Its `at` is a column. The first thread.
 template <bool SOFTCAP>
 DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, const DistributionInputs& in, const AllClasses& a,
-                                             float top_probability, const Transform<SOFTCAP>& transform) {
+                                             const Transform<SOFTCAP>& transform) {
   const float largest = a.largest, reference = a.reference, rest = a.exp.total();
   const float d_top = transform.exact(largest, largest, reference), e_top = dev::exp2_approx(d_top);
   const float sum = rest + e_top, inverse = 1.f / sum, log_sum = dev::log1p(rest / e_top);  // -log p of the largest
@@ -183,7 +185,7 @@ DEVICE DistributionState finish_distribution(const Params& p, uint64_t row, cons
   p.max_prob[row] = nan ? NAN : empty ? 0.f : e_top * inverse;
   p.predicted[row] = nan || empty ? 0u : a.at;
   // The sum of (Q*p - q)^2, Q that of q without class weights, expanded over all classes but the largest, and its own.
-  const float keep = 1.f - in.smoothing;
+  const float keep = 1.f - in.smoothing, top_probability = a.top_probability;
   const float u_top = has_prior && !empty ? p.prior[a.at] * p.class_check->prior_scale : 1.f;
   const float q_top = keep * top_probability + part * u_top;
   const float of_target = keep * (a.target.value - top_probability) + keep * a.target.lost;
@@ -409,6 +411,19 @@ DEVICE void write_distribution(const Params& p, uint64_t row, const T* x, const 
   }
 }
 
+// As of RowInputs, with all entries of the target. By a whole warp.
+DEVICE unsigned digest_of(const Params& p, uint64_t row, const DistributionInputs& in) {
+  unsigned entries = 0;
+  for (unsigned j = threadIdx.x % 32; j < p.entries; j += 32) {
+    const long long target = named_class(p, row, j);
+    if (target != p.ignore_index) {
+      entries += digest_with(digest_with(j, static_cast<unsigned>(target)), named_probability(p, row, j));
+    }
+  }
+  const unsigned of_row = digest_with(digest_with(dev::reduce_add(entries), in.smoothing), in.weight);
+  return digest_with(digest_with(of_row, in.entropy_weight), p.class_check ? p.class_check->digest : 0u);
+}
+
 // Merges a slice of the vocabulary, which is not the last, into what is known of its row; the last only reads that. The
 // first thread.
 template <bool SOFTCAP>
@@ -434,16 +449,21 @@ template <class T, bool SOFTCAP, bool GRAD> DEVICE void distribution_loss(const 
   SHARED_ARRAY(DistributionFactors, factors, 1);
   if (threadIdx.x < 32) {
     find_column(a, x, stored);
-    const bool last = stored.begin + stored.classes == static_cast<int>(p.vocab);
-    if (!GRAD && p.running && threadIdx.x == 0) {
-      continue_distribution(static_cast<AllClasses*>(p.running)[row], stored.begin == 0, last, a, transform);
-    }
+    const bool first = stored.begin == static_cast<int>(p.first_class);
+    const bool last = stored.begin + stored.classes == static_cast<int>(p.end_class);
+    AllClasses* running = static_cast<AllClasses*>(p.running);
+    if (!GRAD && running && threadIdx.x == 0) continue_distribution(running[row], first, last, a, transform);
     if (last) {
       const int column = static_cast<int>(dev::shuffle(a.at, 0));
-      const float top_probability = p.grad_norm_sq ? target_probability(p, row, column) : 0.f;
+      a.top_probability = p.grad_norm_sq ? target_probability(p, row, column) : 0.f;
+      if (!GRAD && p.ranks != 0) a.digest = digest_of(p, row, in);
       if (threadIdx.x == 0) {
-        const DistributionState state = finish_distribution(p, row, in, a, top_probability, transform);
-        if constexpr (GRAD) factors[0] = distribution_factors(p, in, state, gradient_scale(p, row), transform);
+        if (!GRAD && p.ranks != 0) {
+          running[row] = a;
+        } else {
+          const DistributionState state = finish_distribution(p, row, in, a, transform);
+          if constexpr (GRAD) factors[0] = distribution_factors(p, in, state, gradient_scale(p, row), transform);
+        }
       }
     }
   }

@@ -50,7 +50,8 @@ struct alignas(16) AllClasses {
   float target_exp;        // sum of t * 2^d
   float target_squares;
   float target_prior;      // sum of t * u
-  float unused[2];
+  float top_probability;   // t of the class `at`, which is a column by then: for the norm
+  unsigned digest;         // as in Running
 };
 static_assert(sizeof(AllClasses) == 112, "src/kernels/abi.rs has as many bytes");
 
@@ -249,7 +250,7 @@ struct Beside {
     type = static_cast<FloatType>(p.probability_type);
     target = nullptr;
     if (p.entries == 0) {
-      const uint64_t first = row_offset<uint64_t>(p.probability_rows, row) + static_cast<unsigned>(stretch.begin);
+      const uint64_t first = row_offset<uint64_t>(p.probability_rows, row) + (static_cast<unsigned>(stretch.begin) - p.first_class);
       target = static_cast<const char*>(p.probabilities) + first * (type == kF32 ? 4 : 2);
     }
   }

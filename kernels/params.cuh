@@ -28,10 +28,11 @@ struct NamedGradient {
 };
 
 // What `ce_classes` found: 1, or NaN where a class's weight or its value of the prior is bad; what brings the largest value of
-// the prior to 1, so that squares of others are in range.
+// the prior to 1, so that squares of others are in range; what tells these values from others.
 struct ClassCheck {
   float good;
   float prior_scale;
+  uint32_t digest;
 };
 
 enum FloatType : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
@@ -62,6 +63,7 @@ struct Params {
   ClassCheck* class_check;
   const void* probabilities;
   NamedGradient* named;
+  const void* gathered;  // as `running`, of all ranks
 
   RowOffsets logits_rows;
   RowOffsets grad_rows;
@@ -89,6 +91,8 @@ struct Params {
   uint32_t entries;
   uint32_t probability_type;  // FloatType
   float uniform_entropy_weight;
-  uint32_t unused;
+  uint32_t first_class;
+  uint32_t end_class;
+  uint32_t ranks;
 };
-static_assert(sizeof(Params) == 25 * 8 + 6 * 72 + 16 + 80, "src/kernels/abi.rs has the same fields");
+static_assert(sizeof(Params) == 26 * 8 + 6 * 72 + 16 + 88, "src/kernels/abi.rs has the same fields");

@@ -131,11 +131,12 @@ struct alignas(16) Partial {
 
 DEVICE Partial empty_partial() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, 0.f, 0u, 0u}; }
 
-// A row between the tiles of a product, of which a launch sees one at a time.
+// A row between the tiles of a product, of which a launch sees one at a time, or of the slices that ranks have.
 struct alignas(16) Running {
   Partial others;
-  float target_logit;
-  float unused[3];
+  float target_logit;  // NaN where the target is none of these classes
+  unsigned digest;     // of what the row is given beside its logits, where there are ranks
+  float unused[2];
 };
 static_assert(sizeof(Running) == 48, "src/kernels/abi.rs has as many bytes");
 

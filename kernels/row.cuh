@@ -65,6 +65,17 @@ DEVICE RowInputs check_inputs(const Params& p, uint64_t row, const LoadedInputs&
 
 DEVICE RowInputs read_inputs(const Params& p, uint64_t row) { return check_inputs(p, row, load_inputs(p, row)); }
 
+// Ranks must be given the same beside their logits: adds a word to a digest of it.
+DEVICE unsigned digest_with(unsigned digest, unsigned word) {
+  digest = (digest ^ word) * 0x9e3779b1u;
+  return digest ^ digest >> 15;
+}
+DEVICE unsigned digest_with(unsigned digest, float x) { return digest_with(digest, dev::bits_from_float(x + 0.f)); }  // -0 is 0
+
+DEVICE unsigned digest_of(const RowInputs& in) {
+  return digest_with(digest_with(digest_with(0u, static_cast<unsigned>(in.target)), in.smoothing), in.weight);
+}
+
 // Columns `begin` to `begin + width` of a row, of which the first `classes` are classes and the rest is padding.
 struct Stretch {
   int begin;
@@ -75,7 +86,7 @@ struct Stretch {
 // What is in memory of every row: all of it, or a slice of the vocabulary.
 DEVICE Stretch stored_row(const Params& p) {
   const int begin = static_cast<int>(p.first_column), width = static_cast<int>(p.width);
-  const int classes = static_cast<int>(p.vocab) - begin;
+  const int classes = static_cast<int>(p.end_class) - begin;
   return {begin, classes < width ? classes : width, width};
 }
 

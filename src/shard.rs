@@ -46,13 +46,26 @@ pub(crate) fn gather_slices(
     (rows, classes): (&Rows, &ClassValues),
     values: Vec<f64>,
 ) -> Result<Vec<Slice>> {
-    let fields = fields(call, rows, classes, stats);
-    let mut message = vec![0.0; HEADER];
-    for (to, field) in message[1..].iter_mut().zip(&fields) {
-        *to = field.1;
-    }
+    let fields = fields(call, Some((rows, classes)), stats);
+    let mut message = header(&fields);
     message.extend(values);
     let all = exchange(VOCAB_SHARD, &call.groups.vocab_shard, message)?;
+    check_alike(&fields, &all)?;
+    slices_of(call, all)
+}
+
+/// [`gather_slices`] of values that follow on the device: what ranks are given is compared here, as far as it is known. `given` are
+/// the rows' and the classes' values, where they were read.
+#[cfg(feature = "cuda")]
+pub(crate) fn agree(call: &Call, stats: bool, given: Option<(&Rows, &ClassValues)>) -> Result<()> {
+    let fields = fields(call, given, stats);
+    let all = exchange(VOCAB_SHARD, &call.groups.vocab_shard, header(&fields))?;
+    check_alike(&fields, &all)?;
+    slices_of(call, all).map(drop)
+}
+
+/// An error if a rank's fields are not those of the first.
+fn check_alike(fields: &[Field], all: &[Vec<f64>]) -> Result<()> {
     for (rank, message) in all.iter().enumerate() {
         let others = message[1..].iter().zip(&all[0][1..]);
         for ((name, _, compared), (value, first)) in fields.iter().zip(others) {
@@ -70,6 +83,11 @@ pub(crate) fn gather_slices(
             }
         }
     }
+    Ok(())
+}
+
+/// Whose classes are what, from the first on.
+fn slices_of(call: &Call, all: Vec<Vec<f64>>) -> Result<Vec<Slice>> {
     let mut slices: Vec<(usize, Slice)> = all
         .into_iter()
         .map(|mut message| {
@@ -107,11 +125,21 @@ pub(crate) fn gather_slices(
     Ok(slices.into_iter().map(|(_, slice)| slice).collect())
 }
 
-/// Tells the ranks that wait in [`gather_slices`] of an error.
+fn header(fields: &[Field]) -> Vec<f64> {
+    let mut message = vec![0.0; HEADER];
+    for (to, field) in message[1..].iter_mut().zip(fields) {
+        *to = field.1;
+    }
+    message
+}
+
+/// Tells the ranks that wait in [`gather_slices`], or in [`agree`], of an error.
 pub(crate) fn tell_slices<T>(call: &Call, stats: bool, result: Result<T>) -> Result<T> {
     if let Err(error) = &result {
         let mut message = failure(error);
-        message.resize(HEADER + call.rows * values_a_row(call, stats), 0.0);
+        if call.device().is_cpu() {
+            message.resize(HEADER + call.rows * values_a_row(call, stats), 0.0);
+        }
         let _ = exchange(VOCAB_SHARD, &call.groups.vocab_shard, message);
     }
     result
@@ -142,7 +170,7 @@ pub(crate) fn count_of_all(
     let message = match local {
         Ok(count) => {
             let (kind, divisor) = reduction(call);
-            let checks_again = f64::from(u8::from(call.probabilities().is_some()));
+            let checks_again = f64::from(u8::from(checks_again(call)));
             let mut message = vec![0.0, count, kind, divisor, checks_again];
             message.resize(HEADER, 0.0);
             message
@@ -151,7 +179,10 @@ pub(crate) fn count_of_all(
     };
     let all = exchange(DATA_PARALLEL, &call.groups.data_parallel, message)?;
     for (rank, message) in all.iter().enumerate() {
-        for (name, field) in [("reduction", 2..4), ("form of the targets", 4..5)] {
+        for (name, field) in [
+            ("reduction", 2..4),
+            ("form of the targets, or check_inputs,", 4..5),
+        ] {
             if message[field.clone()] != all[0][field] {
                 bail!("{DATA_PARALLEL}: {name} on rank {rank}: not what rank 0 has");
             }
@@ -160,9 +191,17 @@ pub(crate) fn count_of_all(
     Ok(all.iter().map(|message| message[1]).sum())
 }
 
-/// The result, of rows whose targets are checked as they are used, or an error of another rank that has rows of the same batch.
+/// Whether values are checked after the ranks have agreed: probabilities, as they are used, and what a device checks.
+fn checks_again(call: &Call) -> bool {
+    match call.device().is_cpu() {
+        true => call.probabilities().is_some(),
+        false => call.check_inputs,
+    }
+}
+
+/// The result, of rows that are checked as they are used, or an error of another rank that has rows of the same batch.
 pub(crate) fn settle<T>(call: &Call, result: Result<T>) -> Result<T> {
-    if call.groups.data_parallel.is_none() || call.probabilities().is_none() {
+    if call.groups.data_parallel.is_none() || !checks_again(call) {
         return result;
     }
     let message = match &result {
@@ -237,38 +276,15 @@ enum Compared {
     Contents,
 }
 
+/// Name and value of what ranks are given.
+type Field = (&'static str, f64, Compared);
+
 /// What ranks must be given alike, and the classes of each.
-fn fields(
-    call: &Call,
-    rows: &Rows,
-    classes: &ClassValues,
-    stats: bool,
-) -> Vec<(&'static str, f64, Compared)> {
+fn fields(call: &Call, given: Option<(&Rows, &ClassValues)>, stats: bool) -> Vec<Field> {
     use Compared::{Contents, No, Value};
     let (kind, divisor) = reduction(call);
     let flag = |value: bool| f64::from(u8::from(value));
-    let of_rows = |value: fn(&Row) -> f64| {
-        let values = rows.rows.iter().map(|row| row.as_ref().map(value));
-        digest(values.map(|value| value.map(f64::to_bits)))
-    };
-    // There is a class at least, so that values that there are not are nothing else.
-    let of_classes =
-        |values: &Option<Vec<f64>>| digest(values.iter().flatten().map(|v| v.to_bits()));
-    let targets = rows.rows.iter().map(|row| {
-        row.map(|row| {
-            let named = rows.named(row.target).iter();
-            (
-                match row.target {
-                    RowTarget::Class(class) => class,
-                    _ => usize::MAX,
-                },
-                named
-                    .map(|&(class, t)| (class, t.to_bits()))
-                    .collect::<Vec<_>>(),
-            )
-        })
-    });
-    vec![
+    let mut fields = vec![
         ("first class", call.columns.start as f64, No),
         ("number of classes", call.columns.len() as f64, No),
         ("vocabulary", call.vocab as f64, Value),
@@ -291,6 +307,33 @@ fn fields(
         ("logit_scale", call.logit_scale.into(), Value),
         ("reduction", kind, Contents),
         ("n of SumOver", divisor, Value),
+        ("check_inputs", flag(given.is_some()), Value),
+    ];
+    let Some((rows, classes)) = given else {
+        return fields;
+    };
+    let of_rows = |value: fn(&Row) -> f64| {
+        let values = rows.rows.iter().map(|row| row.as_ref().map(value));
+        digest(values.map(|value| value.map(f64::to_bits)))
+    };
+    // There is a class at least, so that values that there are not are nothing else.
+    let of_classes =
+        |values: &Option<Vec<f64>>| digest(values.iter().flatten().map(|v| v.to_bits()));
+    let targets = rows.rows.iter().map(|row| {
+        row.map(|row| {
+            let named = rows.named(row.target).iter();
+            (
+                match row.target {
+                    RowTarget::Class(class) => class,
+                    _ => usize::MAX,
+                },
+                named
+                    .map(|&(class, t)| (class, t.to_bits()))
+                    .collect::<Vec<_>>(),
+            )
+        })
+    });
+    fields.extend([
         ("targets", digest(targets), Contents),
         ("smoothing", of_rows(|row| row.smoothing), Contents),
         ("row_weights", of_rows(|row| row.weight), Contents),
@@ -301,7 +344,8 @@ fn fields(
         ),
         ("class_weights", of_classes(&classes.weights), Contents),
         ("smoothing_prior", of_classes(&classes.prior), Contents),
-    ]
+    ]);
+    fields
 }
 
 fn reduction(call: &Call) -> (f64, f64) {

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, Reduction, RowStats};
+use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
@@ -234,22 +234,22 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
 }
 
 /// One call's inputs, on the CPU.
-struct Case {
+pub struct Case {
     label: String,
     loss: CrossEntropy,
     smoothing: Option<Tensor>,
     weights: Option<Tensor>,
     row_weights: Vec<f64>,
     /// (B, T, V) in the type under test.
-    logits: Tensor,
-    given: Given,
+    pub logits: Tensor,
+    pub given: Given,
     layout: Layout,
     reduction: Reduction,
     scale: f64,
 }
 
 impl Case {
-    fn new(
+    pub fn new(
         dtype: DType,
         options: Options,
         vocab: usize,
@@ -370,7 +370,7 @@ impl Case {
         })
     }
 
-    fn loss_on(&self, device: &Device) -> Result<CrossEntropy> {
+    pub fn loss_on(&self, device: &Device) -> Result<CrossEntropy> {
         let mut loss = self.loss.clone();
         if let Some(smoothing) = &self.smoothing {
             loss = loss.smoothing(smoothing.to_device(device)?);
@@ -382,100 +382,19 @@ impl Case {
     }
 
     fn check(&self, device: &Device) -> Result<Worst> {
-        let expected = self
-            .loss_on(&Device::Cpu)?
-            .reference(&self.logits, &self.given.targets)?;
+        let expected = self.expected()?;
+        let see_grad =
+            |worst: &mut Worst, what: &str, got: &Tensor, factor: &dyn Fn(usize) -> f64| {
+                expected.see_grad(worst, what, got, factor)
+            };
+        let see_loss =
+            |worst: &mut Worst, what: &str, got: &Tensor| expected.see_loss(worst, what, got);
+        let see_stats =
+            |worst: &mut Worst, what: &str, got: &RowStats| expected.see_stats(worst, what, got);
         let loss = self.loss_on(device)?;
         let targets = targets_on(&self.given.targets, device)?;
-        let (batch, time, width) = self.logits.dims3()?;
-        let dtype = self.logits.dtype();
+        let (batch, time, _) = self.logits.dims3()?;
         let mut worst = Worst::default();
-
-        let divisor = match self.reduction {
-            Reduction::None | Reduction::Sum => 1.0,
-            Reduction::SumOver(n) => n,
-            Reduction::Mean => {
-                let counted = self.row_weights.iter().zip(&self.given.counts);
-                counted.map(|(w, count)| w * count).sum::<f64>()
-            }
-        };
-        let expected_grad = values(&expected.grad)?;
-        let see_grad = |worst: &mut Worst,
-                        what: &str,
-                        got: &Tensor,
-                        factor: &dyn Fn(usize) -> f64|
-         -> Result<()> {
-            ensure!(
-                got.dtype() == dtype && got.dims() == self.logits.dims(),
-                "{what}: {:?} {:?}",
-                got.dtype(),
-                got.dims()
-            );
-            for (i, (got, e)) in values(got)?.into_iter().zip(&expected_grad).enumerate() {
-                let row = i / width;
-                let e = e * factor(row);
-                let least = 1e-7
-                    * self.scale
-                    * self.given.magnitude
-                    * self.row_weights[row]
-                    * factor(row).abs()
-                    / divisor;
-                worst.see(off(got, e, gradient_tolerance(dtype, e).max(least)), || {
-                    format!(
-                        "{what} of row {row} column {}, {}: {got:e} for {e:e}",
-                        i % width,
-                        self.label
-                    )
-                });
-            }
-            Ok(())
-        };
-        let see_loss = |worst: &mut Worst, what: &str, got: &Tensor| -> Result<()> {
-            ensure!(
-                got.dtype() == DType::F32 && got.dims() == expected.loss.dims(),
-                "{what}: {:?}",
-                got
-            );
-            self.see_values(worst, what, got, &expected.loss, 1e-5, 1e-6)
-        };
-        let see_stats = |worst: &mut Worst, what: &str, got: &RowStats| -> Result<()> {
-            let e = &expected.stats;
-            self.see_values(worst, &format!("{what} nll"), &got.nll, &e.nll, 1e-5, 1e-6)?;
-            self.see_values(worst, &format!("{what} lse"), &got.lse, &e.lse, 1e-5, 1e-6)?;
-            // A difference of two sums, each of the size of the largest log-probability.
-            self.see_values(
-                worst,
-                &format!("{what} entropy"),
-                &got.entropy,
-                &e.entropy,
-                1e-5,
-                1e-5,
-            )?;
-            self.see_values(
-                worst,
-                &format!("{what} max_prob"),
-                &got.max_prob,
-                &e.max_prob,
-                1e-5,
-                1e-7,
-            )?;
-            self.see_values(
-                worst,
-                &format!("{what} grad_norm_sq"),
-                &got.grad_norm_sq,
-                &e.grad_norm_sq,
-                1e-5,
-                1e-6,
-            )?;
-            self.see_values(
-                worst,
-                &format!("{what} predicted"),
-                &got.predicted,
-                &e.predicted,
-                0.0,
-                0.0,
-            )
-        };
         let one = |_: usize| 1.0;
 
         let logits = self.place(device)?;
@@ -575,21 +494,25 @@ impl Case {
         Ok(worst)
     }
 
-    fn see_values(
-        &self,
-        worst: &mut Worst,
-        what: &str,
-        got: &Tensor,
-        expected: &Tensor,
-        rel: f64,
-        abs: f64,
-    ) -> Result<()> {
-        for (i, (got, e)) in values(got)?.into_iter().zip(values(expected)?).enumerate() {
-            worst.see(off(got, e, rel * e.abs() + abs), || {
-                format!("{what} {i}, {}: {got:e} for {e:e}", self.label)
-            });
-        }
-        Ok(())
+    /// What results must be.
+    pub fn expected(&self) -> Result<Expected<'_>> {
+        let reference = self
+            .loss_on(&Device::Cpu)?
+            .reference(&self.logits, &self.given.targets)?;
+        let divisor = match self.reduction {
+            Reduction::None | Reduction::Sum => 1.0,
+            Reduction::SumOver(n) => n,
+            Reduction::Mean => {
+                let counted = self.row_weights.iter().zip(&self.given.counts);
+                counted.map(|(w, count)| w * count).sum::<f64>()
+            }
+        };
+        Ok(Expected {
+            case: self,
+            grad: values(&reference.grad)?,
+            reference,
+            divisor,
+        })
     }
 
     /// The logits on the device in the case's layout, inside memory that is watched.
@@ -628,6 +551,102 @@ impl Case {
         };
         placed.view = placed.view_of(&placed.whole)?;
         Ok(placed)
+    }
+}
+
+/// What results of a case must be.
+pub struct Expected<'a> {
+    case: &'a Case,
+    reference: LossAndGrad,
+    grad: Vec<f64>,
+    /// What row losses are divided by.
+    divisor: f64,
+}
+
+impl Expected<'_> {
+    /// A gradient of which each row is multiplied by `factor`.
+    pub fn see_grad(
+        &self,
+        worst: &mut Worst,
+        what: &str,
+        got: &Tensor,
+        factor: &dyn Fn(usize) -> f64,
+    ) -> Result<()> {
+        let case = self.case;
+        let (dtype, width) = (case.logits.dtype(), case.logits.dim(D::Minus1)?);
+        ensure!(
+            got.dtype() == dtype && got.dims() == case.logits.dims(),
+            "{what}: {:?} {:?}",
+            got.dtype(),
+            got.dims()
+        );
+        for (i, (got, e)) in values(got)?.into_iter().zip(&self.grad).enumerate() {
+            let row = i / width;
+            let e = e * factor(row);
+            let least = 1e-7
+                * case.scale
+                * case.given.magnitude
+                * case.row_weights[row]
+                * factor(row).abs()
+                / self.divisor;
+            worst.see(off(got, e, gradient_tolerance(dtype, e).max(least)), || {
+                format!(
+                    "{what} of row {row} column {}, {}: {got:e} for {e:e}",
+                    i % width,
+                    case.label
+                )
+            });
+        }
+        Ok(())
+    }
+
+    pub fn see_loss(&self, worst: &mut Worst, what: &str, got: &Tensor) -> Result<()> {
+        let e = &self.reference.loss;
+        ensure!(
+            got.dtype() == DType::F32 && got.dims() == e.dims(),
+            "{what}: {:?}",
+            got
+        );
+        self.see_values(worst, what, got, e, 1e-5, 1e-6)
+    }
+
+    pub fn see_stats(&self, worst: &mut Worst, what: &str, got: &RowStats) -> Result<()> {
+        let e = &self.reference.stats;
+        for (name, got, e, rel, abs) in [
+            ("nll", &got.nll, &e.nll, 1e-5, 1e-6),
+            ("lse", &got.lse, &e.lse, 1e-5, 1e-6),
+            // A difference of two sums, each of the size of the largest log-probability.
+            ("entropy", &got.entropy, &e.entropy, 1e-5, 1e-5),
+            ("max_prob", &got.max_prob, &e.max_prob, 1e-5, 1e-7),
+            (
+                "grad_norm_sq",
+                &got.grad_norm_sq,
+                &e.grad_norm_sq,
+                1e-5,
+                1e-6,
+            ),
+            ("predicted", &got.predicted, &e.predicted, 0.0, 0.0),
+        ] {
+            self.see_values(worst, &format!("{what} {name}"), got, e, rel, abs)?;
+        }
+        Ok(())
+    }
+
+    fn see_values(
+        &self,
+        worst: &mut Worst,
+        what: &str,
+        got: &Tensor,
+        expected: &Tensor,
+        rel: f64,
+        abs: f64,
+    ) -> Result<()> {
+        for (i, (got, e)) in values(got)?.into_iter().zip(values(expected)?).enumerate() {
+            worst.see(off(got, e, rel * e.abs() + abs), || {
+                format!("{what} {i}, {}: {got:e} for {e:e}", self.case.label)
+            });
+        }
+        Ok(())
     }
 }
 

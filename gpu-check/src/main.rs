@@ -9,6 +9,7 @@ mod cases;
 mod device;
 mod linear;
 mod properties;
+mod ranks;
 mod report;
 mod targets;
 
@@ -92,6 +93,7 @@ fn main() -> Result<ExitCode> {
         cases::run(&device, args.reduced, &mut report);
         properties::run(&device, args.reduced, &mut report);
         linear::run(&device, args.reduced, &mut report);
+        ranks::run(&device, args.reduced, &mut report);
     }
     #[cfg(feature = "cuda")]
     if device.is_cuda() {

@@ -1,7 +1,9 @@
 //! Targets that are distributions, and the options that go with them.
 
+use std::ops::Range;
+
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_cross_entropy::{CrossEntropy, Targets};
 use rand::{Rng, rngs::StdRng};
 
@@ -121,6 +123,20 @@ impl Given {
             entropy,
             counts,
             magnitude: largest + f64::from(entropy.unwrap_or(0.0).abs()),
+        })
+    }
+
+    /// For who has these classes alone.
+    pub fn of_classes(&self, classes: Range<usize>) -> Result<Self> {
+        let targets = match &self.targets {
+            Targets::Probabilities(values) => {
+                Targets::Probabilities(values.narrow(D::Minus1, classes.start, classes.len())?)
+            }
+            targets => targets.clone(),
+        };
+        Ok(Self {
+            targets,
+            ..self.clone()
         })
     }
 

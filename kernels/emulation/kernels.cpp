@@ -12,5 +12,6 @@
       ENTRY(ce_distribution_forward_##element##softcap), ENTRY(ce_distribution_fused_##element##softcap),              \
       ENTRY(ce_distribution_backward_##element##softcap)
 #define ENTRIES_FOR(element) ENTRIES_FOR_VARIANT(element, ), ENTRIES_FOR_VARIANT(element, _softcap)
+#define MERGES(softcap) ENTRY(ce_merge##softcap), ENTRY(ce_merge_stats##softcap), ENTRY(ce_distribution_merge##softcap)
 
-const KernelEntry kKernels[] = {ENTRIES_FOR(f32), ENTRIES_FOR(f16), ENTRIES_FOR(bf16), ENTRY(ce_classes), ENTRY(ce_reduce), {nullptr, nullptr}};
+const KernelEntry kKernels[] = {ENTRIES_FOR(f32), ENTRIES_FOR(f16), ENTRIES_FOR(bf16), MERGES(), MERGES(_softcap), ENTRY(ce_classes), ENTRY(ce_reduce), {nullptr, nullptr}};

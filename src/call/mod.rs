@@ -175,17 +175,6 @@ impl Call {
             bail!("vocab_size: {vocab}, must be 1 to {width}, the length of a row of logits");
         }
         let groups = Groups::of(options);
-        for (option, ranks) in [
-            ("vocab_shard", &groups.vocab_shard),
-            ("data_parallel", &groups.data_parallel),
-        ] {
-            if ranks.is_some() && !on_cpu {
-                bail!(
-                    "{option}: {argument} on {:?}, must be on the CPU",
-                    tensor.device().location()
-                );
-            }
-        }
         let (columns, vocabulary) = match &options.vocab_shard {
             None => (0..vocab, vocab),
             Some(shard) => {

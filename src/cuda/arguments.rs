@@ -27,6 +27,10 @@ pub(super) fn scalars(call: &Call, layout: &Layout) -> Result<Params> {
         ignore_index: call.ignore_index,
         vocab: call.vocab as u32,
         width: call.width as u32,
+        first_column: call.columns.start as u32,
+        first_class: call.columns.start as u32,
+        end_class: call.columns.end as u32,
+        ranks: (call.groups.vocab_shard.as_ref()).map_or(0, |ranks| ranks.0.size() as u32),
         mean: (call.reduction == Reduction::Mean).into(),
         uniform_smoothing: call.uniform_smoothing,
         uniform_entropy_weight: call.uniform_entropy_weight,
@@ -187,6 +191,9 @@ impl FirstError {
         rows.swap_remove(row)?;
         if let Some(values) = call.probabilities() {
             call.probability_reader(values)?(row)?;
+        }
+        if call.groups.vocab_shard.is_some() {
+            bail!("targets: row {row} has a bad probability on another rank");
         }
         bail!("row {row}: a bad value, no longer there")
     }

@@ -8,25 +8,27 @@ use candle_core::{
     backend::{BackendDevice, BackendStorage},
     bail,
     cuda_backend::{CudaStorageSlice, WrapErr, gemm_reduced_precision_f32},
+    op::BackpropOp,
 };
 use cudarc::{
     cublas::{result::gemm_ex, sys},
-    driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut},
+    driver::{CudaStream, DevicePtr, DevicePtrMut},
 };
 
 use super::{
     Cuda,
-    arguments::{FirstError, Inputs, check_upstream, scalars},
-    memory::{OnDevice, alloc, alloc_floats, read_floats, write_floats},
+    arguments::{Inputs, check_upstream, scalars},
+    memory::{OnDevice, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    rows::{self, Named, Rows, floats},
+    rows::{self, Evaluation, Named},
 };
 use crate::{
     backend::{Forward, KeptTiles, LinearBackend, Operands, Wanted},
     blas::{Gemm, View},
     call::Call,
-    kernels::abi::{DistributionRunning, Params, RowOffsets, Running},
+    kernels::abi::{Params, RowOffsets},
     options::Reduction,
+    parallel::Ranks,
     tiles::{Plan, Tile},
 };
 
@@ -284,24 +286,30 @@ fn range(what: &str, tile: &Tile) -> nvtx::LocalRange {
 
 /// Gradient of a factor: either complete in one product for each range of its rows, or the sum of products, which stays
 /// f32 until all are added.
-struct FactorGradient {
+struct FactorGradient<'a> {
     storage: CudaStorage,
     dtype: DType,
     shape: [usize; 2],
     is_sum: bool,
+    /// Who has the other parts of it, which are added too.
+    ranks: Option<&'a Ranks>,
     any: bool,
 }
 
-impl FactorGradient {
+impl<'a> FactorGradient<'a> {
     /// Of a factor of which products reach the first `covered` rows.
     fn new(
         products: &Products,
         [rows, depth]: [usize; 2],
         covered: usize,
         is_sum: bool,
+        ranks: Option<&'a Ranks>,
     ) -> Result<Self> {
         let (device, dtype) = (&products.device, products.dtype());
-        let stored = if is_sum { DType::F32 } else { dtype };
+        let stored = match is_sum || ranks.is_some() {
+            true => DType::F32,
+            false => dtype,
+        };
         let storage = if covered < rows {
             device.zeros_impl(&(rows, depth).into(), stored)?
         } else {
@@ -312,6 +320,7 @@ impl FactorGradient {
             dtype,
             shape: [rows, depth],
             is_sum,
+            ranks,
             any: false,
         })
     }
@@ -337,11 +346,21 @@ impl FactorGradient {
 
     fn into_storage(self) -> Result<CudaStorage> {
         let [rows, depth] = self.shape;
-        if self.storage.dtype() == self.dtype {
-            return Ok(self.storage);
-        }
         if rows == 0 {
             return alloc_floats(self.storage.device(), self.dtype, 0);
+        }
+        if let Some(ranks) = self.ranks {
+            let part = Storage::Cuda(self.storage);
+            let part = Tensor::from_storage(part, (rows, depth), BackpropOp::none(), false);
+            let sum = ranks.0.all_reduce_sum(&part)?;
+            let (storage, layout) = sum.storage_and_layout();
+            return match &*storage {
+                Storage::Cuda(sum) => sum.to_dtype(layout, self.dtype),
+                _ => bail!("vocab_shard: a sum that is not on the device"),
+            };
+        }
+        if self.storage.dtype() == self.dtype {
+            return Ok(self.storage);
         }
         self.storage
             .to_dtype(&Layout::contiguous((rows, depth)), self.dtype)
@@ -357,7 +376,7 @@ fn tile_scalars(call: &Call, tile: &Tile) -> Result<Params> {
         rows: tile.rows.len() as u64,
         width: tile.classes.len() as u32,
         first_row: tile.rows.start as u32,
-        first_column: tile.classes.start as u32,
+        first_column: (call.columns.start + tile.classes.start) as u32,
         ..scalars(call, &Layout::contiguous((call.rows, call.width)))?
     })
 }
@@ -370,6 +389,47 @@ fn alloc_tile(products: &Products, tile: &Tile) -> Result<CudaStorage> {
     } else {
         (products.device).zeros_impl(&count.into(), products.dtype())
     }
+}
+
+/// The rows' losses, or of a rank's classes its part of them, and the logits of the tiles that the plan keeps.
+fn launch_forward<'a>(
+    call: &'a Call,
+    plan: &Plan,
+    operands: &Operands<'a, CudaStorage>,
+    stats: bool,
+    kept: &mut Vec<CudaStorage>,
+) -> Result<Evaluation<'a>> {
+    let device = operands.hidden.0.device();
+    let stream = device.cuda_stream();
+    let parts = plan
+        .tiles
+        .iter()
+        .any(|tile| tile.classes.len() < call.vocab);
+    let mut evaluation = Evaluation::new(call, device, (true, stats, parts))?;
+    if call.rows == 0 {
+        return Ok(evaluation);
+    }
+    let products = Products::new(call, operands)?;
+    let mut free = None;
+    for (t, tile) in plan.tiles.iter().enumerate() {
+        let mut logits = match free.take() {
+            Some(logits) => logits, // the first tile is the largest
+            None => alloc_tile(&products, &tile)?,
+        };
+        products.logits(&tile, &mut logits)?;
+        let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
+        let (element, address) = read_floats(&mut launch, "logits", &logits)?;
+        launch.params.logits = address;
+        evaluation.set(&mut launch, false)?;
+        // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
+        unsafe { launch.start(Work::ForwardOfTile { stats }, element, call) }?;
+        if t < plan.keep {
+            kept.push(logits);
+        } else {
+            free = Some(logits);
+        }
+    }
+    Ok(evaluation)
 }
 
 impl LinearBackend for Cuda {
@@ -402,49 +462,9 @@ impl LinearBackend for Cuda {
         operands: &Operands<CudaStorage>,
         stats: bool,
     ) -> Result<Forward<CudaStorage, Saved>> {
-        let device = operands.hidden.0.device();
-        let stream = device.cuda_stream();
-        let inputs = Inputs::of(call)?;
-        let mut rows = Rows::alloc(call, device, true, stats)?;
-        let mut first_error = FirstError::alloc(call, device)?;
         let mut kept = Vec::new();
-        rows.check_classes(call, device, &inputs, &mut first_error)?;
-        if call.rows > 0 {
-            let products = Products::new(call, operands)?;
-            let work = Work::ForwardOfTile { stats };
-            let running = match call.has_distributions() {
-                true => floats::<DistributionRunning>(),
-                false => floats::<Running>(),
-            };
-            let mut running: CudaSlice<f32> = alloc(device, running * call.rows)?;
-            let mut free = None;
-            for (t, tile) in plan.tiles.iter().enumerate() {
-                let mut logits = match free.take() {
-                    Some(logits) => logits, // the first tile is the largest
-                    None => alloc_tile(&products, &tile)?,
-                };
-                products.logits(&tile, &mut logits)?;
-                let mut launch = Launch::new(&stream, tile_scalars(call, &tile)?);
-                let (element, address) = read_floats(&mut launch, "logits", &logits)?;
-                launch.params.logits = address;
-                inputs.set(&mut launch)?;
-                rows.set(&mut launch, call, false);
-                first_error.set(&mut launch);
-                if tile.classes.len() < call.vocab {
-                    launch.params.running = launch.write(&mut running);
-                }
-                // SAFETY: the tile has its rows `pitch` apart, and all other memory has an element for each of `call.rows`.
-                unsafe { launch.start(work, element, call) }?;
-                if t < plan.keep {
-                    kept.push(logits);
-                } else {
-                    free = Some(logits);
-                }
-            }
-        }
-        first_error.check(call, device)?;
-        rows.reduce(call, device, &inputs)?;
-        let (loss, stats, of_rows) = rows.finish(call, device)?;
+        let launched = launch_forward(call, plan, operands, stats, &mut kept);
+        let (loss, stats, of_rows) = Evaluation::join(launched, call, stats)?.finish()?;
         let kept = KeptTiles::new(kept);
         Ok(Forward {
             loss,
@@ -469,16 +489,26 @@ impl LinearBackend for Cuda {
         let mut named = Named::alloc(call, device)?;
         let products = Products::new(call, operands)?;
         let by_rows = plan.tiles.by_rows;
-        let covered = if call.rows == 0 { 0 } else { call.vocab };
-        let gradient = |wanted: bool, shape, covered, is_sum| {
+        let covered = if call.rows == 0 {
+            0
+        } else {
+            call.columns.len()
+        };
+        let gradient = |wanted: bool, shape, covered, is_sum, ranks| {
             wanted
-                .then(|| FactorGradient::new(&products, shape, covered, is_sum))
+                .then(|| FactorGradient::new(&products, shape, covered, is_sum, ranks))
                 .transpose()
         };
-        let depth = products.weight.view.shape[1];
-        let mut hidden_gradient = gradient(wanted.hidden, [call.rows, depth], call.rows, !by_rows)?;
-        let mut weight_gradient = gradient(wanted.weight, [call.width, depth], covered, by_rows)?;
-        let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows)?;
+        let (depth, ranks) = (
+            products.weight.view.shape[1],
+            call.groups.vocab_shard.as_ref(),
+        );
+        let hidden_shape = [call.rows, depth];
+        let mut hidden_gradient =
+            gradient(wanted.hidden, hidden_shape, call.rows, !by_rows, ranks)?;
+        let mut weight_gradient =
+            gradient(wanted.weight, [call.width, depth], covered, by_rows, None)?;
+        let mut bias_gradient = gradient(wanted.bias, [call.width, 1], covered, by_rows, None)?;
 
         let mut kept = saved.kept.take();
         let mut free = None;

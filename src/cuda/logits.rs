@@ -7,10 +7,10 @@ use candle_core::{
 
 use super::{
     Cuda,
-    arguments::{FirstError, Inputs, check_upstream, scalars},
+    arguments::{Inputs, check_upstream, scalars},
     memory::{OnDevice, alloc_floats, read_floats, write_floats},
     module::{Launch, Work},
-    rows::{Named, Rows, Saved},
+    rows::{Evaluation, Named, Saved},
 };
 use crate::{
     backend::{Backend, Forward, Fused},
@@ -29,25 +29,8 @@ impl Backend for Cuda {
         layout: &Layout,
         stats: bool,
     ) -> Result<Forward<CudaStorage, Saved>> {
-        let device = logits.device();
-        let stream = device.cuda_stream();
-        let inputs = Inputs::of(call)?;
-        let mut rows = Rows::alloc(call, device, true, stats)?;
-        let mut first_error = FirstError::alloc(call, device)?;
-        rows.check_classes(call, device, &inputs, &mut first_error)?;
-        if call.rows > 0 {
-            let mut launch = Launch::new(&stream, scalars(call, layout)?);
-            let element = read_logits(&mut launch, logits, layout)?;
-            inputs.set(&mut launch)?;
-            rows.set(&mut launch, call, false);
-            first_error.set(&mut launch);
-            let work = Work::Forward { stats };
-            // SAFETY: the logits cover their layout, and all other memory has an element for each of `call.rows`.
-            unsafe { launch.start(work, element, call) }?;
-        }
-        first_error.check(call, device)?;
-        rows.reduce(call, device, &inputs)?;
-        let (loss, stats, saved) = rows.finish(call, device)?;
+        let launched = launch_forward(call, logits.device(), logits, layout, (true, stats));
+        let (loss, stats, saved) = Evaluation::join(launched, call, stats)?.finish()?;
         Ok(Forward { loss, stats, saved })
     }
 
@@ -129,32 +112,55 @@ fn run_backward(
     unsafe { launch.start(Work::Backward, element, call) }
 }
 
+/// The rows' losses, or of a rank's classes its part of them; `states`: for a backward.
+fn launch_forward<'a>(
+    call: &'a Call,
+    device: &'a CudaDevice,
+    logits: &CudaStorage,
+    layout: &Layout,
+    (states, stats): (bool, bool),
+) -> Result<Evaluation<'a>> {
+    let mut evaluation = Evaluation::new(call, device, (states, stats, false))?;
+    if call.rows > 0 {
+        let stream = device.cuda_stream();
+        let mut launch = Launch::new(&stream, scalars(call, layout)?);
+        let element = read_logits(&mut launch, logits, layout)?;
+        evaluation.set(&mut launch, false)?;
+        let work = match call.groups.vocab_shard {
+            Some(_) => Work::ForwardOfTile { stats },
+            None => Work::Forward { stats },
+        };
+        // SAFETY: the logits cover their layout, and all other memory has an element for each of `call.rows`.
+        unsafe { launch.start(work, element, call) }?;
+    }
+    Ok(evaluation)
+}
+
 fn run_fused(call: &Call, layout: &Layout, gradient: Gradient, stats: bool) -> Result<Fused> {
     let device = gradient.device().clone();
-    let stream = device.cuda_stream();
-    let inputs = Inputs::of(call)?;
-    let mut rows = Rows::alloc(call, &device, false, stats)?;
-    let mut first_error = FirstError::alloc(call, &device)?;
+    // Where ranks have parts of the rows, no gradient is known before all their losses are.
+    let (states, work) = match call.groups.vocab_shard {
+        Some(_) => (true, Work::Backward),
+        None => (false, Work::LossAndGradient { stats }),
+    };
+    let launched = match states {
+        true => launch_forward(call, &device, gradient.logits(), layout, (states, stats)),
+        false => Evaluation::new(call, &device, (states, stats, false)),
+    };
+    let mut evaluation = Evaluation::join(launched, call, stats)?;
     let mut named = Named::alloc(call, &device)?;
-    rows.check_classes(call, &device, &inputs, &mut first_error)?;
+    evaluation.weigh()?;
     if call.rows > 0 {
-        let mean = call.reduction == Reduction::Mean;
-        if mean {
-            rows.weigh(call, &device, &inputs)?;
-        }
+        let stream = device.cuda_stream();
         let mut launch = Launch::new(&stream, scalars(call, layout)?);
         let element = gradient.set(&mut launch, layout)?;
-        inputs.set(&mut launch)?;
-        rows.set(&mut launch, call, mean);
+        evaluation.set(&mut launch, call.reduction == Reduction::Mean)?;
         named.set(&mut launch);
-        first_error.set(&mut launch);
         // SAFETY: logits and gradient cover their layouts, and all other memory has an element for each of
         // `call.rows`, but for the scalar divisor.
-        unsafe { launch.start(Work::LossAndGradient { stats }, element, call) }?;
+        unsafe { launch.start(work, element, call) }?;
     }
-    first_error.check(call, &device)?;
-    rows.reduce(call, &device, &inputs)?;
-    let (loss, stats, _) = rows.finish(call, &device)?;
+    let (loss, stats, _) = evaluation.finish()?;
     Ok(Fused {
         loss: Tensor::from_storage(
             Storage::Cuda(loss),
@@ -179,9 +185,13 @@ enum Gradient<'a> {
 
 impl<'a> Gradient<'a> {
     fn device(&self) -> &CudaDevice {
+        self.logits().device()
+    }
+
+    fn logits(&self) -> &CudaStorage {
         match self {
-            Self::Apart { logits, .. } => logits.device(),
-            Self::InPlace(logits) => logits.device(),
+            Self::Apart { logits, .. } => logits,
+            Self::InPlace(logits) => logits,
         }
     }
 

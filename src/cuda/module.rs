@@ -21,7 +21,7 @@ use cudarc::{
 use crate::{
     call::Call,
     kernels::{
-        abi::{Element, Kernel, NamedGradient, Params, REDUCE_THREADS},
+        abi::{Element, Kernel, MERGE_THREADS, NamedGradient, Params, REDUCE_THREADS},
         select::{self, Forced, Geometry, Gpu},
     },
 };
@@ -391,7 +391,37 @@ impl<'a> Launch<'a> {
         let (kernel, geometry) = choose(work, element, call, &self.params, &loaded.gpu)?;
         self.params.blocks_per_row = geometry.blocks_per_row;
         self.params.groups_per_block = geometry.groups_per_block;
-        let blocks = self.params.rows * u64::from(geometry.blocks_per_row);
+        // SAFETY: the caller's.
+        unsafe { self.launch_rows(&loaded, kernel, geometry.threads, geometry.dynamic_shared) }
+    }
+
+    /// Starts the kernel that merges what ranks have of each row.
+    ///
+    /// # Safety
+    ///
+    /// As of [`start`](Self::start).
+    pub unsafe fn start_merge(self, stats: bool, call: &Call) -> Result<()> {
+        let loaded = loaded(self.stream)?;
+        let softcap = call.softcap.is_some();
+        let kernel = match call.has_distributions() {
+            true => Kernel::DistributionMerge { softcap },
+            false => Kernel::Merge { stats, softcap },
+        };
+        // SAFETY: the caller's.
+        unsafe { self.launch_rows(&loaded, kernel, MERGE_THREADS, 0) }
+    }
+
+    /// # Safety
+    ///
+    /// As of [`start`](Self::start).
+    unsafe fn launch_rows(
+        self,
+        loaded: &Loaded,
+        kernel: Kernel,
+        threads: u32,
+        dynamic_shared: u32,
+    ) -> Result<()> {
+        let blocks = self.params.rows * u64::from(self.params.blocks_per_row.max(1));
         let blocks = i32::try_from(blocks).map_err(|_| {
             Error::Msg(format!(
                 "logits: {} rows, too many for a launch",
@@ -402,12 +432,12 @@ impl<'a> Launch<'a> {
         // SAFETY: the caller's.
         unsafe {
             self.launch(
-                &loaded,
+                loaded,
                 kernel,
                 LaunchConfig {
                     grid_dim: (blocks as u32, 1, 1),
-                    block_dim: (geometry.threads, 1, 1),
-                    shared_mem_bytes: geometry.dynamic_shared,
+                    block_dim: (threads, 1, 1),
+                    shared_mem_bytes: dynamic_shared,
                 },
             )
         }
@@ -486,6 +516,10 @@ fn label(kernel: Kernel, params: &Params) -> String {
         Kernel::DistributionBackward { element, .. } => ("backward of distributions", element),
         Kernel::DistributionFused { element, .. } => {
             ("forward and backward of distributions", element)
+        }
+        Kernel::Merge { .. } | Kernel::DistributionMerge { .. } => {
+            let (rows, ranks) = (params.rows, params.ranks);
+            return format!("cross-entropy merge of {rows} rows of {ranks} ranks");
         }
         Kernel::Classes => return format!("cross-entropy check of {} classes", params.vocab),
         Kernel::Reduce => return format!("cross-entropy reduction of {} rows", params.rows),

@@ -37,8 +37,8 @@ pub struct RowState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 pub struct DistributionState(pub [u32; 16]);
 
-/// A row between the tiles of `forward_linear`, of which the forward kernel sees one at a time: the bytes of `Running`
-/// in kernels/partial.cuh. The first tile writes it without reading it.
+/// A row between the tiles of `forward_linear`, of which the forward kernel sees one at a time, or of the slices that ranks have:
+/// the bytes of `Running` in kernels/partial.cuh. The first tile writes it without reading it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 pub struct Running(pub [u32; 12]);
@@ -65,6 +65,8 @@ pub struct ClassCheck {
     pub good: f32,
     /// What brings the largest value of the prior to 1.
     pub prior_scale: f32,
+    /// Of all values, where there are ranks.
+    pub digest: u32,
 }
 
 /// Argument of every kernel. Pointers are device addresses; 0 where the description says "or null".
@@ -85,7 +87,8 @@ pub struct Params {
     pub weights: u64,
     /// Backward: f32 gradient of the result, (rows) or a scalar, or null: 1.
     pub upstream: u64,
-    /// Scalar f32 that gradients are divided by (0 counts as 1), or null: 1.
+    /// Scalar f32 that gradients are divided by (0 counts as 1), or null: 1. Reduction: in place of the total weight, which is
+    /// then not written, or null.
     pub divisor: u64,
     /// (rows) f32: the weighted loss of each row.
     pub loss: u64,
@@ -106,7 +109,7 @@ pub struct Params {
     /// u64, preset to all ones: the smallest `row + 1` of rows with a bad value, or 0 where a class has one. Or null.
     pub first_error: u64,
     /// Forward of a slice of the vocabulary: (rows) of [`Running`] or [`DistributionRunning`]. Null where `logits` has whole
-    /// rows.
+    /// rows, which it has never where there are ranks.
     pub running: u64,
     /// From here on read by the kernels of target distributions, and some by the reduction.
     ///
@@ -122,6 +125,8 @@ pub struct Params {
     pub probabilities: u64,
     /// Gradient: (rows, `entries`) of [`NamedGradient`].
     pub named: u64,
+    /// Merge of the ranks' slices: (`ranks`, rows) of [`Running`] or [`DistributionRunning`].
+    pub gathered: u64,
 
     pub logits_rows: RowOffsets,
     pub grad_rows: RowOffsets,
@@ -163,7 +168,11 @@ pub struct Params {
     /// [`Element::number`]
     pub probability_type: u32,
     pub uniform_entropy_weight: f32,
-    pub unused: u32,
+    /// The classes of this rank, of the vocabulary, on whose logits the general kernels work: 0 and `vocab` for all.
+    pub first_class: u32,
+    pub end_class: u32,
+    /// How many ranks have a slice of the vocabulary each; 0 where this one has all.
+    pub ranks: u32,
 }
 
 /// 2·scale / cap, what tanh's argument is twice the logit's multiple by, as two factors that are in range whatever the two
@@ -179,6 +188,9 @@ pub fn inner_factors(scale: f32, cap: f32) -> [f32; 2] {
 
 /// Threads of the single block that reduces row losses, and of the one that checks the classes' values.
 pub const REDUCE_THREADS: u32 = 1024;
+
+/// Threads of a block that merges what ranks have of a row.
+pub const MERGE_THREADS: u32 = 32;
 
 /// Element type of the logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -260,6 +272,15 @@ pub enum Kernel {
         element: Element,
         softcap: bool,
     },
+    /// What a [`Forward`](Self::Forward) of each rank's slice left, gathered, to loss and statistics of every row; one warp a row.
+    Merge {
+        stats: bool,
+        softcap: bool,
+    },
+    /// The same for rows with any target distribution.
+    DistributionMerge {
+        softcap: bool,
+    },
     /// Looks at the classes' values, [`ClassCheck`]; one block.
     Classes,
     /// Row losses to a scalar, or total weight; one block.
@@ -269,10 +290,13 @@ pub enum Kernel {
 impl Kernel {
     /// Symbol in the compiled module.
     pub fn symbol(self) -> String {
-        let name = |work: &str, element: Element, stats: bool, softcap: bool| {
+        let variant = |stats: bool, softcap: bool| {
             let stats = if stats { "_stats" } else { "" };
             let softcap = if softcap { "_softcap" } else { "" };
-            format!("ce_{work}_{}{stats}{softcap}", element.name())
+            format!("{stats}{softcap}")
+        };
+        let name = |work: &str, element: Element, stats: bool, softcap: bool| {
+            format!("ce_{work}_{}{}", element.name(), variant(stats, softcap))
         };
         match self {
             Self::Forward {
@@ -305,6 +329,10 @@ impl Kernel {
             Self::DistributionFused { element, softcap } => {
                 name("distribution_fused", element, false, softcap)
             }
+            Self::Merge { stats, softcap } => format!("ce_merge{}", variant(stats, softcap)),
+            Self::DistributionMerge { softcap } => {
+                format!("ce_distribution_merge{}", variant(false, softcap))
+            }
             Self::Classes => "ce_classes".into(),
             Self::Reduce => "ce_reduce".into(),
         }
@@ -317,6 +345,10 @@ impl Kernel {
     /// Every kernel there is.
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::Classes, Self::Reduce];
+        for softcap in [false, true] {
+            all.push(Self::DistributionMerge { softcap });
+            all.extend([false, true].map(|stats| Self::Merge { stats, softcap }));
+        }
         for element in Element::ALL {
             for softcap in [false, true] {
                 all.push(Self::Backward { element, softcap });

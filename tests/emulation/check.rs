@@ -7,7 +7,7 @@ use super::{
     build::{Build, driver},
     case::Outputs,
     problem::{Problem, from_bytes},
-    runs::{RowRun, Runs, STATS},
+    runs::{OF_ALL_RANKS, RowRun, Runs, STATS},
 };
 use crate::kernels::abi::Element;
 
@@ -45,6 +45,7 @@ pub fn check_with(problem: &Problem, driver: &std::path::Path) -> Result<Results
 }
 
 /// What each row must be, but for the factor of a gradient.
+#[derive(Clone)]
 struct Expected {
     loss: Vec<f64>,
     grad: Vec<f64>,
@@ -70,16 +71,17 @@ impl Expected {
             predicted: s.predicted.flatten_all()?.to_vec1()?,
         };
         let all = p.has_bad_classes();
-        for i in (0..p.rows()).filter(|&i| p.is_bad(i) || (all && !p.ignored(i))) {
-            expected.loss[i] = f64::NAN;
-            expected.grad[i * p.vocab..(i + 1) * p.vocab].fill(f64::NAN);
-            expected
-                .stats
-                .iter_mut()
-                .for_each(|stat| stat[i] = f64::NAN);
-            expected.predicted[i] = 0;
-        }
+        let bad = (0..p.rows()).filter(|&i| p.is_bad(i) || (all && !p.ignored(i)));
+        bad.for_each(|i| expected.spoil(i, p.vocab));
         Ok(expected)
+    }
+
+    /// Row `i` cannot be computed.
+    fn spoil(&mut self, i: usize, vocab: usize) {
+        self.loss[i] = f64::NAN;
+        self.grad[i * vocab..(i + 1) * vocab].fill(f64::NAN);
+        self.stats.iter_mut().for_each(|stat| stat[i] = f64::NAN);
+        self.predicted[i] = 0;
     }
 }
 
@@ -107,7 +109,11 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
     };
 
     let mut results = Vec::new();
-    for run in runs.rows.iter().chain(&runs.tiles) {
+    for run in runs.rows.iter().chain(&runs.tiles).chain(&runs.ranks) {
+        let mut expected = expected.clone();
+        run.differ.iter().for_each(|&i| expected.spoil(i, p.vocab));
+        let differ = run.differ.iter().map(|&i| i as u64 + 1);
+        let first_error = differ.chain([first_error]).min().unwrap_or(u64::MAX);
         let of_run = |error: String| format!("{}: {error}", run.label);
         let result = read(p, run, outputs).map_err(of_run)?;
         let upstream = |i| {
@@ -127,13 +133,26 @@ fn compare(p: &Problem, runs: &Runs, outputs: &Outputs) -> Result<Results, Strin
         }
         results.push(result);
     }
+    results.truncate(runs.rows.len() + runs.tiles.len());
     let tiles = results.split_off(runs.rows.len());
     let reduced = outputs.read::<f32>(runs.reduced)[0];
-    let sum: f64 = expected.loss.iter().sum::<f64>() * f64::from(p.result_scale) / divisor;
-    let magnitude: f64 = expected.loss.iter().map(|loss| loss.abs()).sum::<f64>()
-        * f64::from(p.result_scale)
-        / divisor;
-    near("reduced", f64::from(reduced), sum, 0.0, 2e-6 * magnitude)?;
+    let of_all = outputs.read::<f32>(runs.reduced_of_all)[0];
+    let of_all_divisor = if p.mean { f64::from(OF_ALL_RANKS) } else { 1.0 };
+    for (what, got, divisor) in [
+        ("reduced", reduced, divisor),
+        ("reduced by another weight", of_all, of_all_divisor),
+    ] {
+        let factor = f64::from(p.result_scale) / divisor;
+        let sum: f64 = expected.loss.iter().sum();
+        let magnitude: f64 = expected.loss.iter().map(|loss| loss.abs()).sum();
+        near(
+            what,
+            f64::from(got),
+            sum * factor,
+            0.0,
+            2e-6 * magnitude * factor,
+        )?;
+    }
 
     let [
         forward,

@@ -11,6 +11,7 @@ mod geometry;
 mod kernels;
 mod mutants;
 mod problem;
+mod ranks;
 mod rows;
 mod runs;
 
@@ -24,6 +25,7 @@ use check::{Results, check, same_bits};
 use distributions::{ALL, ENTROPY, Form, NONE, PRIOR, WEIGHTS, distribution};
 use kernels::abi::{Element, Kernel};
 use problem::{Eps, OnChip, Problem, Tiles, View};
+use ranks::{ranks_of_every_shape, ranks_that_are_given_differently};
 use rows::{Kind, Row, bad_menu, menu, problem, row};
 
 macro_rules! in_every_build {
@@ -48,6 +50,8 @@ in_every_build! {
     clusters_of_every_size
     chunks_of_a_slice
     tiles_of_every_shape
+    ranks_of_every_shape
+    ranks_that_are_given_differently
     a_row_has_the_same_bits_anywhere
     distributions_at_every_small_size
     distributions_of_long_rows
@@ -910,6 +914,13 @@ fn problems_of_every_path() -> Vec<Problem> {
             ..distribution("far", element, 300, &far, Form::TopK(3), PRIOR)
         };
         problems.push(far);
+    }
+    for softcap in [None, Some(30.0)] {
+        for mut problem in ranks::differing() {
+            problem.name += &format!(", softcap {softcap:?}");
+            (problem.softcap, problem.seeds) = (softcap, vec![0]);
+            problems.push(problem);
+        }
     }
     problems
 }

@@ -100,6 +100,77 @@ pub struct Tiles {
     pub stats: bool,
 }
 
+/// A run over the slices of the vocabulary that ranks have: the forward of each, tile by tile, the merge, then the backward of each
+/// in place.
+#[derive(Clone, Debug)]
+pub struct Ranks {
+    /// Of each rank; its slice ends where the next one begins.
+    pub first_classes: Vec<usize>,
+    /// Classes of a tile.
+    pub tile: usize,
+    pub stats: bool,
+    /// What the second rank is given otherwise than the rest.
+    pub altered: Option<Altered>,
+}
+
+/// Of the second row, or of all classes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Altered {
+    Target,
+    Smoothing,
+    Weight,
+    EntropyWeight,
+    /// Of an entry of the target.
+    Probability,
+    ClassWeight,
+    Prior,
+}
+
+impl Altered {
+    /// What the second rank is given.
+    pub fn apply(self, p: &Problem) -> Problem {
+        let mut p = p.clone();
+        let change = |values: &mut Eps| match values {
+            Eps::PerRow(values) => values[1] += 0.0625,
+            Eps::Uniform(_) => unreachable!("a value a row"),
+        };
+        if let Some(d) = &mut p.distribution {
+            match (self, &mut d.target) {
+                (Self::Target, Target::TopK { k, classes, .. }) => {
+                    classes[*k] = (classes[*k] + 1) % p.vocab as i64;
+                }
+                (
+                    Self::Probability,
+                    Target::TopK {
+                        k, probabilities, ..
+                    },
+                ) => {
+                    probabilities[*k] *= 0.5;
+                }
+                (Self::EntropyWeight, _) => change(&mut d.entropy_weight),
+                (Self::ClassWeight, _) => d.class_weights.as_mut().expect("weights")[2] += 1.0,
+                (Self::Prior, _) => d.prior.as_mut().expect("a prior")[2] *= 2.0,
+                _ => {}
+            }
+        }
+        match self {
+            Self::Target => p.targets[1] = (p.targets[1] + 1) % p.vocab as i64,
+            Self::Smoothing => change(&mut p.eps),
+            Self::Weight => p.weights.as_mut().expect("a weight a row")[1] += 1.0,
+            _ => {}
+        }
+        p
+    }
+
+    /// The rows that cannot be computed then.
+    pub fn rows(self, p: &Problem) -> Vec<usize> {
+        match self {
+            Self::ClassWeight | Self::Prior => (0..p.rows()).filter(|&i| !p.ignored(i)).collect(),
+            _ => vec![1],
+        }
+    }
+}
+
 /// Rows with the values as they are stored, in row order.
 #[derive(Clone, Debug)]
 pub struct Problem {
@@ -128,6 +199,7 @@ pub struct Problem {
     /// Runs of the on-chip kernel.
     pub on_chip: Vec<OnChip>,
     pub tiles: Vec<Tiles>,
+    pub ranks: Vec<Ranks>,
     pub seeds: Vec<u64>,
 }
 

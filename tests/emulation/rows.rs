@@ -128,6 +128,7 @@ pub fn problem(name: &str, element: Element, vocab: usize, rows: &[Row]) -> Prob
             classes: vocab / 3 + 1,
             stats: vocab % 2 == 1,
         }],
+        ranks: Vec::new(),
         seeds: vec![0, 1, 2],
     };
     for (i, row) in rows.iter().enumerate() {

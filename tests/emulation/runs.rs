@@ -4,17 +4,20 @@ use bytemuck::Zeroable as _;
 
 use super::{
     case::{Buffer, Case, POISON, Shape},
-    problem::{Eps, OnChip, Problem, Target, Tiles, View, to_bytes},
+    problem::{Eps, OnChip, Problem, Ranks, Target, Tiles, View, to_bytes},
 };
 use crate::kernels::{
     abi::{
-        ClassCheck, DistributionRunning, DistributionState, Element, Kernel, NamedGradient, Params,
-        REDUCE_THREADS, RowState, Running, inner_factors,
+        ClassCheck, DistributionRunning, DistributionState, Element, Kernel, MERGE_THREADS,
+        NamedGradient, Params, REDUCE_THREADS, RowState, Running, inner_factors,
     },
     select::{self, Forced, Geometry, H200},
 };
 
 pub const STATS: [&str; 5] = ["nll", "lse", "entropy", "max_prob", "grad_norm_sq"];
+
+/// A total weight that is not these rows' alone.
+pub const OF_ALL_RANKS: f32 = 12.5;
 
 /// A launch over the rows, and the buffers of its outputs.
 pub struct RowRun {
@@ -26,6 +29,8 @@ pub struct RowRun {
     pub stats: Option<[Buffer; 5]>,
     pub predicted: Option<Buffer>,
     pub first_error: Option<Buffer>,
+    /// Rows that ranks were given differently, which is an error.
+    pub differ: Vec<usize>,
 }
 
 /// Every launch of a problem.
@@ -34,8 +39,12 @@ pub struct Runs {
     pub rows: Vec<RowRun>,
     /// Of each of the problem's [`Tiles`].
     pub tiles: Vec<RowRun>,
+    /// Of each of its [`Ranks`].
+    pub ranks: Vec<RowRun>,
     pub total_weight: Buffer,
     pub reduced: Buffer,
+    /// The same where a mean is divided by [`OF_ALL_RANKS`].
+    pub reduced_of_all: Buffer,
     /// Where the check of the classes' values reports bad ones, if they have any.
     pub class_error: Option<Buffer>,
 }
@@ -102,6 +111,14 @@ impl Runs {
             ..weigh
         };
         case.launch(Kernel::Reduce, reduce, Shape::plain(1, REDUCE_THREADS));
+        let reduced_of_all = case.poisoned("reduced of all", 4, 4);
+        let reduce = Params {
+            reduced: reduced_of_all.start(),
+            divisor: case.input("divisor", &[OF_ALL_RANKS], 4).start(),
+            total_weight: 0,
+            ..reduce
+        };
+        case.launch(Kernel::Reduce, reduce, Shape::plain(1, REDUCE_THREADS));
 
         for (label, in_place) in [("backward", false), ("backward in place", true)] {
             let upstream = case.input("upstream", &p.upstream, 0);
@@ -121,6 +138,7 @@ impl Runs {
                 stats: None,
                 predicted: None,
                 first_error: None,
+                differ: Vec::new(),
             };
             launch(&mut case, backward_kernel(p, p.width), params, run);
         }
@@ -141,12 +159,17 @@ impl Runs {
         let tile_runs = p.tiles.iter();
         let tile_runs = tile_runs.map(|run| tiles(&mut case, p, run, Params { divisor, ..params }));
         let tiles = tile_runs.collect();
+        let rank_runs = p.ranks.iter();
+        let rank_runs = rank_runs.map(|run| ranks(&mut case, p, run, Params { divisor, ..params }));
+        let ranks = rank_runs.collect();
         Self {
             case,
             rows,
             tiles,
+            ranks,
             total_weight,
             reduced,
+            reduced_of_all,
             class_error,
         }
     }
@@ -245,6 +268,7 @@ fn on_chip(case: &mut Case, p: &Problem, run: &OnChip, params: Params, rows: &mu
         stats: None,
         predicted: None,
         first_error: None,
+        differ: Vec::new(),
     });
     let (kernel, geometry) = select::backward(element, softcap, p.width);
     case.launch(
@@ -262,11 +286,7 @@ fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
     let (grad, params) = gradient(case, p, true, params);
     row_run.grad = Some(grad);
     let state = states(case, p);
-    let running = match p.distribution {
-        Some(_) => size_of::<DistributionRunning>(),
-        None => size_of::<Running>(),
-    };
-    let running = case.poisoned("running", p.rows() * running, 0);
+    let running = case.poisoned("running", p.rows() * running_size(p), 0);
     let params = Params {
         state: state.start(),
         running: running.start(),
@@ -307,6 +327,124 @@ fn tiles(case: &mut Case, p: &Problem, run: &Tiles, params: Params) -> RowRun {
         }
     }
     row_run
+}
+
+fn running_size(p: &Problem) -> usize {
+    match p.distribution {
+        Some(_) => size_of::<DistributionRunning>(),
+        None => size_of::<Running>(),
+    }
+}
+
+/// Loss, statistics and gradient from slices of the vocabulary, each of which a rank has; one memory stands for all of theirs.
+fn ranks(case: &mut Case, p: &Problem, run: &Ranks, params: Params) -> RowRun {
+    let Ranks {
+        first_classes,
+        tile,
+        stats,
+        altered,
+    } = run;
+    let label = format!("ranks from {first_classes:?} on, tiles of {tile}, {altered:?}");
+    let (mut row_run, params) = row_outputs(case, &label, p, *stats, params);
+    let (grad, params) = gradient(case, p, true, params);
+    row_run.grad = Some(grad);
+    row_run.differ = altered.map_or(Vec::new(), |altered| altered.rows(p));
+    let state = states(case, p);
+    let of_rank = p.rows() * running_size(p);
+    let gathered = case.poisoned("gathered", first_classes.len() * of_rank, 0);
+    let params = Params {
+        state: state.start(),
+        ranks: first_classes.len() as u32,
+        ..params
+    };
+    let params = with_class_check(case, params);
+    let altered = altered.map(|altered| {
+        let given = Params {
+            ranks: params.ranks,
+            ..inputs(case, &altered.apply(p))
+        };
+        with_class_check(case, given)
+    });
+    for backward in [false, true] {
+        for (rank, &first) in first_classes.iter().enumerate() {
+            let after = first_classes.iter().copied().filter(|&other| other > first);
+            let end = after.min().unwrap_or(p.vocab);
+            let mut given = params;
+            if let (Some(altered), 1, false) = (altered, rank, backward) {
+                given.targets = altered.targets;
+                given.smoothing = altered.smoothing;
+                given.weights = altered.weights;
+                given.entropy_weights = altered.entropy_weights;
+                given.probabilities = altered.probabilities;
+                given.class_weights = altered.class_weights;
+                given.prior = altered.prior;
+                given.class_check = altered.class_check;
+            }
+            if let Some(Target::Probabilities { element, .. }) =
+                p.distribution.as_ref().map(|d| &d.target)
+            {
+                given.probabilities += (first * element.size()) as u64;
+            }
+            for first_column in (first..end).step_by(*tile) {
+                let stop = (first_column + tile).min(end);
+                let width = if stop == p.vocab { p.width } else { stop } - first_column;
+                let start = (first_column * p.element.size()) as u64;
+                let tile = Params {
+                    logits: params.logits + start,
+                    grad: params.grad + start,
+                    running: gathered.at(rank * of_rank),
+                    width: width as u32,
+                    first_column: first_column as u32,
+                    first_class: first as u32,
+                    end_class: end as u32,
+                    ..given
+                };
+                let (kernel, geometry) = match backward {
+                    true => backward_kernel(p, width),
+                    false => forward_kernel(p, *stats, width),
+                };
+                case.launch(
+                    kernel,
+                    tile,
+                    Shape::plain(p.rows() as u32, geometry.threads),
+                );
+            }
+        }
+        if !backward {
+            let softcap = p.softcap.is_some();
+            let kernel = match p.distribution {
+                Some(_) => Kernel::DistributionMerge { softcap },
+                None => Kernel::Merge {
+                    stats: *stats,
+                    softcap,
+                },
+            };
+            let params = Params {
+                gathered: gathered.start(),
+                ..params
+            };
+            case.launch(kernel, params, Shape::plain(p.rows() as u32, MERGE_THREADS));
+        }
+    }
+    row_run
+}
+
+/// Looks at the classes' values, if there are any.
+fn with_class_check(case: &mut Case, params: Params) -> Params {
+    if params.class_weights == 0 && params.prior == 0 {
+        return params;
+    }
+    let check = case.poisoned("class_check of ranks", size_of::<ClassCheck>(), 4);
+    let params = Params {
+        class_check: check.start(),
+        ..params
+    };
+    let launched = Params {
+        first_error: 0,
+        ..params
+    };
+    case.launch(Kernel::Classes, launched, Shape::plain(1, REDUCE_THREADS));
+    params
 }
 
 /// Which of the two kernels: in turn, in place and apart, from problem to problem.
@@ -361,6 +499,7 @@ fn inputs(case: &mut Case, p: &Problem) -> Params {
         rows: p.rows() as u64,
         ignore_index: p.ignore_index(),
         vocab: p.vocab as u32,
+        end_class: p.vocab as u32,
         width: p.width as u32,
         targets_are_i64: u32::from(p.targets_are_i64),
         mean: u32::from(p.mean),
@@ -479,6 +618,7 @@ fn row_outputs(
         stats: None,
         predicted: None,
         first_error: Some(first_error),
+        differ: Vec::new(),
     };
     if stats {
         let buffers = STATS.map(|name| case.poisoned(name, p.rows() * 4, 8));

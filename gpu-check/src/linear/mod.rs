@@ -4,6 +4,7 @@
 mod compare;
 mod problem;
 mod properties;
+mod ranks;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device};
@@ -103,6 +104,7 @@ pub fn run(device: &Device, reduced: bool, report: &mut Report) {
         }
     }
     properties::run(device, reduced, report);
+    ranks::run(device, reduced, report);
 }
 
 /// From one class or row at a time to all at once; the budgets keep nothing, half and all. No bit depends on a budget.

@@ -1,9 +1,13 @@
 //! One call of `forward_linear`: its inputs, its exact results in f64, and the same call on a device, where its arguments
 //! may lie in other tensors' memory.
 
+use std::{ops::Range, sync::Arc};
+
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
+use candle_cross_entropy::{
+    CrossEntropy, LossAndGrad, Reduction, RowStats, Targets, parallel::Communicator,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
@@ -239,6 +243,25 @@ impl Problem {
         let rng = &mut StdRng::seed_from_u64(0); // one class a row takes nothing of it
         self.given = Given::new(None, &self.classes, self.shape.vocab, -100, rng)?;
         Ok(self)
+    }
+
+    /// What a rank of several has: a slice of the classes, the last with the padding.
+    pub fn of_rank(&self, ranks: Arc<dyn Communicator>, classes: Range<usize>) -> Result<Self> {
+        let (first, vocab) = (classes.start, self.shape.vocab);
+        let end = match classes.end == vocab {
+            true => self.weight.dims()[0],
+            false => classes.end,
+        };
+        let slice = |of: &Tensor| of.narrow(0, first, end - first);
+        Ok(Self {
+            loss: (self.loss.clone())
+                .vocab_size(classes.len())
+                .vocab_shard(ranks, first, vocab),
+            weight: slice(&self.weight)?,
+            bias: self.bias.as_ref().map(slice).transpose()?,
+            given: self.given.of_classes(classes)?,
+            ..self.clone()
+        })
     }
 
     pub fn targets_on(&self, device: &Device) -> Result<Targets> {
