@@ -387,7 +387,12 @@ fn ranks(case: &mut Case, p: &Problem, run: &Ranks, params: Params) -> RowRun {
             }
             for first_column in (first..end).step_by(*tile) {
                 let stop = (first_column + tile).min(end);
-                let width = if stop == p.vocab { p.width } else { stop } - first_column;
+                // The next rank's classes are this one's padding, which a backward would overwrite.
+                let beyond = match stop == end && !backward {
+                    true => (stop + 2).min(p.width),
+                    false => stop,
+                };
+                let width = if stop == p.vocab { p.width } else { beyond } - first_column;
                 let start = (first_column * p.element.size()) as u64;
                 let tile = Params {
                     logits: params.logits + start,
