@@ -105,8 +105,12 @@ fn slices(case: &Case, vocab: usize, first_classes: &[usize], device: &Device) -
             .vocab_size(classes.len())
             .vocab_shard(comm, first, vocab);
         let parameter = Var::from_tensor(&logits)?;
-        let of_parameter = loss.forward(&parameter, &targets)?.sum_all()?;
-        let mut gradients = of_parameter.backward()?;
+        let of_parameter = loss.forward(&parameter, &targets)?;
+        let scalar = match of_parameter.rank() {
+            0 => of_parameter, // candle has no sum of a scalar on CUDA
+            _ => of_parameter.sum_all()?,
+        };
+        let mut gradients = scalar.backward()?;
         Ok(Slice {
             backward: gradients
                 .remove(&parameter)
@@ -182,20 +186,20 @@ fn rows_of_a_batch(device: &Device) -> Result<String> {
     let expected = (loss.clone().row_weights(&weights)).loss_and_grad(&logits, &targets)?;
     let results = on_ranks(3, |comm| {
         let (start, end) = (cuts[comm.rank()], cuts[comm.rank() + 1]);
-        let part = |of: &Tensor| of.narrow(0, start, end - start)?.copy();
+        let part = |of: &Tensor| of.narrow(0, start, end - start);
         let (logits, targets) = (part(&logits)?, part(&targets)?);
         let loss = loss
             .clone()
             .row_weights(&part(&weights)?)
             .data_parallel(comm);
+        let fused = loss.loss_and_grad(&logits, &targets)?;
+        if end == start {
+            return Ok((loss.forward(&logits, &targets)?, None, fused)); // candle has no variable of nothing on CUDA
+        }
         let parameter = Var::from_tensor(&logits)?;
         let forward = loss.forward(&parameter, &targets)?;
-        let gradients = forward.backward()?;
-        let backward = gradients
-            .get(&parameter)
-            .ok_or_else(|| anyhow!("no gradient"))?;
-        let fused = loss.loss_and_grad(&logits, &targets)?;
-        Ok((forward, backward.clone(), fused))
+        let gradient = forward.backward()?.remove(&parameter);
+        Ok((forward, gradient, fused))
     });
     let results = results.into_iter().collect::<Result<Vec<_>>>()?;
     let close = |got: &Tensor, e: &Tensor| -> Result<bool> {
@@ -212,8 +216,9 @@ fn rows_of_a_batch(device: &Device) -> Result<String> {
     ] {
         ensure!((total - value).abs() <= 1e-6 * value, "{total} for {value}");
     }
+    let gradients: Vec<&Tensor> = results.iter().filter_map(|r| r.1.as_ref()).collect();
     for gradient in [
-        Tensor::cat(&[&results[0].1, &results[1].1], 0)?,
+        Tensor::cat(&gradients, 0)?,
         Tensor::cat(&[&results[0].2.grad, &results[1].2.grad], 0)?,
     ] {
         ensure!(close(&gradient, &expected.grad)?, "a gradient is another");
@@ -244,7 +249,10 @@ fn mistakes(device: &Device) -> Result<String> {
                 Ok(_) => ensure!(false, "{what}: nothing on rank {rank}"),
                 Err(error) => {
                     let text = error.to_string();
-                    ensure!(text.contains(what), "rank {rank}: `{text}` for `{what}`");
+                    // Of a rank that failed before it knew its rows the CPU's others know no more.
+                    let known = text.contains(what)
+                        || device.is_cpu() && text.contains("64 alone of a rank that has failed");
+                    ensure!(known, "rank {rank}: `{text}` for `{what}`");
                 }
             }
         }

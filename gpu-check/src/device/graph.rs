@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var, cuda_backend::cudarc::driver::sys};
-use candle_cross_entropy::CrossEntropy;
+use candle_cross_entropy::{CrossEntropy, parallel::threads};
 
 use crate::{cases::values, report::Report};
 
@@ -27,9 +27,25 @@ pub fn check(device: &Device, linear: bool, report: &mut Report) {
         unsafe { device.as_cuda_device()?.disable_event_tracking() };
         of_logits(&device)
     });
+    report.holds("CUDA graph of a rank", || {
+        let (rows, width) = (64, 4099);
+        let targets = Tensor::arange(0u32, rows as u32, device)?;
+        let loss = alone(CrossEntropy::new().smoothing(0.1), width);
+        replay(device, &[&[rows, width]], &|vars| {
+            loss.forward(&vars[0], &targets)
+        })
+    });
     if !linear {
         return;
     }
+    report.holds("CUDA graph of forward_linear of a rank", || {
+        let (rows, vocab, depth) = (64, 999, 72);
+        let targets = Tensor::arange(0u32, rows as u32, device)?;
+        let loss = alone(CrossEntropy::new().smoothing(0.1), vocab);
+        replay(device, &[&[rows, depth], &[vocab, depth]], &|vars| {
+            loss.forward_linear(&vars[0], &vars[1], None, &targets)
+        })
+    });
     // Slices of the vocabulary and blocks of rows; logits computed again and kept.
     for (rows, vocab) in [(64, 4099), (700, 129)] {
         for budget in [0, usize::MAX] {
@@ -51,6 +67,12 @@ pub fn check(device: &Device, linear: bool, report: &mut Report) {
             });
         }
     }
+}
+
+/// With a group of ranks of its own for classes and for rows, in which there is no other.
+fn alone(loss: CrossEntropy, vocab: usize) -> CrossEntropy {
+    let rank = || threads(1).remove(0);
+    loss.vocab_shard(rank(), 0, vocab).data_parallel(rank())
 }
 
 fn of_logits(device: &Device) -> Result<String> {
