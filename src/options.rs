@@ -281,14 +281,16 @@ impl CrossEntropy {
     /// class weights and a prior (`vocabulary`), options.
     ///
     /// Loss and statistics are those of the whole vocabulary, with the same bits on every rank; the gradient of the logits is
-    /// this rank's part. A forward takes one all-gather of 48 bytes a row, 72 with statistics; 176 where something stands beside
-    /// the logits or targets are distributions, and 8 more for each class that [`Targets::TopK`](crate::Targets) names; and of
-    /// 512 bytes. The
+    /// this rank's part. A forward takes one all-gather of 48 bytes a row, on the CPU 72 with statistics; where something stands
+    /// beside the logits or targets are distributions, of 112 bytes on CUDA, and on the CPU of 176 and 8 more for each class that
+    /// [`Targets::TopK`](crate::Targets) names; and of 512 bytes, which on CUDA are exchanged apart, by tensors on the CPU. The
     /// backward of logits takes none, that of [`forward_linear`](Self::forward_linear) an all-reduce of the hidden states'
     /// gradient, if there is one; so ranks that run one must all run it.
     ///
-    /// Slices that overlap or leave a gap, arguments that differ, and a rank's bad input are an error on every rank. On the
-    /// CPU only. The idea is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3), whose two or three collectives
+    /// Slices that overlap or leave a gap, arguments that differ, and a rank's bad input are an error on every rank. What only
+    /// the device knows, values of targets, smoothing, weights, classes, is compared there: rows of which ranks were given
+    /// different ones are NaN, and with [`check_inputs`](Self::check_inputs) an error too. `loss_and_grad` reads the logits a
+    /// second time, after the exchange. The idea is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3), whose two or three collectives
     /// are one here.
     pub fn vocab_shard(
         mut self,
@@ -307,9 +309,10 @@ impl CrossEntropy {
     /// Each rank of `comm` has rows of its own. [`Reduction::Mean`] then divides by the rows (their weights) of all ranks,
     /// however unequal: the ranks' losses and gradients add up to those of all rows at once. So gradients are to be
     /// **summed** over the ranks, not averaged. Without effect on other reductions, but every forward exchanges 512 bytes (twice
-    /// where targets are probabilities), so that a rank's bad input is an error on every rank.
+    /// where targets are probabilities, or on CUDA with [`check_inputs`](Self::check_inputs)), so that a rank's bad input is an
+    /// error on every rank; on CUDA a mean all-reduces 4 bytes on the device.
     ///
-    /// On the CPU only. The mean of ranks' means, which this is not, weighs rows by how few their rank has.
+    /// The mean of ranks' means, which this is not, weighs rows by how few their rank has.
     pub fn data_parallel(mut self, comm: Arc<dyn Communicator>) -> Self {
         self.data_parallel = Some(Ranks(comm));
         self

@@ -24,7 +24,10 @@ pub use self::mpi::Mpi;
 pub use self::threads::threads;
 
 /// One rank's end of a group of ranks. Every rank calls the same operations in the same order, each of which returns once all
-/// have called it.
+/// have called it, or of tensors on a GPU at once, to go on in the order of candle's stream.
+///
+/// A loss of tensors on a GPU gives some there and some on the CPU: what ranks compare, or that one has failed, is exchanged
+/// without waiting for the device.
 ///
 /// An implementation must return an error on every rank, and not wait, where ranks give tensors of different shapes or types: a
 /// rank that fails before an operation tells the others so.

@@ -11,7 +11,8 @@ use super::{Communicator, check_alike};
 /// Sums are taken in rank order. Where a rank's communicator is dropped, and with it all that was cloned from it (the options of a
 /// loss, and a loss with its graph), whoever waits for that rank gets an error: so a thread should own its communicator. They must
 /// be threads of their own, not tasks of a pool, whose threads would wait for ranks that have not begun; and memory that a rank
-/// has overwritten in place must be that rank's alone, as it is locked while the rank waits for others.
+/// has overwritten in place must be that rank's alone, as it is locked while the rank waits for others. Tensors on a GPU must be of
+/// one candle `Device`, whose stream then orders what all do.
 ///
 /// # Panics
 /// If `size` is 0.
