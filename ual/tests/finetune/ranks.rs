@@ -208,7 +208,7 @@ fn what_processes_are_given_must_be_alike() {
 }
 
 /// A prime, so that no slices are even, and more than the synthetic data have.
-const VOCABULARY: usize = 211;
+const VOCABULARY: usize = 647;
 
 /// Models whose output projection is a variable (D, V) and one (V, D), is the embedding, and is not trained, none of whose
 /// variables is 0.
@@ -314,9 +314,9 @@ fn each_process_gives_its_own_classes() {
             let own = model.vars().iter().map(|var| sum.get(var).unwrap().clone());
             own.collect::<Vec<_>>()
         });
-        // 211 · rank / 3
+        // 647 · rank / 3
         let of_class =
-            |class: usize| 1.0 + (class >= 70) as u8 as f32 + (class >= 140) as u8 as f32;
+            |class: usize| f32::from(1 + u8::from(class >= 215) + u8::from(class >= 431));
         let projection = model.trained_projection();
         assert_eq!(projection.is_none(), name == "adapted");
         for gradients in of_ranks {
