@@ -51,8 +51,8 @@ impl Slice {
         logits.reshape((batch, length, ()))
     }
 
-    /// Leaves of a step's gradients what this process is to give to their sum over all: its classes of the projection's, and the
-    /// first process everything else, which the others have alike, but where their processors differ not to the last bit.
+    /// Leaves of a step's gradients what this process is to give to their sum over all: its classes of the projection's, and if it is
+    /// the first everything else, of which the others have the same, but where processors differ other last bits.
     pub fn keep_own(&self, gradients: &mut GradStore, model: &Decoder) -> Result<()> {
         for var in model.vars() {
             let Some(gradient) = gradients.remove(var) else {

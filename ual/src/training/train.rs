@@ -203,7 +203,7 @@ fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle
 }
 
 /// The loss of a batch, a part of a step with so many `rows` that are not ignored, and its rows' statistics. With a slice of the
-/// classes it is the loss of all, and takes the others' processes too.
+/// classes the loss is that of all classes, and all processes must call this, and the backward, together.
 pub fn forward(
     model: &Decoder,
     method: &Method,
