@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Command::Elicit(args) => elicit::run::run(&args),
-        Command::Finetune(args) => finetune::run::run(&args.training).map(|()| ExitCode::SUCCESS),
+        Command::Finetune(args) => finetune::run::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Study(args) => study::run::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -1,5 +1,5 @@
-//! `mpirun -n N ual finetune`: what one process does, up to rounding; a killed process ends the others, and the run goes on from
-//! its checkpoints.
+//! `mpirun -n N ual finetune`, by parts of batches and by classes: what one process does, up to rounding; a killed process ends the
+//! others, and the run goes on from its checkpoints.
 //!
 //!     cargo test --release -p candle-ual --features mpi --test mpi
 
@@ -77,48 +77,10 @@ fn numbers(metrics: &Value) -> Vec<f64> {
     numbers
 }
 
-fn main() -> ExitCode {
-    let folder = TempDir::new().unwrap();
-    let out = |name: &str| folder.path().join(name);
-
-    let run = |name: &str, processes: usize| {
-        let out = out(name);
-        let output = end(command(processes, &arguments(&out, &["--steps", "4"]))
-            .spawn()
-            .unwrap());
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        let stdout = text(&output.stdout);
-        assert_eq!(stdout.matches("parameters trained").count(), 1, "{stdout}");
-        (numbers(&metrics(&out)), stdout)
-    };
-    let (alone, _) = run("alone", 1);
-    for processes in [2, 3, 4] {
-        let (together, _) = run(&format!("of{processes}"), processes);
-        assert_eq!(together.len(), alone.len());
-        for (a, b) in together.iter().zip(&alone) {
-            assert!(
-                (a - b).abs() < 1e-3,
-                "{a} of {processes} processes, {b} of one"
-            );
-        }
-        println!("ok   {processes} processes train as one");
-    }
-
-    // What the first refuses ends all.
-    let output = end(
-        command(3, &arguments(&out("bad"), &["--data", "no-such-file"]))
-            .spawn()
-            .unwrap(),
-    );
-    assert!(!output.status.success() && text(&output.stderr).contains("no-such-file"));
-    println!("ok   bad arguments end all");
-    let study = end(command(2, &["study"]).spawn().unwrap());
-    assert!(text(&study.stderr).contains("ual study is one process; 2 were started"));
-
-    // Kill one of them in the middle.
-    let out = out("killed");
-    let steps = ["--steps", "60", "--checkpoint-every", "1"];
-    let child = command(2, &arguments(&out, &steps)).spawn().unwrap();
+/// One of two is killed in the middle, and both are started again.
+fn goes_on_after_a_kill(out: &Path, more: &[&str]) {
+    let steps = [&["--steps", "60", "--checkpoint-every", "1"], more].concat();
+    let child = command(2, &arguments(out, &steps)).spawn().unwrap();
     let checkpoint = out.join("checkpoint-SFT.safetensors");
     let started = Instant::now();
     while !checkpoint.exists() {
@@ -144,12 +106,62 @@ fn main() -> ExitCode {
         started.elapsed().as_secs_f64()
     );
     let resumed = [&steps[..], &["--resume"]].concat();
-    let output = end(command(2, &arguments(&out, &resumed)).spawn().unwrap());
+    let output = end(command(2, &arguments(out, &resumed)).spawn().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let whole = folder.path().join("whole");
+    let whole = out.with_extension("whole");
     let output = end(command(2, &arguments(&whole, &steps)).spawn().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(numbers(&metrics(&out)), numbers(&metrics(&whole)));
+    assert_eq!(numbers(&metrics(out)), numbers(&metrics(&whole)));
     println!("ok   and the run goes on as if nothing had happened");
+}
+
+fn main() -> ExitCode {
+    let folder = TempDir::new().unwrap();
+    let out = |name: &str| folder.path().join(name);
+
+    let run = |name: &str, processes: usize, more: &[&str]| {
+        let out = out(name);
+        let more = [&["--steps", "4"], more].concat();
+        let output = end(command(processes, &arguments(&out, &more)).spawn().unwrap());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let stdout = text(&output.stdout);
+        assert_eq!(stdout.matches("parameters trained").count(), 1, "{stdout}");
+        numbers(&metrics(&out))
+    };
+    let alone = run("alone", 1, &[]);
+    let by_classes = &["--vocab-parallel"][..];
+    assert_eq!(run("all-classes", 1, by_classes), alone);
+    for (processes, more) in [
+        (2, &[][..]),
+        (3, &[]),
+        (4, &[]),
+        (2, by_classes),
+        (3, by_classes),
+        (3, &["--vocab-parallel", "--loss", "logits"]),
+    ] {
+        let together = run(&format!("of{processes}{}", more.concat()), processes, more);
+        assert_eq!(together.len(), alone.len());
+        for (a, b) in together.iter().zip(&alone) {
+            assert!(
+                (a - b).abs() < 1e-3,
+                "{a} of {processes} processes {more:?}, {b} of one"
+            );
+        }
+        println!("ok   {processes} processes {more:?} train as one");
+    }
+
+    // What the first refuses ends all.
+    let output = end(
+        command(3, &arguments(&out("bad"), &["--data", "no-such-file"]))
+            .spawn()
+            .unwrap(),
+    );
+    assert!(!output.status.success() && text(&output.stderr).contains("no-such-file"));
+    println!("ok   bad arguments end all");
+    let study = end(command(2, &["study"]).spawn().unwrap());
+    assert!(text(&study.stderr).contains("ual study is one process; 2 were started"));
+
+    goes_on_after_a_kill(&out("killed"), &[]);
+    goes_on_after_a_kill(&out("killed-by-classes"), by_classes);
     ExitCode::SUCCESS
 }

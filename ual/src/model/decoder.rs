@@ -126,6 +126,8 @@ pub struct Decoder {
     /// (V, D); the embedding where the two are tied.
     projection: Tensor,
     tied: bool,
+    /// See [`trained_projection`](Self::trained_projection).
+    trained_projection: Option<(Var, usize)>,
     rotation: Arc<Rotation>,
     vars: Vec<Var>,
 }
@@ -216,9 +218,12 @@ impl Decoder {
             })
             .collect::<Result<Vec<_>>>()?;
         let norm = init.ones(dim)?;
-        let projection = init.normal(dim, vocab, std)?.t()?;
-        let outside = (embedding, norm, Some(projection));
-        Self::assemble(config, None, outside, layers, init)
+        let projection = init.normal(dim, vocab, std)?;
+        let outside = (embedding, norm, Some(projection.t()?));
+        Ok(Self {
+            trained_projection: Some((projection, 1)),
+            ..Self::assemble(config, None, outside, layers, init)?
+        })
     }
 
     /// With given weights; `seed` is that of the adapters.
@@ -264,12 +269,17 @@ impl Decoder {
         let positions = (config.max_tokens, config.head_size);
         let (base, interleaved) = (config.rope_base, config.rope_interleaved);
         let rotation = Rotation::new(positions, base, factors, interleaved, init.device)?;
+        let tied = projection.is_none();
+        let projection = projection.unwrap_or_else(|| embedding.clone());
+        let is_projection = |var: &&Var| var.id() == projection.id();
+        let trained_projection = init.vars.iter().find(is_projection);
         Ok(Self {
             config,
             layers,
             norm,
-            tied: projection.is_none(),
-            projection: projection.unwrap_or_else(|| embedding.clone()),
+            tied,
+            trained_projection: trained_projection.map(|var| (var.clone(), 0)),
+            projection,
             embedding,
             rotation: Arc::new(rotation),
             vars: init.vars,
@@ -345,6 +355,14 @@ impl Decoder {
     /// (vocabulary, dim).
     pub fn output_projection(&self) -> Tensor {
         self.projection.clone()
+    }
+
+    /// Which of the [`vars`](Self::vars) the output projection is, and which of its dimensions has a row or column a token; none
+    /// where the projection is not trained.
+    pub fn trained_projection(&self) -> Option<(&Var, usize)> {
+        self.trained_projection
+            .as_ref()
+            .map(|(var, dim)| (var, *dim))
     }
 
     /// Rows (B·T, dim) throughout, so that every linear map is one matrix product.

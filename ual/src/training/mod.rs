@@ -9,5 +9,6 @@ pub mod plan;
 pub mod progress;
 pub mod ranks;
 pub mod setup;
+pub mod slice;
 pub mod smoothing;
 pub mod train;

@@ -1,4 +1,5 @@
-//! Processes that train one model together: each has all weights and takes its part of every batch; gradients are summed.
+//! Processes that train one model together: each has all weights and takes its part of every batch, or some classes of the output
+//! projection; gradients are summed.
 
 use std::{env, sync::Arc};
 
@@ -6,11 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_cross_entropy::parallel::Communicator;
 
-use crate::data::samples::Sample;
+use crate::{data::samples::Sample, training::slice::Slice};
 
 /// This process's place among those that train with it.
 pub struct Ranks {
     comm: Option<Arc<dyn Communicator>>,
+    by_classes: bool,
     /// Outlives the communicator, as fields are dropped in their order.
     #[cfg(feature = "mpi")]
     universe: Option<mpi::environment::Universe>,
@@ -24,6 +26,7 @@ impl Ranks {
     pub fn alone() -> Self {
         Self {
             comm: None,
+            by_classes: false,
             #[cfg(feature = "mpi")]
             universe: None,
         }
@@ -33,6 +36,7 @@ impl Ranks {
     pub fn of(comm: Arc<dyn Communicator>) -> Self {
         Self {
             comm: Some(comm),
+            by_classes: false,
             #[cfg(feature = "mpi")]
             universe: None,
         }
@@ -60,6 +64,7 @@ impl Ranks {
             );
             Ok(Self {
                 comm: Some(Arc::new(candle_cross_entropy::parallel::Mpi::new(world))),
+                by_classes: false,
                 universe: Some(universe),
             })
         }
@@ -68,6 +73,27 @@ impl Ranks {
             "started as one of {} processes, but this program was compiled without MPI: add --features mpi to cargo's",
             launched()
         )
+    }
+
+    /// Whether each takes some classes of the output projection instead of a part of every batch.
+    pub fn by_classes(self, on: bool) -> Self {
+        Self {
+            by_classes: on,
+            ..self
+        }
+    }
+
+    /// This process's classes of a vocabulary; none where there are no others, or each takes a part of every batch.
+    pub fn slice(&self, vocabulary: usize) -> Result<Option<Slice>> {
+        let Some(comm) = self.comm.as_ref().filter(|_| self.by_classes) else {
+            return Ok(None);
+        };
+        ensure!(
+            comm.size() <= vocabulary,
+            "--vocab-parallel: {} processes, but the model has {vocabulary} tokens",
+            comm.size()
+        );
+        Ok(Some(Slice::new(comm.clone(), vocabulary)))
     }
 
     pub fn size(&self) -> usize {
@@ -92,8 +118,11 @@ impl Ranks {
         }
     }
 
-    /// This process's part of a batch: none where there are fewer samples than processes.
+    /// This process's part of a batch: none where there are fewer samples than processes. All of it where each has some classes.
     pub fn part<'a>(&self, batch: &[&'a Sample]) -> Vec<&'a Sample> {
+        if self.by_classes {
+            return batch.to_vec();
+        }
         let mine = batch.iter().skip(self.rank()).step_by(self.size());
         mine.copied().collect()
     }
@@ -174,7 +203,7 @@ impl Ranks {
         };
         use std::hash::{DefaultHasher, Hash, Hasher};
         let mut hasher = DefaultHasher::new();
-        text.hash(&mut hasher);
+        (text, self.by_classes).hash(&mut hasher);
         let digest = Tensor::new(&[hasher.finish() as i64], &Device::Cpu)?;
         let all = comm.all_gather(&digest)?.flatten_all()?.to_vec1::<i64>()?;
         if let Some(rank) = all.iter().position(|digest| *digest != all[0]) {

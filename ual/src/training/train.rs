@@ -25,6 +25,7 @@ use crate::{
         plan::{Loss, Plan},
         progress::Progress,
         ranks::Ranks,
+        slice::Slice,
     },
 };
 
@@ -75,22 +76,11 @@ pub fn train(
             .flatten()
             .map(|sample| sample.tokens.len())
             .sum::<usize>();
-        let mut gradients: Option<GradStore> = None;
-        let (mut loss, mut nll) = (0.0, 0.0);
-        for part in &parts {
-            let part = ranks.part(part);
-            if part.is_empty() {
-                continue;
-            }
-            let part = Batch::new(&part, device)?;
-            let (part_loss, stats) = forward(model, method, plan.loss, &part, rows)?;
-            add(&mut gradients, part_loss.backward()?, vars)?;
-            loss += part_loss.to_scalar::<f32>()?;
-            nll += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
-        }
-        let mut numbers = [f64::from(loss), nll];
-        let mut gradients = ranks.sum(gradients, &mut numbers, vars)?;
-        let (loss, nll) = (numbers[0] as f32, numbers[1]);
+        let Step {
+            mut gradients,
+            loss,
+            nll,
+        } = Step::new(model, method, plan.loss, (&parts, rows), (ranks, device))?;
         sums.nll += nll;
         if !loss.is_finite() {
             bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
@@ -139,6 +129,54 @@ pub fn train(
     Ok(curve)
 }
 
+/// What a step's batches come to, of all processes and with the same bits on each.
+pub struct Step {
+    pub gradients: GradStore,
+    pub loss: f32,
+    /// Summed over the rows.
+    pub nll: f64,
+}
+
+impl Step {
+    /// Of batches with so many rows that are not ignored.
+    pub fn new(
+        model: &Decoder,
+        method: &Method,
+        loss: Loss,
+        (batches, rows): (&[Vec<&Sample>], usize),
+        (ranks, device): (&Ranks, &Device),
+    ) -> Result<Self> {
+        let vars = model.vars();
+        let slice = ranks.slice(model.output_projection().dim(0)?)?;
+        let mut gradients: Option<GradStore> = None;
+        let mut numbers = [0.0; 2];
+        for batch in batches {
+            let part = ranks.part(batch);
+            if part.is_empty() {
+                continue;
+            }
+            let part = Batch::new(&part, device)?;
+            let (loss, stats) = forward(model, method, loss, (&part, rows), slice.as_ref())?;
+            add(&mut gradients, loss.backward()?, vars)?;
+            numbers[0] += f64::from(loss.to_scalar::<f32>()?);
+            numbers[1] += f64::from(stats.nll.sum_all()?.to_scalar::<f32>()?);
+        }
+        if let (Some(slice), Some(gradients)) = (&slice, &mut gradients) {
+            slice.keep_own(gradients, model)?;
+            if !ranks.is_first() {
+                numbers = [0.0; 2]; // each has those of all classes
+            }
+        }
+        let gradients = ranks.sum(gradients, &mut numbers, vars)?;
+        let [loss, nll] = numbers;
+        Ok(Self {
+            gradients,
+            loss: loss as f32,
+            nll,
+        })
+    }
+}
+
 /// Adds the gradients of the variables. candle's hold on to the activations they were computed from, these do not.
 fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle_core::Result<()> {
     let gradients = vars.iter().map(|var| more.remove(var).map(|g| g.detach()));
@@ -164,24 +202,35 @@ fn add(sum: &mut Option<GradStore>, mut more: GradStore, vars: &[Var]) -> candle
     Ok(())
 }
 
-/// The loss of a batch, a part of a step with so many `rows` that are not ignored, and its rows' statistics.
+/// The loss of a batch, a part of a step with so many `rows` that are not ignored, and its rows' statistics. With a slice of the
+/// classes the loss is that of all classes, and all processes must call this, and the backward, together.
 pub fn forward(
     model: &Decoder,
     method: &Method,
     loss: Loss,
-    batch: &Batch,
-    rows: usize,
+    (batch, rows): (&Batch, usize),
+    slice: Option<&Slice>,
 ) -> candle_core::Result<(Tensor, RowStats)> {
     let (inputs, targets) = (&batch.inputs, &batch.targets);
     let options = method
         .loss(batch)?
         .reduction(Reduction::SumOver(rows.max(1) as f64));
-    match loss {
-        Loss::Linear => {
-            let (hidden, weight) = (model.hidden(inputs)?, model.output_projection());
-            options.forward_linear_with_stats(&hidden, &weight, None, targets)
+    let projection = model.output_projection();
+    match (loss, slice) {
+        (Loss::Linear, None) => {
+            let hidden = model.hidden(inputs)?;
+            options.forward_linear_with_stats(&hidden, &projection, None, targets)
         }
-        Loss::Logits => options.forward_with_stats(&model.forward(inputs)?, targets),
+        (Loss::Logits, None) => options.forward_with_stats(&model.forward(inputs)?, targets),
+        (Loss::Linear, Some(slice)) => {
+            let (hidden, rows) = (model.hidden(inputs)?, slice.rows(&projection)?);
+            let options = slice.shard(options);
+            options.forward_linear_with_stats(&hidden, &rows, None, targets)
+        }
+        (Loss::Logits, Some(slice)) => {
+            let logits = slice.logits(&model.hidden(inputs)?, &projection)?;
+            slice.shard(options).forward_with_stats(&logits, targets)
+        }
     }
 }
 

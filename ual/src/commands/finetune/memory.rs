@@ -37,7 +37,7 @@ impl BatchMemory {
         let batch = Batch::new(&train::largest_batch(samples, plan), device)?;
         let step = |loss| {
             peak(device, || {
-                train::forward(model, method, loss, &batch, batch.rows)?
+                train::forward(model, method, loss, (&batch, batch.rows), None)?
                     .0
                     .backward()?;
                 Ok(())

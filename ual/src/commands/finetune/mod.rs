@@ -11,7 +11,7 @@
 //! goes on exactly where it was (`--resume`).
 //!
 //! Started as several processes (`mpirun`, feature `mpi`) it trains as one: each takes its part of every batch, see
-//! [`ranks`](crate::training::ranks).
+//! [`ranks`](crate::training::ranks), or with `--vocab-parallel` some classes, see [`slice`](crate::training::slice).
 //!
 //! The same arguments give the same numbers on one machine with the same number of threads (`RAYON_NUM_THREADS`): how
 //! candle splits a matrix product, and so how it rounds, depends on both.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::{
-    commands::finetune::memory::BatchMemory,
+    commands::finetune::{args::Args, memory::BatchMemory},
     failure,
     files::Folder,
     model::export,
@@ -16,7 +16,7 @@ use crate::{
         run::{Run, save_json, table},
     },
     training::{
-        args::{Args, device},
+        args::{self, device},
         method::Method,
         plan::Plan,
         ranks::Ranks,
@@ -27,7 +27,7 @@ use crate::{
 /// What metrics.json holds.
 #[derive(Serialize)]
 struct Report<'a> {
-    arguments: &'a Args,
+    arguments: &'a args::Args,
     data: &'a str,
     vocab: usize,
     parameters: usize,
@@ -39,8 +39,12 @@ struct Report<'a> {
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    let Args {
+        training: args,
+        vocab_parallel,
+    } = args;
     args.check()?;
-    let ranks = Ranks::launched()?;
+    let ranks = Ranks::launched()?.by_classes(*vocab_parallel);
     let result = run_as(args, &ranks);
     if let (Err(error), true) = (&result, ranks.size() > 1) {
         eprintln!("process {}: {}", ranks.rank(), failure::text(error));
@@ -50,7 +54,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// As one of several processes, of which the first one writes.
-fn run_as(args: &Args, ranks: &Ranks) -> Result<()> {
+fn run_as(args: &args::Args, ranks: &Ranks) -> Result<()> {
     let start = Instant::now();
     let device = device(&args.device)?;
     let mut folder = match ranks.is_first() {
