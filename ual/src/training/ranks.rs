@@ -7,7 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_cross_entropy::parallel::Communicator;
 
-use crate::{data::samples::Sample, training::slice::Slice};
+use crate::{
+    data::samples::Sample,
+    training::{args, slice::Slice},
+};
 
 /// This process's place among those that train with it.
 pub struct Ranks {
@@ -73,6 +76,37 @@ impl Ranks {
             "started as one of {} processes, but this program was compiled without MPI: add --features mpi to cargo's",
             launched()
         )
+    }
+
+    /// What `--device` names. Of several processes with `cuda` each has a GPU of its own: which, goes by their numbers among those of
+    /// one machine.
+    pub fn device(&self, name: &str) -> Result<Device> {
+        match local_rank().filter(|_| name == "cuda" && self.size() > 1) {
+            Some(rank) => args::device(&format!("cuda:{rank}")),
+            None => args::device(name),
+        }
+    }
+
+    /// Makes tensors of the device pass between the processes: those of a GPU over NCCL.
+    pub fn connect(&mut self, device: &Device) -> Result<()> {
+        if device.is_cpu() {
+            return Ok(());
+        }
+        if let Some(comm) = &mut self.comm {
+            #[cfg(feature = "nccl")]
+            {
+                *comm = Arc::new(candle_cross_entropy::parallel::Nccl::new(
+                    comm.clone(),
+                    device,
+                )?);
+            }
+            #[cfg(not(feature = "nccl"))]
+            bail!(
+                "process {} of several on GPUs, but this program was compiled without NCCL: add --features nccl to cargo's",
+                comm.rank()
+            );
+        }
+        Ok(())
     }
 
     /// Whether each takes some classes of the output projection instead of a part of every batch.
@@ -218,6 +252,18 @@ fn launched() -> usize {
     let names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
     let size = |name: &&str| env::var(name).ok()?.parse().ok();
     names.iter().find_map(size).unwrap_or(1)
+}
+
+/// This process's number among those on its machine, as Open MPI, MPICH and Slurm say.
+fn local_rank() -> Option<usize> {
+    let names = [
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MPI_LOCALRANKID",
+        "SLURM_LOCALID",
+    ];
+    names
+        .iter()
+        .find_map(|name| env::var(name).ok()?.parse().ok())
 }
 
 /// For what one process does.

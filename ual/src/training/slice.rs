@@ -6,6 +6,8 @@
 
 use std::{ops::Range, sync::Arc};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Result, Shape, Tensor,
     backend::{BackendDevice, BackendStorage},
@@ -75,6 +77,12 @@ impl Slice {
     }
 }
 
+fn copy<S: BackendStorage>(hidden: &S, layout: &Layout) -> Result<(S, Shape)> {
+    let mut copy = hidden.device().zeros_impl(layout.shape(), hidden.dtype())?;
+    hidden.copy_strided_src(&mut copy, 0, layout)?;
+    Ok((copy, layout.shape().clone()))
+}
+
 /// Leaves hidden states as they are; their gradient is the sum of what each process's logits give.
 struct SumGradient(Arc<dyn Communicator>);
 
@@ -84,9 +92,12 @@ impl CustomOp1 for SumGradient {
     }
 
     fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut copy = hidden.device().zeros_impl(layout.shape(), hidden.dtype())?;
-        hidden.copy_strided_src(&mut copy, 0, layout)?;
-        Ok((copy, layout.shape().clone()))
+        copy(hidden, layout)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, hidden: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        copy(hidden, layout)
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {

@@ -16,7 +16,7 @@ use crate::{
         run::{Run, save_json, table},
     },
     training::{
-        args::{self, device},
+        args,
         method::Method,
         plan::Plan,
         ranks::Ranks,
@@ -44,8 +44,8 @@ pub fn run(args: &Args) -> Result<()> {
         vocab_parallel,
     } = args;
     args.check()?;
-    let ranks = Ranks::launched()?.by_classes(*vocab_parallel);
-    let result = run_as(args, &ranks);
+    let mut ranks = Ranks::launched()?.by_classes(*vocab_parallel);
+    let result = run_as(args, &mut ranks);
     if let (Err(error), true) = (&result, ranks.size() > 1) {
         eprintln!("process {}: {}", ranks.rank(), failure::text(error));
         ranks.abort();
@@ -54,9 +54,10 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// As one of several processes, of which the first one writes.
-fn run_as(args: &args::Args, ranks: &Ranks) -> Result<()> {
+fn run_as(args: &args::Args, ranks: &mut Ranks) -> Result<()> {
     let start = Instant::now();
-    let device = device(&args.device)?;
+    let device = ranks.device(&args.device)?;
+    ranks.connect(&device)?;
     let mut folder = match ranks.is_first() {
         true => Folder::existing(&args.out)?,
         false => None,
