@@ -5,7 +5,7 @@
 //! * [`CrossEntropy::data_parallel`]: each rank has rows of its own, and a mean is over the rows of all.
 //!
 //! Ranks are threads of a process ([`threads`]), processes that find each other over TCP ([`Tcp`]) or under MPI (`Mpi`, feature
-//! `mpi`), or whatever implements [`Communicator`]: for tensors on the CPU.
+//! `mpi`), or whatever implements [`Communicator`]: for tensors on the CPU. With `Nccl` (feature `nccl`) each of them has a GPU too.
 //!
 //! [`CrossEntropy::vocab_shard`]: crate::CrossEntropy::vocab_shard
 //! [`CrossEntropy::data_parallel`]: crate::CrossEntropy::data_parallel
@@ -13,6 +13,8 @@
 mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod rendezvous;
 mod tcp;
 mod threads;
@@ -24,6 +26,9 @@ use candle_core::{Result, Tensor};
 #[cfg(feature = "mpi")]
 #[cfg_attr(docsrs, doc(cfg(feature = "mpi")))]
 pub use self::mpi::Mpi;
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use self::nccl::Nccl;
 pub use self::{tcp::Tcp, threads::threads};
 
 /// One rank's end of a group of ranks. Every rank calls the same operations in the same order, each of which returns once all
