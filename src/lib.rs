@@ -59,6 +59,7 @@
 //!
 //! * `cuda`: the CUDA kernels; needs nvcc of CUDA 12.1 or newer when building.
 //! * `nvtx`: names every kernel launch in an `nsys` timeline.
+//! * `nccl`: ranks that have a GPU each ([`parallel`]); needs NCCL when linking.
 //! * `mpi`: ranks that are processes under MPI; needs an MPI library and libclang when building.
 //! * `gemm-avx512` (default): AVX-512 kernels in the gemm crate, and so in all of candle in the program, with the same bits.
 //!

@@ -4,24 +4,32 @@
 //!   takes one all-gather of a partial result a row.
 //! * [`CrossEntropy::data_parallel`]: each rank has rows of its own, and a mean is over the rows of all.
 //!
-//! Ranks are threads of a process ([`threads`]), processes under MPI (`Mpi`, feature `mpi`), or whatever implements
-//! [`Communicator`].
+//! Ranks are threads of a process ([`threads`]), processes that find each other over TCP ([`Tcp`]) or under MPI (`Mpi`, feature
+//! `mpi`), or whatever implements [`Communicator`]: for tensors on the CPU. With `Nccl` (feature `nccl`) each of them has a GPU too.
 //!
 //! [`CrossEntropy::vocab_shard`]: crate::CrossEntropy::vocab_shard
 //! [`CrossEntropy::data_parallel`]: crate::CrossEntropy::data_parallel
 
+mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod rendezvous;
+mod tcp;
 mod threads;
 
 use std::{fmt, sync::Arc};
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 #[cfg(feature = "mpi")]
 #[cfg_attr(docsrs, doc(cfg(feature = "mpi")))]
 pub use self::mpi::Mpi;
-pub use self::threads::threads;
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use self::nccl::Nccl;
+pub use self::{tcp::Tcp, threads::threads};
 
 /// One rank's end of a group of ranks. Every rank calls the same operations in the same order, each of which returns once all
 /// have called it, or of tensors on a GPU at once, to go on in the order of candle's stream.
@@ -54,19 +62,4 @@ impl fmt::Debug for Ranks {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "rank {} of {}", self.0.rank(), self.0.size())
     }
-}
-
-/// What is wrong where a rank gives another shape or type than the first, the same on every rank.
-fn check_alike<S: PartialEq + fmt::Debug>(given: &[(DType, S)]) -> Result<()> {
-    let (first_type, first) = &given[0];
-    for (rank, (dtype, shape)) in given.iter().enumerate() {
-        if dtype != first_type || shape != first {
-            bail!(
-                "rank {rank} gave {} of shape {shape:?}, rank 0 {} of shape {first:?}",
-                dtype.as_str(),
-                first_type.as_str()
-            );
-        }
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@ use std::{
     thread::{self, ThreadId},
 };
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use mpi::{
     Threading,
@@ -17,7 +17,10 @@ use mpi::{
     traits::{Communicator as _, CommunicatorCollectives},
 };
 
-use super::{Communicator, check_alike};
+use super::{
+    Communicator,
+    message::{Operation, accumulated_in, check_headers, header, on_cpu, with_values},
+};
 
 /// A rank of an MPI communicator, for tensors on the CPU.
 ///
@@ -27,8 +30,8 @@ use super::{Communicator, check_alike};
 /// The `mpi::environment::Universe` must outlive it. A rank that ends early, by a panic too, waits in MPI's own end for the others,
 /// which wait for it: `abort` of the communicator ends them.
 ///
-/// Each operation is preceded by an all-gather of 80 bytes, by which ranks see that they give alike. That sums have the same bits on
-/// all ranks is what MPI recommends to its libraries, and Open MPI does.
+/// Each operation is preceded by an all-gather of 88 bytes, by which ranks see that they do and give alike. That sums have the same
+/// bits on all ranks is what MPI recommends to its libraries, and Open MPI does.
 ///
 /// ```no_run
 /// # use std::sync::Arc;
@@ -55,9 +58,6 @@ unsafe impl Sync for Mpi {}
 
 /// Elements a message: MPI counts them in an `int`.
 const MESSAGE: usize = 1 << 28;
-
-/// Dimensions that a tensor may have.
-const MAX_DIMS: usize = 8;
 
 impl Mpi {
     /// Around a communicator whose ranks all do the same.
@@ -122,29 +122,17 @@ impl Mpi {
         sums
     }
 
-    /// The tensor, contiguous, if all ranks give alike: an error on every rank if not, which MPI itself would not survive.
-    fn checked(&self, communicator: &SimpleCommunicator, local: &Tensor) -> Result<Tensor> {
+    /// The tensor, contiguous, if all ranks do and give alike: an error on every rank if not, which MPI itself would not survive.
+    fn checked(
+        &self,
+        communicator: &SimpleCommunicator,
+        operation: Operation,
+        local: &Tensor,
+    ) -> Result<Tensor> {
         let local = on_cpu(local);
-        let mut about = [0u64; 2 + MAX_DIMS];
-        about[0] = REFUSED;
-        if let Ok(local) = &local {
-            let dtype = TYPES.iter().position(|t| *t == local.dtype());
-            about[0] = dtype.map_or(REFUSED, |dtype| dtype as u64);
-            about[1] = local.rank() as u64;
-            for (to, dim) in about[2..].iter_mut().zip(local.dims()) {
-                *to = *dim as u64;
-            }
-        }
-        let all = self.gather(communicator, &about);
+        let all = self.gather(communicator, &header(operation, local.as_ref().ok()));
         let local = local?;
-        let mut given = Vec::new();
-        for (rank, about) in all.chunks(about.len()).enumerate() {
-            match TYPES.get(about[0] as usize) {
-                Some(dtype) => given.push((*dtype, &about[2..][..about[1] as usize])),
-                None => bail!("MPI: rank {rank} gave a tensor of a type that is not sent"),
-            }
-        }
-        check_alike(&given)?;
+        check_headers(all.as_chunks().0)?;
         Ok(local)
     }
 }
@@ -157,20 +145,6 @@ fn place<T: Copy>(part: &[T], all: &mut [T], ranks: usize, start: usize) {
     }
 }
 
-/// In place of a type's number: a tensor that is not sent.
-const REFUSED: u64 = u64::MAX;
-
-/// Types of tensors, in an order that all ranks have.
-const TYPES: [DType; 7] = [
-    DType::F32,
-    DType::F64,
-    DType::F16,
-    DType::BF16,
-    DType::U8,
-    DType::U32,
-    DType::I64,
-];
-
 impl Drop for Mpi {
     fn drop(&mut self) {
         // On a thread that may not call MPI the handle is left to its end.
@@ -180,21 +154,6 @@ impl Drop for Mpi {
             unsafe { ManuallyDrop::drop(&mut self.communicator) }
         }
     }
-}
-
-/// Evaluates an expression with `$values` as what a contiguous tensor on the CPU holds.
-macro_rules! with_values {
-    ($tensor:expr, $values:ident: $($kind:ident)|+ => $body:expr) => {{
-        let (storage, layout) = $tensor.storage_and_layout();
-        let span = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
-        match &*storage {
-            $(Storage::Cpu(CpuStorage::$kind(values)) => {
-                let $values = &values[span];
-                $body
-            })+
-            _ => bail!("MPI: {} on {:?}", $tensor.dtype().as_str(), $tensor.device().location()),
-        }
-    }};
 }
 
 impl Communicator for Mpi {
@@ -208,7 +167,7 @@ impl Communicator for Mpi {
 
     fn all_gather(&self, local: &Tensor) -> Result<Tensor> {
         let (_calls, communicator) = self.lock()?;
-        let local = self.checked(communicator, local)?;
+        let local = self.checked(communicator, Operation::AllGather, local)?;
         let shape = [&[self.size], local.dims()].concat();
         fn tensor<T: WithDType>(values: Vec<T>, shape: Vec<usize>) -> Result<Tensor> {
             Tensor::from_vec(values, shape, &Device::Cpu)
@@ -234,32 +193,13 @@ impl Communicator for Mpi {
 
     fn all_reduce_sum(&self, local: &Tensor) -> Result<Tensor> {
         let (_calls, communicator) = self.lock()?;
-        let local = self.checked(communicator, local)?;
-        let exact = match local.dtype() {
-            DType::F16 | DType::BF16 => local.to_dtype(DType::F32)?,
-            _ => local.clone(),
-        };
+        let local = self.checked(communicator, Operation::AllReduceSum, local)?;
+        let exact = local.to_dtype(accumulated_in(local.dtype()))?;
         let sum = with_values!(exact, values: F32 | F64 | U8 | U32 | I64 => {
             Tensor::from_vec(self.sum(communicator, values), exact.shape(), &Device::Cpu)?
         });
         sum.to_dtype(local.dtype())
     }
-}
-
-fn on_cpu(local: &Tensor) -> Result<Tensor> {
-    if !local.device().is_cpu() {
-        bail!(
-            "MPI: a tensor on {:?}, must be on the CPU",
-            local.device().location()
-        );
-    }
-    if local.rank() > MAX_DIMS {
-        bail!(
-            "MPI: {} dimensions, must be at most {MAX_DIMS}",
-            local.rank()
-        );
-    }
-    local.detach().contiguous()
 }
 
 #[cfg(test)]

@@ -2,9 +2,12 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 
-use super::{Communicator, check_alike};
+use super::{
+    Communicator,
+    message::{check_alike, sum},
+};
 
 /// A group of `size` ranks that are threads of one process, in rank order: each thread takes one.
 ///
@@ -126,15 +129,6 @@ impl Communicator for Thread {
     }
 
     fn all_reduce_sum(&self, local: &Tensor) -> Result<Tensor> {
-        let all = self.exchange_alike(local)?;
-        let dtype = match local.dtype() {
-            DType::F16 | DType::BF16 => DType::F32,
-            dtype => dtype,
-        };
-        let mut sum = all[0].to_dtype(dtype)?;
-        for other in &all[1..] {
-            sum = (sum + other.to_dtype(dtype)?)?;
-        }
-        sum.to_dtype(local.dtype())
+        sum(&self.exchange_alike(local)?)
     }
 }

@@ -17,5 +17,6 @@ mod properties;
 mod pytorch;
 mod reductions;
 mod special_values;
+mod tcp;
 mod ual;
 mod ual_rows;

@@ -27,7 +27,7 @@ std::map<std::string, unsigned long> calls;
 std::string running = "nothing";
 
 using Graph = std::vector<std::function<void()>>;
-std::shared_ptr<Graph> captured;
+thread_local std::shared_ptr<Graph> captured;  // of the thread's stream
 
 struct Counted {
   explicit Counted(const char* name) : guard(lock) { calls[name]++; }
@@ -162,7 +162,16 @@ void gpu::fail(const char* format, ...) {
   _exit(1);
 }
 
+std::unique_lock<std::recursive_mutex> gpu::hold() { return std::unique_lock(lock); }
+
 void gpu::submit(std::function<void()> work) {
+  submit_unlocked([work = std::move(work)] {
+    const auto held = hold();
+    work();
+  });
+}
+
+void gpu::submit_unlocked(std::function<void()> work) {
   if (captured) {
     captured->push_back(std::move(work));
   } else {
@@ -205,7 +214,7 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
-  return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+  return ordinal < setting("EMULATED_GPU_COUNT", 1) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 CUresult cuDeviceGetName(char* name, int length, CUdevice) {
   snprintf(name, static_cast<size_t>(length), "emulated sm_%d", capability());
@@ -264,6 +273,7 @@ CUresult cuMemFreeAsync(CUdeviceptr address, CUstream) {
   return CUDA_SUCCESS;
 }
 CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
+  const auto held = gpu::hold();
   *total = size_t{80} << 30;
   *free = *total - used;
   return CUDA_SUCCESS;
@@ -274,11 +284,13 @@ CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
   return CUDA_SUCCESS;
 }
 CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void* value) {
+  const auto held = gpu::hold();
   const bool most = attribute == CU_MEMPOOL_ATTR_USED_MEM_HIGH || attribute == CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
   *static_cast<uint64_t*>(value) = most ? most_used : used;
   return CUDA_SUCCESS;
 }
 CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void*) {
+  const auto held = gpu::hold();
   most_used = used;
   return CUDA_SUCCESS;
 }
@@ -356,7 +368,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned 
   return CUDA_SUCCESS;
 }
 CUresult cuGraphLaunch(CUgraphExec exec, CUstream) {
-  ENTRY;
+  { ENTRY; }  // work that waits for other threads does so without the lock
   for (const auto& work : **reinterpret_cast<std::shared_ptr<Graph>*>(exec)) work();
   return CUDA_SUCCESS;
 }

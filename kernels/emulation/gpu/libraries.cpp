@@ -95,28 +95,33 @@ int curandCreateGenerator(void** generator, int) {
 int curandDestroyGenerator(void*) { return 0; }
 int curandSetStream(void*, void*) { return 0; }
 int curandSetPseudoRandomGeneratorSeed(void*, unsigned long long seed) {
+  const auto held = gpu::hold();
   random_numbers.seed(seed);
   return 0;
 }
 int curandGenerateNormalDouble(void*, double* out, size_t count, double mean, double deviation) {
+  const auto held = gpu::hold();
   gpu::check_memory(out, count * sizeof *out, "random numbers");
   std::normal_distribution<double> normal(mean, deviation);
   for (size_t i = 0; i < count; i++) out[i] = normal(random_numbers);
   return 0;
 }
 int curandGenerateNormal(void*, float* out, size_t count, float mean, float deviation) {
+  const auto held = gpu::hold();
   gpu::check_memory(out, count * sizeof *out, "random numbers");
   std::normal_distribution<float> normal(mean, deviation);
   for (size_t i = 0; i < count; i++) out[i] = normal(random_numbers);
   return 0;
 }
 int curandGenerateUniformDouble(void*, double* out, size_t count) {
+  const auto held = gpu::hold();
   gpu::check_memory(out, count * sizeof *out, "random numbers");
   std::uniform_real_distribution<double> uniform;
   for (size_t i = 0; i < count; i++) out[i] = uniform(random_numbers);
   return 0;
 }
 int curandGenerateUniform(void*, float* out, size_t count) {
+  const auto held = gpu::hold();
   gpu::check_memory(out, count * sizeof *out, "random numbers");
   std::uniform_real_distribution<float> uniform;
   for (size_t i = 0; i < count; i++) out[i] = uniform(random_numbers);
