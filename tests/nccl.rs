@@ -48,6 +48,7 @@ fn main() {
             run("sums of narrow types", sums_of_narrow_types);
             run("tensors on the CPU", on_the_cpu);
             run("what differs", what_differs);
+            run("losses", losses);
             run("a CUDA graph", graph);
             run("a rank that is gone", gone);
             not_all_have_a_gpu(size, over_tcp);
@@ -239,6 +240,65 @@ fn what_differs(comm: Comm, device: &Device) -> Result<()> {
     }
     let sum = comm.all_reduce_sum(&Tensor::ones(1, DType::F32, device)?)?;
     assert_eq!(values(&sum), [size as f64]);
+    Ok(())
+}
+
+/// Classes of a vocabulary, and rows of a batch, each rank's on its GPU: what one GPU gives of all.
+fn losses(comm: Comm, device: &Device) -> Result<()> {
+    let (rank, size) = (comm.rank(), comm.size());
+    let (rows, classes, depth) = (3 * size, 11, 8);
+    let vocab = classes * size;
+    let some = |shape: (usize, usize), scale: f64| {
+        let values = (0..shape.0 * shape.1).map(|i| (scale * (i as f64).sin()) as f32);
+        Tensor::from_iter(values, device)?.reshape(shape)
+    };
+    let close = |got: &Tensor, expected: &Tensor| {
+        let (got, expected) = (values(got), values(expected));
+        assert_eq!(got.len(), expected.len());
+        for (a, e) in got.into_iter().zip(expected) {
+            assert!((a - e).abs() <= 2e-6 * (1.0 + e.abs()), "{a} for {e}");
+        }
+    };
+    let loss = CrossEntropy::new().smoothing(0.1);
+    let targets = Tensor::from_iter((0..rows).map(|i| (i * 13 % vocab) as u32), device)?;
+    let hidden = Var::from_tensor(&some((rows, depth), 1.0)?)?;
+    let whole = Var::from_tensor(&some((vocab, depth), 2.0)?)?;
+    let expected = loss.forward_linear(&hidden, &whole, None, &targets)?;
+    let gradients = expected.backward()?;
+    let own = |of: &Tensor| of.narrow(0, classes * rank, classes);
+
+    let slice = Var::from_tensor(&own(&whole)?)?;
+    let sharded = (loss.clone()).vocab_shard(comm.clone(), classes * rank, vocab);
+    let got = sharded.forward_linear(&hidden, &slice, None, &targets)?;
+    let of_slice = got.backward()?;
+    close(&got, &expected);
+    close(
+        of_slice.get(&hidden).unwrap(),
+        gradients.get(&hidden).unwrap(),
+    );
+    close(
+        of_slice.get(&slice).unwrap(),
+        &own(gradients.get(&whole).unwrap())?,
+    );
+
+    let logits = hidden.matmul(&whole.t()?)?.detach();
+    let expected = loss.loss_and_grad(&logits, &targets)?;
+    let columns = |of: &Tensor| of.narrow(1, classes * rank, classes);
+    let got = sharded.loss_and_grad(&columns(&logits)?, &targets)?;
+    close(&got.loss, &expected.loss);
+    close(&got.grad, &columns(&expected.grad)?);
+    close(&got.stats.entropy, &expected.stats.entropy);
+
+    // The last rank has most rows.
+    let part = |of: &Tensor| match rank + 1 == size {
+        true => of.narrow(0, rank, rows - rank),
+        false => of.narrow(0, rank, 1),
+    };
+    let got = loss
+        .data_parallel(comm.clone())
+        .loss_and_grad(&part(&logits)?, &part(&targets)?)?;
+    close(&comm.all_reduce_sum(&got.loss)?, &expected.loss);
+    close(&got.grad, &part(&expected.grad)?);
     Ok(())
 }
 
