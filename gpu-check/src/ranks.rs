@@ -314,6 +314,13 @@ fn mistakes(device: &Device) -> Result<String> {
         }),
     )?;
     if !device.is_cpu() {
+        refused(
+            "and it at most 2147467263",
+            on_ranks(2, |comm| {
+                let loss = plain().vocab_shard(comm, 0, 1 << 31);
+                Ok(loss.loss_and_grad(&logits, &targets(3)?)?)
+            }),
+        )?;
         for (differ, row) in [(0, 0), (1, 1)] {
             let results = on_ranks(2, |comm| {
                 let rank = comm.rank();

@@ -180,10 +180,11 @@ impl Call {
             Some(shard) => {
                 let (first, vocabulary) = (shard.first_class, shard.vocabulary);
                 let end = first.checked_add(vocab);
-                if vocabulary > MAX_VOCABULARY || end.is_none_or(|end| end > vocabulary) {
+                let most = if on_cpu { MAX_VOCABULARY } else { MAX_WIDTH };
+                if vocabulary > most || end.is_none_or(|end| end > vocabulary) {
                     bail!(
                         "vocab_shard: {vocab} classes from {first} on of a vocabulary of {vocabulary}, must be within it, and it \
-                         at most {MAX_VOCABULARY}"
+                         at most {most}"
                     );
                 }
                 (first..first + vocab, vocabulary)
