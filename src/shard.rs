@@ -8,7 +8,7 @@ use std::{
 use candle_core::{Device, Result, Tensor, bail};
 
 use crate::{
-    call::{Call, ClassValues, Groups, Row, RowTarget, Rows},
+    call::{Call, ClassValues, Groups, PerClass, Row, RowTarget, Rows},
     options::Reduction,
     parallel::Ranks,
 };
@@ -318,8 +318,10 @@ fn fields(call: &Call, given: Option<(&Rows, &ClassValues)>, stats: bool) -> Vec
         digest(values.map(|value| value.map(f64::to_bits)))
     };
     // There is a class at least, so that values that there are not are nothing else.
-    let of_classes =
-        |values: &Option<Vec<f64>>| digest(values.iter().flatten().map(|v| v.to_bits()));
+    let of_classes = |values: &Option<PerClass>| {
+        let values = values.iter().flat_map(|v| (0..v.len()).map(|k| v.get(k)));
+        digest(values.map(f64::to_bits))
+    };
     let targets = rows.rows.iter().map(|row| {
         row.map(|row| {
             let named = rows.named(row.target).iter();

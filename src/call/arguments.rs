@@ -58,8 +58,7 @@ pub(super) fn row_targets(
             with_shape(what, probabilities, &[k])?;
             Targets::TopK {
                 classes: classes(named, &[k])?,
-                probabilities: unshared(probabilities, tensor)?
-                    .to_dtype(value_type(tensor))?
+                probabilities: as_read(unshared(probabilities, tensor)?)?
                     .contiguous()?
                     .reshape((count, k))?,
             }
@@ -110,10 +109,15 @@ pub(super) fn class_values(
         other => bail!("{argument}: shape {other:?}, must be [{vocab}], a value for each class"),
     }
     same_device(argument, values, rows)?;
-    unshared(values, rows.1)?
-        .narrow(0, 0, vocab)?
-        .to_dtype(value_type(rows.1))?
-        .contiguous()
+    as_read(unshared(values, rows.1)?.narrow(0, 0, vocab)?)?.contiguous()
+}
+
+/// Values of a float type as they are read: by kernels in f32, on the CPU as they are.
+fn as_read(values: Tensor) -> Result<Tensor> {
+    match values.device().is_cpu() {
+        true => Ok(values),
+        false => values.to_dtype(DType::F32),
+    }
 }
 
 /// Type of values beside logits where these are.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use self::arguments::{class_values, row_targets, row_values, same_device, value_type};
-pub(crate) use self::values::{ClassValues, Row, RowTarget, Rows, bad_probability};
+pub(crate) use self::values::{ClassValues, PerClass, Row, RowTarget, Rows, bad_probability};
 use crate::{
     options::{CrossEntropy, Reduction, RowValue, Smoothing},
     parallel::Ranks,

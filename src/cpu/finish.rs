@@ -1,8 +1,10 @@
 //! Loss, statistics and normaliser of a row, once its pieces are merged.
 
 use super::{
+    dispatch::{Task, dispatch},
     general::{Dots, Sum},
-    row::Partial,
+    real::Real,
+    row::{LANES, Partial},
     transform::{Form, Transform},
 };
 use crate::call::{Call, ClassValues, Row, RowTarget};
@@ -54,15 +56,85 @@ pub(super) fn smoothed_part(smoothing: f64, prior_mass: f64) -> f64 {
     }
 }
 
+/// A class that a row's target names.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Named {
+    pub class: usize,
+    /// Its probability in the target.
+    pub t: f64,
+    pub logit: f64,
+    /// Whether it was left out of the sums.
+    pub left_out: bool,
+    /// The logit's exponent d relative to the row's largest, −∞ for a masked class, and e^d: by [`set_exponents`].
+    pub d: f64,
+    pub e: f64,
+}
+
+impl Named {
+    pub fn new(class: usize, t: f64, logit: f64, left_out: bool) -> Self {
+        Self {
+            class,
+            t,
+            logit,
+            left_out,
+            d: f64::NEG_INFINITY,
+            e: 0.0,
+        }
+    }
+}
+
+/// Exponents and exponentials of classes in a row whose largest logit is `largest`: of several at a time, as one by one they take
+/// longer than all else that is done with them.
+pub(super) fn set_exponents<const FORM: Form>(
+    named: &mut [Named],
+    largest: f64,
+    transform: &Transform<f64>,
+) {
+    dispatch(Exponents::<FORM> {
+        named,
+        largest,
+        transform,
+    });
+}
+
+struct Exponents<'a, const FORM: Form> {
+    named: &'a mut [Named],
+    largest: f64,
+    transform: &'a Transform<f64>,
+}
+
+impl<const FORM: Form> Task for Exponents<'_, FORM> {
+    #[inline(always)]
+    fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
+        // A copy, as what the loops write might be behind the reference.
+        let transform = *self.transform;
+        let reference = transform.relative_to::<FORM, FUSED>(self.largest);
+        for named in self.named.chunks_mut(LANES) {
+            let mut logits = [0.0; LANES];
+            for (logit, named) in logits.iter_mut().zip(&*named) {
+                *logit = named.logit;
+            }
+            let (mut exponents, mut exponentials) = ([0.0; LANES], [0.0; LANES]);
+            for l in 0..LANES {
+                let (d, _) = transform.difference::<FORM, FUSED>(logits[l], &reference);
+                let masked = logits[l] == f64::NEG_INFINITY;
+                exponents[l] = if masked { f64::NEG_INFINITY } else { d };
+                exponentials[l] = Real::exp::<FUSED>(exponents[l]);
+            }
+            for (l, named) in named.iter_mut().enumerate() {
+                (named.d, named.e) = (exponents[l], exponentials[l]);
+            }
+        }
+    }
+}
+
 /// What is known of a row once its pieces are merged.
 pub(super) struct Sums<'a> {
     pub others: &'a Partial,
     /// Of rows of the general kind.
     pub dots: &'a Dots,
-    /// Classes that the target names, with their probabilities and logits.
-    pub named: &'a [(usize, f64, f64)],
-    /// Which of these was left out of the sums.
-    pub left_out: Option<usize>,
+    /// The classes that the target names, with their exponents.
+    pub named: &'a [Named],
     /// The column of the largest.
     pub predicted: u32,
 }
@@ -80,7 +152,6 @@ pub(super) fn finish<const FORM: Form>(
         others,
         dots,
         named,
-        left_out,
         predicted,
     } = sums;
     let eps = row.smoothing;
@@ -91,16 +162,17 @@ pub(super) fn finish<const FORM: Form>(
             row.weight * loss
         }
     };
-    let reference = transform.relative_to::<FORM, true>(others.largest);
-    let exponent = |x: f64| match x == f64::NEG_INFINITY {
-        true => x,
-        false => transform.difference::<FORM, true>(x, &reference).0,
-    };
-    let (y, x_y) = left_out.map_or((0, f64::NEG_INFINITY), |i| (named[i].0, named[i].2));
+    let left_out = named.iter().find(|named| named.left_out);
+    let nothing = Named::new(0, 0.0, f64::NEG_INFINITY, false);
+    let &Named {
+        class: y,
+        logit: x_y,
+        d: d_y,
+        e: e_y,
+        ..
+    } = left_out.unwrap_or(&nothing);
     let target_counts = x_y != f64::NEG_INFINITY;
     let classes = others.classes + usize::from(target_counts);
-    let d_y = exponent(x_y);
-    let e_y = d_y.exp();
     let others_exp = others.all_exp();
     let sum = others_exp + e_y;
     if sum.is_nan() {
@@ -194,13 +266,14 @@ pub(super) fn finish<const FORM: Form>(
         )
     } else {
         let mut sums = (0.0, 0.0, 0.0, 0.0, false);
-        for &(class, t, x) in named.iter().filter(|(_, t, _)| *t > 0.0) {
-            let (c, surprisal) = (values.weight(class), log_sum - exponent(x));
+        for named in named.iter().filter(|named| named.t > 0.0) {
+            let (c, t) = (values.weight(named.class), named.t);
+            let surprisal = log_sum - named.d;
             sums.0 += t;
             sums.1 += c * t;
             sums.2 += t * surprisal;
             sums.3 += if c == 0.0 { 0.0 } else { c * t * surprisal };
-            sums.4 |= x == f64::NEG_INFINITY;
+            sums.4 |= named.logit == f64::NEG_INFINITY;
         }
         sums
     };
@@ -243,15 +316,15 @@ pub(super) fn finish<const FORM: Form>(
             * ((1.0 - eps) * t_squares + 2.0 * smoothed_part * t_u - 2.0 * total * t_exp / sum);
     }
     let mut left_out_norm = 0.0;
-    for (i, &(class, t, x)) in named.iter().enumerate() {
-        let t = (1.0 - eps) * t;
-        if x == f64::NEG_INFINITY {
+    for named in named {
+        let (t, u) = ((1.0 - eps) * named.t, u(named.class));
+        if named.logit == f64::NEG_INFINITY {
             continue;
         }
-        if left_out == Some(i) {
-            left_out_norm = (total * target_p_minus_1 + (total - t - u(class))).powi(2);
+        if named.left_out {
+            left_out_norm = (total * target_p_minus_1 + (total - t - u)).powi(2);
         } else {
-            norm += t * (t - 2.0 * (total * (exponent(x).exp() / sum) - u(class)));
+            norm += t * (t - 2.0 * (total * (named.e / sum) - u));
         }
     }
     let result = RowResult {

@@ -1,12 +1,13 @@
 //! What a row may have beside its logits: values of the classes, and a probability for each as its target. From these and
 //! the exponents of a piece (`row`), the sums that loss and gradient need, and what the gradient subtracts.
 
-use std::{ops::Range, sync::OnceLock};
+use std::{borrow::Cow, ops::Range, sync::OnceLock};
 
 use candle_core::{
     CpuStorage, Layout, Result, Storage, StorageRef, Tensor, backend::BackendStorage, bail,
 };
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::{
     dispatch::{Task, dispatch},
@@ -16,11 +17,11 @@ use super::{
     row::{Extra, LANES, PIECE, Partial, total},
     transform::{Form, Transform},
 };
-use crate::call::{ClassValues, bad_probability};
+use crate::call::{ClassValues, PerClass, bad_probability};
 
 /// All of a call, or of a tile of it.
-pub(super) struct General<'a, R> {
-    vectors: ClassVectors<R>,
+pub(super) struct General<'a, R: Clone> {
+    vectors: ClassVectors<'a, R>,
     probabilities: Option<(&'a Probabilities<'a>, Tile)>,
     /// For rows of the general kind alone.
     ones: OnceLock<Vec<R>>,
@@ -30,11 +31,11 @@ pub(super) struct General<'a, R> {
 type Tile = (usize, usize);
 
 /// Values of the classes, `None` for 1.
-struct ClassVectors<R> {
-    weights: Option<Vec<R>>,
-    prior: Option<Vec<R>>,
+struct ClassVectors<'a, R: Clone> {
+    weights: Option<Cow<'a, [R]>>,
+    prior: Option<Cow<'a, [R]>>,
     /// c·u where there are both.
-    products: Option<Vec<R>>,
+    products: Option<Cow<'a, [R]>>,
     /// Of each piece, [`Beside::masses`].
     masses: Vec<[f64; 3]>,
 }
@@ -113,24 +114,25 @@ impl<R: Real> Beside<'_, R> {
 impl<'a, R: Real> General<'a, R> {
     /// Of the classes `columns`, and of probabilities from a row and a column of their tensor on.
     pub fn new(
-        classes: &ClassValues,
+        classes: &'a ClassValues,
         probabilities: Option<(&'a Probabilities<'a>, Tile)>,
         columns: &Range<usize>,
     ) -> Self {
         let ClassValues { weights, prior } = classes;
-        let (weights, prior) = (part(weights, columns), part(prior, columns));
-        let vector = |values: &[f64]| values.iter().map(|&v| R::of(v)).collect();
+        let vector = |values: &'a PerClass| vector(values, columns);
+        let (weights, prior) = (weights.as_ref().map(vector), prior.as_ref().map(vector));
         Self {
             vectors: ClassVectors {
-                products: match (weights, prior) {
+                products: match (&weights, &prior) {
                     (Some(c), Some(u)) => {
-                        Some(c.iter().zip(u).map(|(c, u)| R::of(c * u)).collect())
+                        let product = |(c, u): (&R, &R)| R::of(c.f64() * u.f64());
+                        Some(c.iter().zip(&**u).map(product).collect())
                     }
                     _ => None,
                 },
-                masses: masses(weights, prior),
-                weights: weights.map(vector),
-                prior: prior.map(vector),
+                masses: masses(weights.as_deref(), prior.as_deref()),
+                weights,
+                prior,
             },
             probabilities,
             ones: OnceLock::new(),
@@ -188,35 +190,50 @@ impl<'a, R: Real> General<'a, R> {
     }
 }
 
+/// The values of some of the classes as reals.
+fn vector<'a, R: Real>(values: &'a PerClass, columns: &Range<usize>) -> Cow<'a, [R]> {
+    let same = match values {
+        PerClass::F32(values) => R::same_f32(&values[columns.clone()]),
+        PerClass::F64(values) => R::same_f64(&values[columns.clone()]),
+    };
+    match same {
+        Some(same) => same.into(),
+        None => columns.clone().map(|k| R::of(values.get(k))).collect(),
+    }
+}
+
 /// [`Beside::masses`] of each piece; none where there are no values.
-fn masses(weights: Option<&[f64]>, prior: Option<&[f64]>) -> Vec<[f64; 3]> {
-    static ONES: [f64; PIECE] = [1.0; PIECE];
+fn masses<R: Real>(weights: Option<&[R]>, prior: Option<&[R]>) -> Vec<[f64; 3]> {
+    let ones = [R::ONE; PIECE];
     let Some(values) = weights.or(prior) else {
         return Vec::new();
     };
-    let of_piece = |start: usize| {
+    let of_piece = |piece: usize| {
+        let start = piece * PIECE;
         let here = start..(start + PIECE).min(values.len());
-        let c = weights.map_or(&ONES[..here.len()], |c| &c[here.clone()]);
-        let u = prior.map_or(&ONES[..here.len()], |u| &u[here.clone()]);
-        [dot(c, u), dot(&ONES[..here.len()], u), dot(u, u)]
+        let ones = &ones[..here.len()];
+        let c = weights.map_or(ones, |c| &c[here.clone()]);
+        let u = prior.map_or(ones, |u| &u[here.clone()]);
+        [dot(c, u), dot(ones, u), dot(u, u)]
     };
-    (0..values.len()).step_by(PIECE).map(of_piece).collect()
+    let pieces = (0..values.len().div_ceil(PIECE)).into_par_iter();
+    pieces.map(of_piece).collect()
 }
 
 /// In several chains, as one would wait for each addition.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+fn dot<R: Real>(a: &[R], b: &[R]) -> f64 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut sums = [0.0; LANES];
     for (a, b) in a.iter().zip(b) {
         for l in 0..LANES {
-            sums[l] += a[l] * b[l];
+            sums[l] += a[l].f64() * b[l].f64();
         }
     }
-    let rest = a_rest.iter().zip(b_rest).map(|(a, b)| a * b);
+    let rest = a_rest.iter().zip(b_rest).map(|(a, b)| a.f64() * b.f64());
     total(&sums) + rest.sum::<f64>()
 }
 
-fn part<'a, R>(values: &'a Option<Vec<R>>, columns: &Range<usize>) -> Option<&'a [R]> {
+fn part<'a, R: Clone>(values: &'a Option<Cow<[R]>>, columns: &Range<usize>) -> Option<&'a [R]> {
     match values {
         Some(values) => Some(&values[columns.clone()]),
         None => None,

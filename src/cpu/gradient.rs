@@ -2,10 +2,10 @@
 
 use super::{
     element::Element,
-    finish::{Normaliser, smoothed_part},
+    finish::{Named, Normaliser, smoothed_part},
     general::{Beside, for_each_class},
     real::Real,
-    row::{PIECE, Partial, one},
+    row::{PIECE, Partial},
     transform::{CAPPED, Form, Transform},
 };
 use crate::call::{Call, ClassValues, Row};
@@ -31,6 +31,8 @@ pub(super) struct GradFactors<R> {
     /// For the named ones: what multiplies dz, and of the row what dz takes.
     scale: f64,
     smoothing: f64,
+    smoothed_part: f64,
+    inverse_sum: f64,
     lse_slope: f64,
     entropy_weight: f64,
     normaliser: Normaliser,
@@ -80,6 +82,8 @@ impl<R: Real> GradFactors<R> {
             masked: R::of(if n.log_sum.is_nan() { n.log_sum } else { 0.0 }),
             scale,
             smoothing: row.smoothing,
+            smoothed_part: share,
+            inverse_sum,
             lse_slope,
             entropy_weight: beta,
             normaliser: *n,
@@ -91,26 +95,31 @@ impl<R: Real> GradFactors<R> {
         self.normaliser.has_left_out
     }
 
-    /// Gradient of a class with probability `t` in the target and exponent `d`, but for the slope of the softcap.
-    fn named(&self, values: &ClassValues, class: usize, t: f64, d: f64, left_out: bool) -> f64 {
+    /// The largest logit of the row.
+    pub fn largest(&self) -> f64 {
+        self.normaliser.largest
+    }
+
+    /// Gradient of a class that the target names, but for the slope of the softcap.
+    fn named(&self, values: &ClassValues, named: &Named) -> f64 {
         let n = &self.normaliser;
-        let (p, p_minus_1) = if left_out {
+        let (p, p_minus_1) = if named.left_out {
             (n.target_p, n.target_p_minus_1)
         } else {
-            let p = (d - n.log_sum).exp();
-            let p_minus_1 = if d == 0.0 {
+            let p = named.e * self.inverse_sum;
+            let p_minus_1 = if named.d == 0.0 {
                 n.largest_p_minus_1
             } else {
                 p - 1.0
             };
             (p, p_minus_1)
         };
-        let share = smoothed_part(self.smoothing, n.prior_mass);
-        let q = values.weight(class) * ((1.0 - self.smoothing) * t + share * values.prior(class));
+        let u = self.smoothed_part * values.prior(named.class);
+        let q = values.weight(named.class) * ((1.0 - self.smoothing) * named.t + u);
         let entropy = if self.entropy_weight == 0.0 || p == 0.0 {
             0.0
         } else {
-            self.entropy_weight * p * (d - n.mean)
+            self.entropy_weight * p * (named.d - n.mean)
         };
         self.scale * (n.mass * p_minus_1 + (n.mass - q) + self.lse_slope * p - entropy)
     }
@@ -289,24 +298,20 @@ fn kept_factor<R: Real, const FORM: Form>(
     R::of(factors.exponential.f64() * by.exp())
 }
 
-/// Gradient of the logit `x` of a class that has probability `t` in the target.
-pub(super) fn named_gradient<T: Element, const FORM: Form>(
-    x: T,
-    (class, t, left_out): (usize, f64, bool),
+/// Gradient of a class that the target names.
+pub(super) fn named_gradient<R: Real, const FORM: Form>(
+    named: &Named,
     values: &ClassValues,
     transform: &Transform<f64>,
-    factors: &GradFactors<T::Real>,
-) -> T::Real {
-    let x = one(x);
-    if x == T::Real::NEG_INFINITY {
+    factors: &GradFactors<R>,
+) -> R {
+    if named.logit == f64::NEG_INFINITY {
         return factors.masked;
     }
-    let reference = transform.relative_to::<FORM, true>(factors.normaliser.largest);
-    let (d, _) = transform.difference::<FORM, true>(x.f64(), &reference);
     let slope = if FORM == CAPPED {
-        transform.tanh::<true>(x.f64()).slope
+        transform.tanh::<true>(named.logit).slope
     } else {
         1.0
     };
-    T::Real::of(factors.named(values, class, t, d, left_out) * slope)
+    R::of(factors.named(values, named) * slope)
 }

@@ -8,14 +8,14 @@ use rayon::prelude::*;
 use super::{
     dispatch::dispatch,
     element::Element,
-    finish::{Normaliser, RowResult},
+    finish::{Named, Normaliser, RowResult, set_exponents},
     general::{Dots, General, Probabilities},
     gradient::{GradFactors, named_gradient},
     memory::{GradRows, Logits},
     real::Real,
     results::{Inputs, Saved},
     row::{self, PIECE, Partial},
-    tasks::{GeneralGradients, GeneralPartials, Gradients, Partials},
+    tasks::{Buffers, GeneralGradients, GeneralPartials, Gradients, Partials, buffers},
     transform::{Form, Transform, with_path},
 };
 use crate::{
@@ -73,14 +73,6 @@ pub(super) struct Work<'a, T: Element> {
     pub general: General<'a, T::Real>,
     /// Whether a class of each row is left out of the sums.
     leaves_out: bool,
-}
-
-/// A class that a row's target names: its column, its probability, its logit, and whether it was left out of the sums.
-pub(super) struct Named<T> {
-    column: usize,
-    t: f64,
-    x: T,
-    left_out: bool,
 }
 
 /// A column that no row has.
@@ -162,17 +154,12 @@ impl<'a, T: Element> Work<'a, T> {
     }
 
     /// Lists the classes in the tile that the target of a row names.
-    pub fn list_named(&self, row: &Row, x: &[T], left_out: usize, named: &mut Vec<Named<T>>) {
+    pub fn list_named(&self, row: &Row, x: &[T], left_out: usize, named: &mut Vec<Named>) {
         named.clear();
         let mut push = |class, t| {
             if let Some(column) = self.column(class) {
-                let (x, left_out) = (x[column], column == left_out);
-                named.push(Named {
-                    column,
-                    t,
-                    x,
-                    left_out,
-                });
+                let logit = row::one(x[column]).f64();
+                named.push(Named::new(class, t, logit, column == left_out));
             }
         };
         match row.target {
@@ -184,27 +171,21 @@ impl<'a, T: Element> Work<'a, T> {
         }
     }
 
-    /// Puts the gradient of the classes that a row's target names right.
+    /// Puts the gradient of the classes in the tile that a row's target names right.
     pub fn write_named<const FORM: Form>(
         &self,
         i: usize,
-        named: &[Named<T>],
+        named: &[Named],
         out: &GradRows<T>,
         factors: &GradFactors<T::Real>,
     ) {
-        for &Named {
-            column,
-            t,
-            x,
-            left_out,
-        } in named
-        {
-            let class = self.columns.start + column;
+        // SAFETY: the row is this call's alone, and nothing of it is in use.
+        let grad = unsafe { out.stretch(i, 0..self.columns.len()) };
+        for named in named {
             let values = self.given.classes;
-            let gradient =
-                named_gradient::<T, FORM>(x, (class, t, left_out), values, &self.exact, factors);
-            // SAFETY: the row is this call's alone, and nothing of it is in use.
-            T::narrow(&[gradient], unsafe { out.stretch(i, column..column + 1) });
+            let gradient = named_gradient::<T::Real, FORM>(named, values, &self.exact, factors);
+            let column = named.class - self.columns.start;
+            T::narrow(&[gradient], &mut grad[column..column + 1]);
         }
     }
 }
@@ -214,8 +195,8 @@ pub(super) struct Scratch<T: Element> {
     pub partials: Vec<Partial>,
     dots: Vec<Dots>,
     pub kept: Vec<T::Real>,
-    pub named: Vec<Named<T>>,
-    pub entries: Vec<(usize, f64, f64)>,
+    pub named: Vec<Named>,
+    pub buffers: Buffers<T::Real>,
 }
 
 impl<T: Element> Scratch<T> {
@@ -226,7 +207,7 @@ impl<T: Element> Scratch<T> {
             dots: vec![Dots::default(); if general { pieces } else { 0 }],
             kept: vec![T::Real::ZERO; if keep { vocab } else { 0 }],
             named: Vec::new(),
-            entries: Vec::new(),
+            buffers: buffers(general),
         }
     }
 }
@@ -251,10 +232,15 @@ pub(super) fn row_partial<
         partials,
         dots,
         kept,
+        buffers: own_buffers,
         ..
     } = scratch;
     let transforms = (&work.transform, &work.exact);
-    let run = |first_piece, partials: &mut [Partial], dots: &mut [Dots], kept: &mut [T::Real]| {
+    let run = |first_piece,
+               partials: &mut [Partial],
+               dots: &mut [Dots],
+               kept: &mut [T::Real],
+               buffers: &mut Buffers<T::Real>| {
         if GENERAL {
             dispatch(GeneralPartials::<T, FORM> {
                 x,
@@ -267,6 +253,7 @@ pub(super) fn row_partial<
                 partials,
                 dots,
                 kept,
+                buffers,
             });
         } else {
             dispatch(Partials::<T, FORM, STATS, KEEP> {
@@ -297,10 +284,16 @@ pub(super) fn row_partial<
             .zip(beside)
             .enumerate()
             .for_each(|(t, (partials, (dots, kept)))| {
-                run(t * PIECES_PER_TASK, partials, dots, kept);
+                run(
+                    t * PIECES_PER_TASK,
+                    partials,
+                    dots,
+                    kept,
+                    &mut buffers(GENERAL),
+                );
             });
     } else {
-        run(0, partials, dots, kept);
+        run(0, partials, dots, kept, own_buffers);
     }
     let exact = &work.exact;
     let all = partials
@@ -360,7 +353,7 @@ pub(super) fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     factors: Option<&GradFactors<T::Real>>,
     logits: Logits<T>,
     out: &GradRows<T>,
-    named: &mut Vec<Named<T>>,
+    named: &mut Vec<Named>,
     shared: bool,
 ) {
     let (Some(factors), Some(row)) = (factors, work.row(i)) else {
@@ -372,7 +365,10 @@ pub(super) fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     // SAFETY: as above; padding is no other task's.
     unsafe { out.stretch(i, vocab..out.width()) }.fill(T::default());
     let target = match row.target {
-        RowTarget::Class(class) if !GENERAL => work.column(class).unwrap_or(NO_COLUMN),
+        RowTarget::Class(class) if !GENERAL => {
+            named.clear();
+            work.column(class).unwrap_or(NO_COLUMN)
+        }
         _ => {
             // SAFETY: as above; `x` is not used once the gradient is written.
             let x = unsafe { logits.stretch(out, i, 0..vocab) };
@@ -381,6 +377,7 @@ pub(super) fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
                 false => NO_COLUMN,
             };
             work.list_named(row, x, left_out, named);
+            set_exponents::<FORM>(named, factors.largest(), &work.exact);
             NO_COLUMN
         }
     };
@@ -420,7 +417,6 @@ pub(super) fn write_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     }
     if target == NO_COLUMN {
         work.write_named::<FORM>(i, named, out, factors);
-        named.clear();
     }
 }
 

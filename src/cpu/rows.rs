@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{
     dispatch::dispatch,
     element::Element,
-    finish::{self, Normaliser, RowResult, Sums},
+    finish::{self, Named, Normaliser, RowResult, Sums, set_exponents},
     general::Dots,
     gradient::GradFactors,
     memory::{GradRows, Logits, readable},
@@ -14,14 +14,13 @@ use super::{
         Given, PIECES_PER_TASK, Scratch, Work, check_probabilities, differentiate_rows,
         differentiate_tile, for_each_row, row_partial, write_gradient,
     },
-    real::Real,
     results::Saved,
     row::{self, PIECE, Partial},
     running::{self, Running, merge_stretch},
-    tasks::{KeptGeneralGradients, KeptGradients},
+    tasks::{KeptGeneralGradients, KeptGradients, buffers},
     transform::{CAPPED, Form, with_path},
 };
-use crate::call::{Row, RowTarget};
+use crate::call::Row;
 
 /// Loss, statistics and normaliser of every row.
 pub(super) fn evaluate<T: Element>(
@@ -80,7 +79,7 @@ fn evaluate_row<T: Element, const FORM: Form, const STATS: bool, const GENERAL: 
 ) -> (RowResult, Normaliser) {
     let left_out = work.left_out(row, x);
     let sums = row_partial::<T, FORM, STATS, false, GENERAL>(work, i, x, left_out, scratch, shared);
-    finish_row::<T, FORM, STATS>(work, row, x, left_out, &sums, &mut scratch.entries)
+    finish_row::<T, FORM, STATS>(work, row, x, left_out, &sums, &mut scratch.named)
 }
 
 fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
@@ -89,31 +88,19 @@ fn finish_row<T: Element, const FORM: Form, const STATS: bool>(
     x: &[T],
     left_out: usize,
     (others, dots): &(Partial, Dots),
-    entries: &mut Vec<(usize, f64, f64)>,
+    named: &mut Vec<Named>,
 ) -> (RowResult, Normaliser) {
     let predicted = if STATS {
         row::largest_column(x, others)
     } else {
         0
     };
-    let logit = |class: usize| row::one(x[class]).f64();
-    let target;
-    let (named, left_out) = match row.target {
-        RowTarget::Class(class) => {
-            target = [(class, 1.0, logit(class))];
-            (&target[..], Some(0))
-        }
-        _ => {
-            entries.clear();
-            entries.extend(work.named(row).iter().map(|&(k, t)| (k, t, logit(k))));
-            (&entries[..], entries.iter().position(|e| e.0 == left_out))
-        }
-    };
+    work.list_named(row, x, left_out, named);
+    set_exponents::<FORM>(named, others.largest, &work.exact);
     let sums = Sums {
         others,
         dots,
         named,
-        left_out,
         predicted,
     };
     let Given { call, classes, .. } = work.given;
@@ -203,19 +190,17 @@ fn evaluate_and_differentiate_with<
                     &work, i, x, left_out, scratch, shared,
                 )
             };
-            let entries = &mut scratch.entries;
+            let named = &mut scratch.named;
             let normaliser;
             (*result, normaliser) =
-                finish_row::<T, FORM, STATS>(&work, row, x, left_out, &sums, entries);
+                finish_row::<T, FORM, STATS>(&work, row, x, left_out, &sums, named);
             let factors = GradFactors::new(call, row, &normaliser, scale);
             match &factors {
                 Some(factors) if keep && factors.in_range => {
-                    work.list_named(row, x, left_out, &mut scratch.named);
                     write_kept_gradient::<T, FORM, GENERAL>(
                         &work, i, scratch, out, factors, shared,
                     );
                     work.write_named::<FORM>(i, &scratch.named, out, factors);
-                    scratch.named.clear();
                 }
                 factors => {
                     let (factors, named) = (factors.as_ref(), &mut scratch.named);
@@ -238,11 +223,16 @@ fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
     factors: &GradFactors<T::Real>,
     shared: bool,
 ) {
-    let Scratch { partials, kept, .. } = scratch;
+    let Scratch {
+        partials,
+        kept,
+        buffers: own_buffers,
+        ..
+    } = scratch;
     let call = work.given.call;
     // SAFETY: the row is this call's alone, and padding no other task's.
     unsafe { out.stretch(i, call.columns.len()..call.width) }.fill(T::default());
-    let run = |first_column, partials: &[Partial], kept: &mut [T::Real]| {
+    let run = |first_column, partials: &[Partial], kept: &mut [T::Real], buffers: &mut _| {
         let of = KeptGradients::<T, FORM> {
             kept,
             partials,
@@ -254,7 +244,11 @@ fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
         };
         if GENERAL {
             let general = &work.general;
-            dispatch(KeptGeneralGradients { of, general });
+            dispatch(KeptGeneralGradients {
+                of,
+                general,
+                buffers,
+            });
         } else {
             dispatch(of);
         }
@@ -264,10 +258,10 @@ fn write_kept_gradient<T: Element, const FORM: Form, const GENERAL: bool>(
         let tasks = partials
             .par_chunks(PIECES_PER_TASK)
             .zip(kept.par_chunks_mut(stretch));
-        tasks
-            .enumerate()
-            .for_each(|(t, (partials, kept))| run(t * stretch, partials, kept));
+        tasks.enumerate().for_each(|(t, (partials, kept))| {
+            run(t * stretch, partials, kept, &mut buffers(GENERAL));
+        });
     } else {
-        run(0, partials, kept);
+        run(0, partials, kept, own_buffers);
     }
 }

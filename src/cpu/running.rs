@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::{
     element::Element,
-    finish::{self, Normaliser, RowResult, Sums},
+    finish::{self, Named, Normaliser, RowResult, Sums, set_exponents},
     general::{Dots, Sum},
     parallel::{Given, NO_COLUMN, Scratch, Work, check_probabilities, for_each_row, row_partial},
     real::Real,
@@ -298,18 +298,20 @@ fn finish<const FORM: Form>(
     };
     let none = General::default();
     let General { dots, entries } = running.general.as_deref().unwrap_or(&none);
-    let named: Vec<_> = match row.target {
-        RowTarget::Class(class) => vec![(class, 1.0, running.target_logit)],
+    let mut named: Vec<_> = match row.target {
+        RowTarget::Class(class) => vec![Named::new(class, 1.0, running.target_logit, true)],
         target => {
             let with_logits = given.rows.named(target).iter().zip(entries);
-            with_logits.map(|(&(class, t), &x)| (class, t, x)).collect()
+            with_logits
+                .map(|(&(class, t), &logit)| Named::new(class, t, logit, false))
+                .collect()
         }
     };
+    set_exponents::<FORM>(&mut named, running.others.largest, exact);
     let sums = Sums {
         others: &running.others,
         dots,
         named: &named,
-        left_out: matches!(row.target, RowTarget::Class(_)).then_some(0),
         predicted: running.predicted,
     };
     finish::finish::<FORM>(given.call, given.classes, row, &sums, exact)

@@ -1,8 +1,11 @@
 //! Work for one thread: consecutive pieces of a row, compiled for each instruction set.
 
+use std::slice;
+
 use super::{
     dispatch::Task,
     element::Element,
+    finish::{Named, set_exponents},
     general::{self, Dots, General},
     gradient::{self, GradFactors},
     memory::{GradRows, Logits},
@@ -56,6 +59,13 @@ impl<T: Element, const FORM: Form, const STATS: bool, const KEEP: bool> Task
     }
 }
 
+/// Scratch memory of rows of the general kind, none for others.
+pub(super) type Buffers<R> = Vec<[R; PIECE]>;
+
+pub(super) fn buffers<R: Real>(general: bool) -> Buffers<R> {
+    vec![[R::ZERO; PIECE]; if general { 5 } else { 0 }]
+}
+
 /// [`Partials`] of a row of the general kind, with statistics.
 pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
     pub x: &'a [T],
@@ -70,14 +80,15 @@ pub(super) struct GeneralPartials<'a, T: Element, const FORM: Form> {
     pub dots: &'a mut [Dots],
     /// Of as many logits as the pieces have, or empty.
     pub kept: &'a mut [T::Real],
+    pub buffers: &'a mut Buffers<T::Real>,
 }
 
 impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, simd: S) {
-        let zeros = [T::Real::ZERO; PIECE];
-        let (mut buffer, mut differences, mut powers) = (zeros, zeros, zeros);
-        let (mut target, mut products) = (zeros, zeros);
+        let [buffer, differences, powers, target, products] = &mut self.buffers[..] else {
+            unreachable!("rows of the general kind have them");
+        };
         for (p, (partial, dots)) in self.partials.iter_mut().zip(self.dots).enumerate() {
             let index = self.first_piece + p;
             let columns = index * PIECE..((index + 1) * PIECE).min(self.x.len());
@@ -87,7 +98,7 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
             } else {
                 &mut self.kept[p * PIECE..][..len]
             };
-            let beside = self.general.piece(self.row, &columns, &mut target);
+            let beside = self.general.piece(self.row, &columns, target);
             let mut extra = Extra {
                 kept,
                 ..Extra::default()
@@ -102,7 +113,7 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
                         self.target,
                         self.transforms,
                         &mut extra,
-                        &mut buffer,
+                        buffer,
                     )
                 };
             }
@@ -124,7 +135,7 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
                 let (d, e) = (&*extra.differences, &*extra.kept);
                 let masked = partial.has_masked(len);
                 let piece = general::Piece { x, d, e, masked };
-                *dots = general::dots(&beside, piece, &mut products);
+                *dots = general::dots(&beside, piece, products);
             }
             if !dots.is_finite() && !dots.bad {
                 general::resum::<_, FORM>(dots, &beside, x, self.transforms.1, partial.largest);
@@ -164,15 +175,12 @@ impl<T: Element, const FORM: Form> Task for Gradients<'_, T, FORM> {
                 &mut buffer,
             );
             if columns.contains(&self.target) {
-                let at = self.target - start;
-                let named = (self.target, 1.0, true);
-                result[T::position(at, x.len())] = gradient::named_gradient::<T, FORM>(
-                    x[at],
-                    named,
-                    self.values,
-                    self.exact,
-                    self.factors,
-                );
+                let (at, values) = (self.target - start, self.values);
+                let (exact, factors) = (self.exact, self.factors);
+                let mut named = Named::new(self.target, 1.0, row::one(x[at]).f64(), true);
+                set_exponents::<FORM>(slice::from_mut(&mut named), factors.largest(), exact);
+                result[T::position(at, x.len())] =
+                    gradient::named_gradient::<_, FORM>(&named, values, exact, factors);
             }
             // SAFETY: as above.
             let grad = unsafe { self.out.stretch(self.row, columns) };
@@ -253,29 +261,29 @@ impl<T: Element, const FORM: Form> Task for KeptGradients<'_, T, FORM> {
 pub(super) struct KeptGeneralGradients<'a, T: Element, const FORM: Form> {
     pub of: KeptGradients<'a, T, FORM>,
     pub general: &'a General<'a, T::Real>,
+    pub buffers: &'a mut Buffers<T::Real>,
 }
 
 impl<T: Element, const FORM: Form> Task for KeptGeneralGradients<'_, T, FORM> {
     #[inline(always)]
     fn run<const FUSED: bool, S: pulp::Simd>(self, _: S) {
-        let Self { of, general } = self;
-        let zeros = [T::Real::ZERO; PIECE];
-        let (mut buffer, mut target) = (zeros, zeros);
+        let Self {
+            of,
+            general,
+            buffers,
+        } = self;
+        let [buffer, target, ..] = &mut buffers[..] else {
+            unreachable!("rows of the general kind have them");
+        };
         for (p, partial) in of.partials.iter().enumerate() {
             let end = ((p + 1) * PIECE).min(of.kept.len());
             let kept = &of.kept[p * PIECE..end];
             let columns = of.first_column + p * PIECE..of.first_column + end;
-            let beside = general.piece(of.row, &columns, &mut target);
+            let beside = general.piece(of.row, &columns, target);
             // SAFETY: these columns of this row are this task's alone.
             let grad = unsafe { of.out.stretch(of.row, columns) };
             gradient::general_gradient_of_kept::<T, FORM, FUSED>(
-                kept,
-                &beside,
-                grad,
-                partial,
-                of.factors,
-                of.exact,
-                &mut buffer,
+                kept, &beside, grad, partial, of.factors, of.exact, buffer,
             );
         }
     }

@@ -750,6 +750,37 @@ fn bad_targets() {
     }
 }
 
+/// Whatever the values themselves: the smallest that there are, and some whose squares are out of range.
+#[test]
+fn only_ratios_of_a_prior_count() {
+    let (rows, vocab) = (3, 50);
+    let x = tensor(
+        normal(&mut rng(7), rows * vocab, 2.0),
+        &[rows, vocab],
+        DType::F32,
+    );
+    let y = targets(vec![0, 49, 20], &[rows], DType::U32);
+    let with = |factor: f64, dtype: DType| {
+        let prior = (1..=vocab).map(|u| u as f64 * factor).collect();
+        let loss = CrossEntropy::new().smoothing(0.3);
+        let loss = loss.smoothing_prior(&tensor(prior, &[vocab], dtype));
+        loss.loss_and_grad(&x, &y).unwrap()
+    };
+    let expected = with(1.0, DType::F32);
+    for (factor, dtype) in [
+        (2f64.powi(-149), DType::F32),
+        (2f64.powi(120), DType::F32),
+        (f64::from_bits(1), DType::F64),
+        (2f64.powi(1000), DType::F64),
+    ] {
+        let actual = with(factor, dtype);
+        assert_all_close(&actual.loss, &expected.loss, 1e-6);
+        assert_all_close(&actual.grad, &expected.grad, 1e-6);
+        let norm = |of: &LossAndGrad| of.stats.grad_norm_sq.clone();
+        assert_all_close(&norm(&actual), &norm(&expected), 1e-6);
+    }
+}
+
 #[test]
 fn bad_values_of_classes() {
     let y = Tensor::zeros(4, DType::U32, CPU).unwrap();
