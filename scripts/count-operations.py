@@ -511,7 +511,7 @@ def main():
                 if arguments.kernels and kernel not in arguments.kernels:
                     continue
                 complaints += [f"sm_{arch} {kernel}: {fault}" for fault in set(faults(arch, kernel, code, sources))]
-                if (arch in BOUNDED or not arguments.check) and not re.search("_f16|distribution|reduce|classes", kernel):
+                if (arch in BOUNDED or not arguments.check) and not re.search("_f16|distribution|reduce|classes|merge", kernel):
                     measured[arch, kernel] = counts(kernel, code, sources)
     if arguments.update:
         measured = {(arch, kernel): count for (arch, kernel), count in measured.items() if arch in BOUNDED}

@@ -77,7 +77,10 @@ impl Slice {
     }
 }
 
-fn copy<S: BackendStorage>(hidden: &S, layout: &Layout) -> Result<(S, Shape)> {
+fn copy<S>(hidden: &S, layout: &Layout) -> Result<(S, Shape)>
+where
+    S: BackendStorage<Device: BackendDevice<Storage = S>>,
+{
     let mut copy = hidden.device().zeros_impl(layout.shape(), hidden.dtype())?;
     hidden.copy_strided_src(&mut copy, 0, layout)?;
     Ok((copy, layout.shape().clone()))
