@@ -12,7 +12,7 @@
 //! | [`model`] | the decoder and its layers, GGUF and safetensors in and out |
 //! | [`report`] | metrics, loss curves, tables, pictures, progress bars |
 //! | [`training`] | options, methods, optimizer, checkpoints, processes that train together, the training itself, evaluation |
-//! | [`commands`] | `ual elicit`, `ual finetune`, `ual study` |
+//! | [`commands`] | `ual elicit`, `ual finetune`, `ual study`, `ual data` |
 
 pub mod commands;
 pub mod data;

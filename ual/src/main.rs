@@ -4,7 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_ual::{
-    commands::{elicit, finetune, study},
+    commands::{
+        data::{self, args::What},
+        elicit, finetune, study,
+    },
     failure,
 };
 use clap::{Parser, Subcommand};
@@ -38,6 +41,7 @@ enum Command {
     Elicit(elicit::args::Args),
     Finetune(finetune::args::Args),
     Study(study::args::Args),
+    Data(data::args::Args),
 }
 
 fn main() -> ExitCode {
@@ -52,5 +56,8 @@ fn run() -> Result<ExitCode> {
         Command::Elicit(args) => elicit::run::run(&args),
         Command::Finetune(args) => finetune::run::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Study(args) => study::run::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Data(args) => match args.what {
+            What::HumanRatings(args) => data::human_ratings::run(&args).map(|()| ExitCode::SUCCESS),
+        },
     }
 }

@@ -338,6 +338,75 @@ fn the_sample_file_is_data_for_every_command() {
 }
 
 #[test]
+fn samples_that_say_it_are_held_out() {
+    let folder = TempDir::new().unwrap();
+    let loaded = |lines: &[String], limit| {
+        let options = Options { limit, ..OPTIONS };
+        jsonl::load(&write(&folder, lines.concat()), None, &options)
+    };
+    let line = |i: usize, field: &str| {
+        format!(
+            "{{\"prompt\": \"{i}?\", \"response\": \"{i}\", \"uncertainty\": 0.{i:02}{field}}}\n"
+        )
+    };
+    let is_held_out = |i: usize| i % 3 == 1;
+    let said = |i: usize| line(i, &format!(", \"held_out\": {}", is_held_out(i)));
+    let mut lines: Vec<String> = (0..30).map(said).collect();
+    let data = loaded(&lines, None).unwrap();
+    assert_eq!((data.train.len(), data.held_out.len()), (20, 10));
+    let some = loaded(&lines, Some(12)).unwrap();
+    assert_eq!(some.train.len() + some.held_out.len(), 12);
+    for data in [data, some] {
+        for (samples, held_out) in [(&data.train, false), (&data.held_out, true)] {
+            for sample in samples {
+                let number = (sample.uncertainty * 100.0).round() as usize;
+                assert_eq!(is_held_out(number), held_out, "{number}");
+            }
+        }
+    }
+
+    lines[4] = line(4, "");
+    let error = loaded(&lines, None).err().unwrap().to_string();
+    assert!(
+        error.contains(":5: 1 of 30 samples have no \"held_out\""),
+        "{error}"
+    );
+    lines[4] = line(4, ", \"held_out\": \"test\"");
+    let error = loaded(&lines, None).err().unwrap().to_string();
+    assert!(
+        error.contains(":5: \"held_out\" is \"test\"; it must be"),
+        "{error}"
+    );
+    let trained: Vec<String> = (0..30).map(|i| line(i, ", \"held_out\": false")).collect();
+    let error = loaded(&trained, None).err().unwrap().to_string();
+    assert!(
+        error.contains("30 samples, of which 0 would be held out"),
+        "{error}"
+    );
+}
+
+#[test]
+fn counts_of_responses_are_of_the_samples_own() {
+    let folder = TempDir::new().unwrap();
+    for (more, message) in [
+        (
+            json!([1]),
+            "\"response_counts\" is [1]; it must be an object",
+        ),
+        (
+            json!({"a": -1}),
+            "has -1 for \"a\"; it must be a number from 0 on",
+        ),
+        (json!({"a": 0, "b": 2}), "the response is \"a\", which"),
+    ] {
+        let sample = json!({"prompt": "q", "response": "a", "response_counts": more});
+        let path = write(&folder, sample.to_string());
+        let error = format!("{:#}", jsonl::load(&path, None, &OPTIONS).err().unwrap());
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
 fn many_samples_are_read_and_ranked_in_seconds() {
     let start = Instant::now();
     let ranks = Ranks::new((0..400_000).map(f64::from).collect());

@@ -1,5 +1,6 @@
 //! The commands of the program `ual`, each its arguments and its run.
 
+pub mod data;
 pub mod elicit;
 pub mod finetune;
 pub mod study;

@@ -1,11 +1,12 @@
-//! Real data: a file's samples, see [`input`], and each one's `"uncertainty"`, if it has one.
+//! Real data: a file's samples, see [`input`], and each one's `"uncertainty"`, if it has one; whether it is `"held_out"`, if
+//! the file says so; and how many people gave each response, see [`response_counts`].
 //!
 //! The tokeniser is the model's own, with its chat template, or a byte-level BPE trained on the training samples' text, with
 //! control tokens: `<begin> prompt <answer> response <end>`. Where no sample has an uncertainty it is estimated, see
 //! [`crate::data::ngram`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::Path,
 };
 
@@ -25,6 +26,7 @@ use crate::{
         form::{self, Turn},
         input::{self, Record as Read},
         ngram::{NGram, Ranks},
+        response_counts::{self, ResponseCounts},
         samples::{Dataset, Sample},
     },
     text::chat::Encoder,
@@ -42,6 +44,8 @@ struct Record {
     /// text.
     question: String,
     uncertainty: Option<f32>,
+    held_out: Option<bool>,
+    response_counts: Option<ResponseCounts>,
     /// Of the file, from 1.
     line: usize,
     /// What the field of `--group` says.
@@ -50,7 +54,7 @@ struct Record {
 
 pub struct Options<'a> {
     pub seed: u64,
-    /// Share of the samples, above 0 and below 1.
+    /// Share of the samples, above 0 and below 1, where they do not say themselves which are held out.
     pub held_out: f64,
     pub vocab: usize,
     pub max_tokens: usize,
@@ -63,14 +67,23 @@ pub struct Options<'a> {
 /// `encoder` is that of the model, if there is one; else one is trained on the training samples.
 pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<Dataset> {
     let mut records = read(path, options.group)?;
-    let estimated = is_to_be_estimated(path, &records)?;
+    let estimated = !all_or_none(path, &records, "uncertainty", |r| r.uncertainty.is_some())?;
+    let parted = all_or_none(path, &records, "\"held_out\"", |r| r.held_out.is_some())?;
     // Of all records, so that they are the same whichever are drawn.
     let groups: BTreeSet<&String> = records.iter().flat_map(|record| &record.group).collect();
     let groups: Vec<String> = groups.into_iter().cloned().collect();
     shuffle(&mut records, options.seed);
     records.truncate(options.limit.unwrap_or(usize::MAX));
-    let held_out = (records.len() as f64 * options.held_out).round() as usize;
-    let Some(held_out) = between_questions(&records, held_out) else {
+    let (held_out, place) = if parted {
+        records.sort_by_key(|record| record.held_out == Some(false)); // keeps the order else
+        let held_out = records.partition_point(|record| record.held_out == Some(true));
+        let both = (1..records.len()).contains(&held_out);
+        (held_out, both.then_some(held_out))
+    } else {
+        let wanted = (records.len() as f64 * options.held_out).round() as usize;
+        (wanted, between_questions(&records, wanted))
+    };
+    let Some(place) = place else {
         bail!(
             "{}: {} samples, of which {held_out} would be held out; there must be some to train on and some held out, \
              of other prompts",
@@ -78,7 +91,10 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
             records.len(),
         );
     };
-    let train = records.split_off(held_out);
+    let train = records.split_off(place);
+    if parted {
+        warn_of_shared_questions(path, &train, &records);
+    }
     let encoder = match encoder {
         Some(encoder) => encoder,
         None => train_encoder(&train, options.vocab)?,
@@ -119,11 +135,12 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
         vocab: vocab(&encoder),
         pretrain: train.iter().map(plain).collect(),
         description: format!(
-            "{}: {} training samples, {} held out, {truncated} of them cut to {} tokens;\nuncertainty: \
+            "{}: {} training samples, {} held out{}, {truncated} of them cut to {} tokens;\nuncertainty: \
              {}",
             path.display(),
             train.len(),
             held_out.len(),
+            if parted { " as the file says" } else { "" },
             options.max_tokens,
             match estimated {
                 true => "estimated by the rank of the response's trigram cross-entropy",
@@ -156,6 +173,15 @@ fn record(read: Read, group: Option<&str>) -> Result<Record> {
             number
         }
     };
+    let held_out = match read.fields.get("held_out") {
+        None | Some(Value::Null) => None,
+        Some(Value::Bool(held_out)) => Some(*held_out),
+        Some(other) => bail!("\"held_out\" is {other}; it must be true or false"),
+    };
+    let response_counts = match read.fields.get(response_counts::FIELD) {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(ResponseCounts::parse(value, &read.turns)?),
+    };
     let group = group.map(|field| match read.fields.get(field) {
         Some(Value::String(group)) => Ok(group.clone()),
         None | Some(Value::Null) => bail!("{field:?}, the field of --group, is missing"),
@@ -171,24 +197,47 @@ fn record(read: Read, group: Option<&str>) -> Result<Record> {
         turns: read.turns,
         question,
         uncertainty,
+        held_out,
+        response_counts,
         line: read.line,
         group: group.transpose()?,
     })
 }
 
-/// Whether no record has an uncertainty. That only some have one is an error: an estimate is on another scale.
-fn is_to_be_estimated(path: &Path, records: &[Record]) -> Result<bool> {
-    let (with, without): (Vec<&Record>, _) = records.iter().partition(|r| r.uncertainty.is_some());
+/// Whether all records have something. That only some have it is an error: an estimate of the others' uncertainty would be
+/// on another scale, and on which side they are is not known.
+fn all_or_none(
+    path: &Path,
+    records: &[Record],
+    what: &str,
+    has: impl Fn(&Record) -> bool,
+) -> Result<bool> {
+    let (with, without): (Vec<&Record>, _) = records.iter().partition(|record| has(record));
     if let (false, Some(first)) = (with.is_empty(), without.first()) {
         bail!(
-            "{}:{}: {} of {} samples have no uncertainty, of which this is the first; all must have one, or none",
+            "{}:{}: {} of {} samples have no {what}, of which this is the first; all must have one, or none",
             path.display(),
             first.line,
             without.len(),
             records.len()
         );
     }
-    Ok(with.is_empty())
+    Ok(!with.is_empty())
+}
+
+/// Where the file says which samples are held out, that is done, whatever their prompts.
+fn warn_of_shared_questions(path: &Path, train: &[Record], held_out: &[Record]) {
+    let trained: HashSet<&str> = train.iter().map(|r| r.question.as_str()).collect();
+    let shared = held_out
+        .iter()
+        .filter(|r| trained.contains(r.question.as_str()));
+    match shared.count() {
+        0 => (),
+        shared => eprintln!(
+            "{}: the prompts of {shared} held-out samples are trained on as well",
+            path.display()
+        ),
+    }
 }
 
 /// The first place from `wanted` on, or else the last before it, where a question ends and another begins: responses to
@@ -253,6 +302,13 @@ fn encode(
     let conversation = conversations.encode(&record.turns, max_tokens)?;
     let responses = &conversation.responses;
     let group = record.group.as_ref();
+    let truth = match &record.response_counts {
+        Some(counts) => {
+            let response = &conversation.tokens[responses[0].clone()];
+            counts.truth(&record.turns, response, conversations)?
+        }
+        None => Vec::new(),
+    };
     Ok((
         Sample {
             prompt: responses[0].start,
@@ -265,7 +321,7 @@ fn encode(
             group: group
                 .and_then(|group| groups.binary_search(group).ok())
                 .unwrap_or(0),
-            truth: Vec::new(),
+            truth,
         },
         conversation.cut,
     ))

@@ -8,5 +8,7 @@ pub mod jsonl;
 pub mod lines;
 pub mod ngram;
 mod parquet;
+pub mod ratings;
+pub mod response_counts;
 pub mod samples;
 pub mod synthetic;

@@ -99,7 +99,7 @@ pub struct Args {
     /// second control, in which uncertainties are dealt to samples of the same kind
     #[arg(long, value_name = "FIELD", requires = "data")]
     pub group: Option<String>,
-    /// With --data: share of the samples that are held out
+    /// With --data: share of the samples that are held out, where they have no field "held_out", true or false, that says it
     #[arg(long, default_value_t = 0.2)]
     pub held_out: f64,
     /// With --data: vocabulary of the tokeniser, which is trained on the training samples

@@ -93,7 +93,7 @@ fn the_commands_of_the_documents_run() {
                 write_model_for(&folder.path().join(word), 512);
             }
             let words = match words[0] {
-                "elicit" => words.iter().map(|word| word.to_string()).collect(),
+                "elicit" | "data" => words.iter().map(|word| word.to_string()).collect(),
                 _ => shortened(&words),
             };
             // A command that is shown a second time, for another way, is another reader's.
@@ -111,11 +111,17 @@ fn the_commands_of_the_documents_run() {
                 .output()
                 .unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
+            run += 1;
+            if words[0] == "data" {
+                // The archive, which the line before it downloads, is not there.
+                let archive = "cannot read vaderSentiment-3.3.2.tar.gz";
+                assert!(said.contains(archive), "{document}: {line}\n{said}");
+                continue;
+            }
             assert!(
                 output.status.success(),
                 "{document}: {line}\n{words:?}\n{said}"
             );
-            run += 1;
         }
     }
     assert!(run >= 10, "{run} commands were found");
