@@ -155,7 +155,7 @@ fn slices(case: &Case, vocab: usize, first_classes: &[usize], device: &Device) -
     Ok(worst)
 }
 
-fn all(stats: &RowStats) -> [&Tensor; 6] {
+pub fn all(stats: &RowStats) -> [&Tensor; 6] {
     let RowStats {
         nll,
         lse,

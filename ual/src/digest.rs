@@ -1,4 +1,4 @@
-//! SHA-256 of files.
+//! SHA-256 of files and of bytes.
 
 use std::{fs::File, io::Read, path::Path};
 
@@ -7,6 +7,10 @@ use sha2::{Digest, Sha256};
 
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn of_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 /// Of the files' bytes, one file after another.

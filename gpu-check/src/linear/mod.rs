@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use candle_core::{DType, Device};
 
 use crate::{
-    cases::{OPTIONS, Options, REDUCTIONS, values},
+    cases::{OPTIONS, Options, REDUCTIONS},
     report::{Report, Worst},
 };
 use compare::Unfused;
@@ -197,21 +197,8 @@ fn precision(dtype: DType, device: &Device) -> Result<Worst> {
 
 /// Of everything; widening 16-bit values to f64 keeps their bits apart.
 fn bits(outcome: &Outcome) -> Result<Vec<u64>> {
-    let stats = &outcome.stats;
-    let mut all = vec![];
-    for tensor in [
-        &outcome.loss,
-        &stats.nll,
-        &stats.lse,
-        &stats.entropy,
-        &stats.max_prob,
-        &stats.grad_norm_sq,
-        &stats.predicted,
-    ]
-    .into_iter()
-    .chain(&outcome.gradients)
-    {
-        all.extend(values(tensor)?.into_iter().map(f64::to_bits));
-    }
-    Ok(all)
+    let stats = crate::ranks::all(&outcome.stats);
+    let all = [&outcome.loss].into_iter().chain(stats);
+    let all = all.chain(&outcome.gradients).map(crate::ranks::bits);
+    Ok(all.collect::<Result<Vec<_>>>()?.concat())
 }

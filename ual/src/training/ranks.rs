@@ -39,9 +39,7 @@ impl Ranks {
     pub fn of(comm: Arc<dyn Communicator>) -> Self {
         Self {
             comm: Some(comm),
-            by_classes: false,
-            #[cfg(feature = "mpi")]
-            universe: None,
+            ..Self::alone()
         }
     }
 
@@ -67,8 +65,8 @@ impl Ranks {
             );
             Ok(Self {
                 comm: Some(Arc::new(candle_cross_entropy::parallel::Mpi::new(world))),
-                by_classes: false,
                 universe: Some(universe),
+                ..Self::alone()
             })
         }
         #[cfg(not(feature = "mpi"))]
@@ -249,21 +247,22 @@ impl Ranks {
 
 /// How many processes were started, as Open MPI, MPICH and Slurm say.
 fn launched() -> usize {
-    let names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
-    let size = |name: &&str| env::var(name).ok()?.parse().ok();
-    names.iter().find_map(size).unwrap_or(1)
+    number_in(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]).unwrap_or(1)
 }
 
 /// This process's number among those on its machine, as Open MPI, MPICH and Slurm say.
 fn local_rank() -> Option<usize> {
-    let names = [
+    number_in(&[
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "MPI_LOCALRANKID",
         "SLURM_LOCALID",
-    ];
-    names
-        .iter()
-        .find_map(|name| env::var(name).ok()?.parse().ok())
+    ])
+}
+
+/// That of the first of these variables of the environment that has one.
+fn number_in(names: &[&str]) -> Option<usize> {
+    let number = |name: &&str| env::var(name).ok()?.parse().ok();
+    names.iter().find_map(number)
 }
 
 /// For what one process does.

@@ -52,7 +52,7 @@ pub fn run(args: &HumanRatings) -> Result<()> {
     ranks::refuse("data")?;
     let archive = args.archive.display();
     let bytes = fs::read(&args.archive).with_context(|| format!("cannot read {archive}"))?;
-    let found = digest::of_files(&[&args.archive])?;
+    let found = digest::of_bytes(&bytes);
     ensure!(
         found == ratings::DIGEST,
         "--archive is {archive}, whose SHA-256 is {found}; that of vaderSentiment-3.3.2.tar.gz is {}",
