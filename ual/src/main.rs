@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_ual::{
     commands::{
         data::{self, args::What},
-        elicit, finetune, study,
+        elicit, finetune, probe, study,
     },
     failure,
 };
@@ -41,6 +41,7 @@ enum Command {
     Elicit(elicit::args::Args),
     Finetune(finetune::args::Args),
     Study(study::args::Args),
+    Probe(probe::args::Args),
     Data(data::args::Args),
 }
 
@@ -56,6 +57,7 @@ fn run() -> Result<ExitCode> {
         Command::Elicit(args) => elicit::run::run(&args),
         Command::Finetune(args) => finetune::run::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Study(args) => study::run::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Probe(args) => probe::run::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Data(args) => match args.what {
             What::HumanRatings(args) => data::human_ratings::run(&args).map(|()| ExitCode::SUCCESS),
         },

@@ -3,4 +3,5 @@
 pub mod data;
 pub mod elicit;
 pub mod finetune;
+pub mod probe;
 pub mod study;

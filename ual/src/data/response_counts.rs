@@ -42,6 +42,13 @@ impl ResponseCounts {
         Ok(Self(counts))
     }
 
+    /// Each response and its count.
+    pub fn counts(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0
+            .iter()
+            .map(|(response, count)| (response.as_str(), *count))
+    }
+
     /// The distribution of every token of the sample's `response`, given those before it.
     pub fn truth(
         &self,

@@ -13,7 +13,8 @@ pub struct Row {
     pub entropy: f64,
     /// Probability of the predicted token.
     pub confidence: f64,
-    pub correct: bool,
+    /// 1 where that is right, 0 where it is not; of several answers the share that it is.
+    pub correct: f64,
     /// Σ (p_k − 1[k = y])².
     pub brier: f64,
     /// From the true distribution to the predicted, where the true one is known.
@@ -59,7 +60,7 @@ pub fn summarise(rows: &[Row]) -> Option<Summary> {
         ece: expected_calibration_error(&reliability(rows)),
         brier: average(|row| row.brier)?,
         entropy: average(|row| row.entropy)?,
-        accuracy: average(|row| f64::from(u8::from(row.correct)))?,
+        accuracy: average(|row| row.correct)?,
         kl: mean(rows.iter().filter_map(|row| row.kl)),
     })
 }
@@ -72,7 +73,7 @@ pub fn reliability(rows: &[Row]) -> [Bin; BINS] {
         let bin = &mut bins[bin.clamp(1, BINS) - 1];
         bin.rows += 1;
         bin.confidence += row.confidence;
-        bin.accuracy += f64::from(u8::from(row.correct));
+        bin.accuracy += row.correct;
     }
     for bin in bins.iter_mut().filter(|bin| bin.rows > 0) {
         bin.confidence /= bin.rows as f64;

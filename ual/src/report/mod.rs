@@ -5,3 +5,4 @@ pub mod meter;
 pub mod metrics;
 pub mod plots;
 pub mod run;
+pub mod statistics;

@@ -61,7 +61,7 @@ pub fn evaluate(
                     nll: f64::from(nll[i][t]),
                     entropy: f64::from(entropy[i][t]),
                     confidence: f64::from(confidence[i][t]),
-                    correct: i64::from(predicted[i][t]) == target,
+                    correct: f64::from(u8::from(i64::from(predicted[i][t]) == target)),
                     brier: f64::from(brier[i][t]), // ‖p − q‖² where q, without smoothing, is the target alone
                     kl: kl.as_ref().map(|kl| f64::from(kl[i][t])),
                 });

@@ -11,7 +11,7 @@ fn row(confidence: f64, correct: bool) -> Row {
         nll: 1.0,
         entropy: 2.0,
         confidence,
-        correct,
+        correct: f64::from(u8::from(correct)),
         brier: 0.5,
         kl: None,
     }
@@ -85,4 +85,30 @@ fn the_median_parts_certain_from_uncertain() {
     assert_eq!(threshold(vec![0.0, 0.8, 0.0, 0.3, 0.0]), Some(0.3));
     assert_eq!(threshold(vec![0.1, 0.8, 0.8, 0.8]), Some(0.8));
     assert_eq!(threshold(vec![0.5; 3]), Some(0.5));
+}
+
+#[test]
+fn a_bootstrap_interval_covers_what_it_should() {
+    use candle_ual::report::statistics::bootstrap;
+    // Of normal values an interval of the mean is ±1.96 standard errors, less a factor of √(1 − 1/n).
+    let normal = |i: usize| {
+        let u = (i as f64 + 0.5) / 400.0;
+        (u / (1.0 - u)).ln() // logistic quantiles: variance π²/3
+    };
+    let values: Vec<f64> = (0..400).map(|i| 5.0 + normal(i)).collect();
+    let interval = bootstrap(&values).unwrap();
+    let error = (std::f64::consts::PI.powi(2) / 3.0 / 400.0).sqrt();
+    assert!((interval.mean - 5.0).abs() < 1e-9);
+    assert!(
+        (interval.high - 5.0 - 1.96 * error).abs() < 0.1 * error,
+        "{interval:?}"
+    );
+    assert!(
+        (interval.low - 5.0 + 1.96 * error).abs() < 0.1 * error,
+        "{interval:?}"
+    );
+    assert!(interval.excludes_0() && !bootstrap(&[-1.0, 1.0]).unwrap().excludes_0());
+    assert_eq!(bootstrap(&values), Some(interval));
+    assert_eq!(bootstrap(&[2.0, 2.0]).unwrap().low, 2.0);
+    assert_eq!(bootstrap(&[2.0]), None);
 }
