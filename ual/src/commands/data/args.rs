@@ -26,13 +26,13 @@ pub enum What {
 #[command(after_help = "\
 Example:
   pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
-  ual data human-ratings --archive vaderSentiment-3.3.2.tar.gz --out ratings.jsonl --exact 2000
+  ual data human-ratings --archive vaderSentiment-3.3.2.tar.gz --out ratings.jsonl --exact 2000 --easy 2000
   ual finetune --data ratings.jsonl --group kind --limit 500 --model MODEL.gguf --lora 8")]
 pub struct HumanRatings {
     /// The source distribution of vaderSentiment 3.3.2, as the example's first line downloads it
     #[arg(long, value_name = "vaderSentiment-3.3.2.tar.gz")]
     pub archive: PathBuf,
-    /// A line a sample, in random order: "id", "kind" (tweet, film, product, editorial, arithmetic), "prompt", "response",
+    /// A line a sample, in random order: "id", "kind" (tweet, film, product, editorial, arithmetic, reading), "prompt", "response",
     /// "uncertainty" in [0, 1], "held_out"; of those held out "response_counts" as well, how many people gave each rating
     #[arg(long, value_name = "FILE.jsonl")]
     pub out: PathBuf,
@@ -45,6 +45,9 @@ pub struct HumanRatings {
     /// Add so many questions that have one right answer, a difference from -4 to 4, of uncertainty 0 and kind arithmetic
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub exact: usize,
+    /// The same, but easy: the answer, from -4 to 4, stands in the question, as a word. Of kind reading
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub easy: usize,
 }
 
 impl HumanRatings {

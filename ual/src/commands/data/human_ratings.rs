@@ -20,6 +20,7 @@ use crate::{
 const ASK: &str = "How positive or negative is this sentence, from -4 (extremely negative) to 4 (extremely positive)? \
                    Answer with one number.";
 const EXACT: &str = "arithmetic";
+const EASY: &str = "reading";
 /// Exact questions subtract numbers below it.
 const LARGEST: i32 = 1000;
 /// The largest answer of any question, and but for its sign the least.
@@ -63,7 +64,12 @@ pub fn run(args: &HumanRatings) -> Result<()> {
         contradicted,
         repeated,
     } = ratings::read(&bytes).with_context(|| archive.to_string())?;
-    let samples = samples(&sentences, args.exact, args.seed, args.held_out)?;
+    let samples = samples(
+        &sentences,
+        (args.exact, args.easy),
+        args.seed,
+        args.held_out,
+    )?;
     write(&args.out, &samples).with_context(|| format!("cannot write {}", args.out.display()))?;
 
     println!(
@@ -76,15 +82,16 @@ pub fn run(args: &HumanRatings) -> Result<()> {
     Ok(())
 }
 
-/// Of the sentences and of so many exact questions, in random order; the first are held out.
+/// Of the sentences and of so many exact questions, hard and easy ones, in random order; the first are held out.
 pub fn samples(
     sentences: &[Sentence],
-    exact: usize,
+    (exact, easy): (usize, usize),
     seed: u64,
     held_out: f64,
 ) -> Result<Vec<Sample>> {
     let rng = &mut StdRng::seed_from_u64(seed);
     let mut questions = exact_questions(exact, rng)?;
+    questions.extend(easy_questions(easy, rng)?);
     questions.extend(sentences.iter().map(|sentence| Question {
         id: sentence.id.clone(),
         kind: sentence.kind,
@@ -135,6 +142,62 @@ fn exact_questions(count: usize, rng: &mut impl Rng) -> Result<Vec<Question>> {
     Ok(drawn.map(|i| question(all[i])).collect())
 }
 
+/// Questions that say their answer as a word, each once, with equally frequent answers.
+fn easy_questions(count: usize, rng: &mut impl Rng) -> Result<Vec<Question>> {
+    const WORDS: [&str; 5] = ["zero", "one", "two", "three", "four"];
+    const NAMES: [&str; 24] = [
+        "Ada", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira",
+        "Liam", "Mona", "Nils", "Olga", "Paul", "Rosa", "Samir", "Tara", "Umut", "Vera", "Wanda",
+        "Yusuf", "Zoe",
+    ];
+    const PLACES: [&str; 10] = [
+        "in the kitchen",
+        "at school",
+        "on the train",
+        "in the garden",
+        "at the office",
+        "on the beach",
+        "in the library",
+        "at the market",
+        "on the bus",
+        "at home",
+    ];
+    const VERBS: [(&str, &str); 6] = [
+        ("wrote down", "write down"),
+        ("drew", "draw"),
+        ("guessed", "guess"),
+        ("picked", "pick"),
+        ("called out", "call out"),
+        ("thought of", "think of"),
+    ];
+    let answers = 2 * MOST as usize + 1;
+    let all = answers * NAMES.len() * PLACES.len() * VERBS.len();
+    ensure!(
+        count <= all,
+        "--easy is {count}; there are {all} such questions"
+    );
+    let question = |number: usize| {
+        let answer = (number % answers) as i32 - MOST;
+        let rest = number / answers;
+        let (name, rest) = (NAMES[rest % NAMES.len()], rest / NAMES.len());
+        let (place, (past, verb)) = (PLACES[rest % PLACES.len()], VERBS[rest / PLACES.len()]);
+        let sign = if answer < 0 { "minus " } else { "" };
+        let word = WORDS[answer.unsigned_abs() as usize];
+        Question {
+            id: format!("{EASY}-{number}"),
+            kind: EASY,
+            prompt: format!(
+                "{name} was {place} and {past} the number {sign}{word}. Which number did {name} {verb}? Answer with one number."
+            ),
+            answers: vec![answer as i8],
+        }
+    };
+    Ok(index::sample(rng, all, count)
+        .into_iter()
+        .map(question)
+        .collect())
+}
+
 /// In nats; 0 of nothing.
 fn entropy(counts: &BTreeMap<i8, usize>) -> f64 {
     let all = counts.values().sum::<usize>() as f64;
@@ -157,7 +220,7 @@ fn table(samples: &[Sample]) -> String {
     let mut text =
         "kind        trained  held out  uncertainty: least, quartiles, largest\n".to_string();
     let kinds = ratings::KINDS.iter().map(|(kind, _)| *kind);
-    for kind in kinds.chain([EXACT]) {
+    for kind in kinds.chain([EXACT, EASY]) {
         let of_kind = || samples.iter().filter(|sample| sample.kind == kind);
         let mut sorted: Vec<f32> = of_kind().map(|sample| sample.uncertainty).collect();
         sorted.sort_by(f32::total_cmp);

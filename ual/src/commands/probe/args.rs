@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
-use crate::model::pretrained::Overrides;
+use crate::{commands::probe::trainings::validation, model::pretrained::Overrides};
 
 /// Compares the trainings on a small head over a frozen model's hidden states, many seeds and sizes in minutes
 ///
@@ -14,8 +14,8 @@ use crate::model::pretrained::Overrides;
 #[command(after_help = "\
 Example:
   pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
-  ual data human-ratings --archive vaderSentiment-3.3.2.tar.gz --out ratings.jsonl --exact 8980
-  ual probe --data ratings.jsonl --model MODEL.gguf")]
+  ual data human-ratings --archive vaderSentiment-3.3.2.tar.gz --out ratings.jsonl --exact 8000 --easy 8000
+  ual probe --data ratings.jsonl --group kind --limit 15000 --model MODEL.gguf")]
 pub struct Args {
     /// Samples of one prompt and one of a few responses each, as `ual data` makes them, with "uncertainty", "held_out" and,
     /// where that is true, "response_counts"
@@ -46,15 +46,65 @@ pub struct Args {
     /// Epochs of a training on up to 500 samples; larger ones have fewer, by the square root of the size
     #[arg(long, default_value_t = 64)]
     pub epochs: usize,
+    /// The field that says of what kind a sample is; with it there is a control in which uncertainties are dealt to samples
+    /// of the same kind
+    #[arg(long, value_name = "FIELD")]
+    pub group: Option<String>,
+    /// Outputs of the heads whose smoothing is spread over a vocabulary; those that are no response are never right
+    #[arg(long, default_value_t = 128)]
+    pub outputs: usize,
+    /// Samples of each stretch of uncertainties that are trained on alone, for which smoothing is best there; 0 for no such trainings
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub stretch_size: usize,
     /// Width of the head's hidden layer
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 32)]
     pub width: usize,
+    /// Learning rate, constant
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
 }
 
 impl Args {
     pub fn check(&self) -> Result<()> {
+        let positive = [
+            ("--seeds", self.seeds as usize),
+            ("--epochs", self.epochs),
+            ("--width", self.width),
+        ];
+        for (name, value) in positive {
+            ensure!(value > 0, "{name} is 0; it must be at least 1");
+        }
+        for &size in &self.sizes {
+            ensure!(size > 0, "--sizes has 0; a size must be at least 1");
+        }
+        for &mean in &self.smoothings {
+            ensure!(
+                mean > 0.0 && mean < 1.0,
+                "--smoothings has {mean}; a mean smoothing must be above 0 and below 1"
+            );
+        }
+        ensure!(
+            self.lr.is_finite() && self.lr > 0.0,
+            "--lr is {}; it must be above 0",
+            self.lr
+        );
+        Ok(())
+    }
+
+    /// Of data with so many samples to train on and so many responses.
+    pub fn check_sizes(&self, samples: usize, responses: usize) -> Result<()> {
+        for &size in &self.sizes {
+            let needed = size + validation(size);
+            ensure!(
+                needed <= samples,
+                "--sizes has {size}: with a validation part {needed} samples are needed, and there are {samples} to train on"
+            );
+        }
+        ensure!(
+            self.outputs >= responses,
+            "--outputs is {}; there are {responses} responses",
+            self.outputs
+        );
         Ok(())
     }
 }

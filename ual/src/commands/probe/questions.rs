@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde_json::Value;
 
@@ -25,6 +25,8 @@ pub struct Question {
     pub answer: usize,
     /// In [0, 1].
     pub uncertainty: f32,
+    /// What the field of --group says, as a number.
+    pub kind: Option<usize>,
     /// The share of people who gave each response, where the sample is held out; else empty.
     pub truth: Vec<f64>,
 }
@@ -41,12 +43,18 @@ struct Read {
     turns: Vec<Turn>,
     response: String,
     uncertainty: f32,
+    kind: Option<String>,
     counts: Option<ResponseCounts>,
 }
 
 /// Of a file, in random order; at most `limit` of them.
-pub fn read(path: &Path, limit: Option<usize>, seed: u64) -> Result<Questions> {
-    let mut all = input::read(path, question)?;
+pub fn read(
+    path: &Path,
+    group: Option<&str>,
+    limit: Option<usize>,
+    seed: u64,
+) -> Result<Questions> {
+    let mut all = input::read(path, |record| question(record, group))?;
     all.shuffle(&mut StdRng::seed_from_u64(seed));
     all.truncate(limit.unwrap_or(usize::MAX));
     let responses: BTreeSet<&str> = all
@@ -68,6 +76,8 @@ pub fn read(path: &Path, limit: Option<usize>, seed: u64) -> Result<Questions> {
         .enumerate()
         .map(|(i, response)| (response.as_str(), i))
         .collect();
+    let kinds: BTreeSet<String> = all.iter().filter_map(|read| read.kind.clone()).collect();
+    let kinds: Vec<String> = kinds.into_iter().collect();
     let (mut train, mut held_out) = (Vec::new(), Vec::new());
     for read in all {
         let mut truth = Vec::new();
@@ -86,6 +96,7 @@ pub fn read(path: &Path, limit: Option<usize>, seed: u64) -> Result<Questions> {
             turns: read.turns,
             answer: number[read.response.as_str()],
             uncertainty: read.uncertainty,
+            kind: read.kind.and_then(|kind| kinds.binary_search(&kind).ok()),
             truth,
         });
     }
@@ -102,7 +113,7 @@ pub fn read(path: &Path, limit: Option<usize>, seed: u64) -> Result<Questions> {
     })
 }
 
-fn question(read: Record) -> Result<Read> {
+fn question(read: Record, group: Option<&str>) -> Result<Read> {
     let field = |name: &str| read.fields.get(name).filter(|value| !value.is_null());
     let uncertainty = field("uncertainty").and_then(Value::as_f64);
     let uncertainty = uncertainty.context("it has no \"uncertainty\", a number in [0, 1]")? as f32;
@@ -121,6 +132,11 @@ fn question(read: Record) -> Result<Read> {
             response_counts::FIELD
         ),
     }
+    let kind = group.map(|name| match field(name) {
+        Some(Value::String(kind)) => Ok(kind.clone()),
+        Some(other) => Ok(other.to_string()),
+        None => Err(anyhow!("{name:?}, the field of --group, is missing")),
+    });
     let responses = read.turns.iter().filter(|turn| turn.is_response()).count();
     ensure!(
         responses == 1,
@@ -131,6 +147,7 @@ fn question(read: Record) -> Result<Read> {
         response: response.text.clone(),
         turns: read.turns,
         uncertainty,
+        kind: kind.transpose()?,
         counts,
     })
 }
