@@ -164,7 +164,7 @@ fn sentences() -> Vec<Sentence> {
 #[test]
 fn a_response_is_one_raters_and_its_uncertainty_the_others() {
     let sentences = sentences();
-    let samples = samples(&sentences, 0, 1, 0.25).unwrap();
+    let samples = samples(&sentences, (0, 0), 1, 0.25).unwrap();
     assert_eq!(samples.len(), 40);
     assert_eq!(samples.iter().filter(|sample| sample.held_out).count(), 10);
     let mut drawn = HashSet::new();
@@ -218,7 +218,7 @@ fn lines(samples: &[Sample]) -> String {
 #[test]
 fn the_seed_decides_and_the_share_moves_the_boundary_alone() {
     let sentences = sentences();
-    let made = |seed, held_out| samples(&sentences, 5, seed, held_out).unwrap();
+    let made = |seed, held_out| samples(&sentences, (5, 0), seed, held_out).unwrap();
     assert_eq!(lines(&made(1, 0.2)), lines(&made(1, 0.2)));
     assert_ne!(lines(&made(1, 0.2)), lines(&made(2, 0.2)));
     let answers = |samples: &[Sample]| -> Vec<(String, String)> {
@@ -233,7 +233,7 @@ fn the_seed_decides_and_the_share_moves_the_boundary_alone() {
 
 #[test]
 fn exact_questions_have_one_right_answer() {
-    let made = samples(&[], 8980, 1, 0.5).unwrap();
+    let made = samples(&[], (8980, 0), 1, 0.5).unwrap();
     let mut asked = HashSet::new();
     let mut frequencies = BTreeMap::new();
     for sample in &made {
@@ -248,15 +248,37 @@ fn exact_questions_have_one_right_answer() {
     }
     let counts: Vec<i32> = frequencies.values().copied().collect();
     assert_eq!(counts, [996, 997, 998, 999, 1000, 999, 998, 997, 996]);
-    let error = samples(&[], 8981, 1, 0.5).unwrap_err().to_string();
+    let error = samples(&[], (8981, 0), 1, 0.5).unwrap_err().to_string();
     assert_eq!(error, "--exact is 8981; there are 8980 such questions");
+}
+
+#[test]
+fn easy_questions_say_their_answer() {
+    let words = ["zero", "one", "two", "three", "four"];
+    let made = samples(&[], (0, 12960), 1, 0.5).unwrap();
+    let mut asked = HashSet::new();
+    let mut frequencies = BTreeMap::new();
+    for sample in &made {
+        assert_eq!((sample.kind, sample.uncertainty), ("reading", 0.0));
+        let (_, said) = sample.prompt.split_once(" the number ").unwrap();
+        let (number, _) = said.split_once('.').unwrap();
+        let word = number.trim_start_matches("minus ");
+        let value = words.iter().position(|other| *other == word).unwrap() as i32;
+        let value = if word == number { value } else { -value };
+        assert_eq!(value.to_string(), sample.response);
+        assert!(asked.insert(&sample.prompt), "{}", sample.prompt);
+        *frequencies.entry(value).or_insert(0) += 1;
+    }
+    assert_eq!(frequencies.into_values().collect::<Vec<i32>>(), [1440; 9]);
+    let error = samples(&[], (0, 12961), 1, 0.5).unwrap_err().to_string();
+    assert_eq!(error, "--easy is 12961; there are 12960 such questions");
 }
 
 #[test]
 fn the_file_is_read_with_its_split_and_its_truth() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("ratings.jsonl");
-    let made = samples(&sentences(), 10, 1, 0.3).unwrap();
+    let made = samples(&sentences(), (10, 0), 1, 0.3).unwrap();
     fs::write(&path, lines(&made)).unwrap();
     let options = Options {
         seed: 3,

@@ -91,7 +91,7 @@ pub struct Known<'a> {
 }
 
 /// One training: a head of a stack.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Arm {
     pub method: Method,
     /// Over the training samples; 0 of [`Plain`].
