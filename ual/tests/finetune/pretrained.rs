@@ -400,7 +400,7 @@ fn from_unscored_data_to_a_report() {
             "--out",
             "study",
         ])
-        .args(["--seeds", "2", "--steps", "3"])
+        .args(["--seeds", "2", "--steps", "3", "--train-last", "1"])
         .args(more)
         .output()
         .unwrap();
