@@ -15,7 +15,7 @@ use candle_core::{
     },
 };
 use candle_ual::model::{
-    decoder::{Decoder, Trained},
+    decoder::{Decoder, Last, Trained},
     export,
     pretrained::{self, Overrides, Pretrained, Purpose},
 };
@@ -390,6 +390,52 @@ fn biases_and_norms_of_queries_and_keys_are_trained() {
                 "{kind}: {i}, {:?}: {difference} and {expected}",
                 var.shape()
             );
+        }
+    }
+}
+
+/// Of every kind: what is kept of frozen layers, and chosen rows, give the states of the whole model; and what is frozen is
+/// no variable.
+#[test]
+fn the_last_layers_of_every_kind_can_be_trained_alone() {
+    let at = TempDir::new().unwrap();
+    let lora = Trained::Lora {
+        rank: 2,
+        scale: 1.0,
+    };
+    for kind in KINDS {
+        let expected = Expected::of(kind);
+        let source = folder(&at, kind);
+        for trained in [Trained::All, lora] {
+            let whole = decoder(&source, Purpose::Training(12), trained);
+            let loaded = load(&source, Purpose::Training(12)).unwrap();
+            let last = Last {
+                layers: 1,
+                states: Some(Default::default()),
+            };
+            let (config, weights) = (loaded.config, loaded.weights);
+            let last =
+                Decoder::training_last(config, weights, (trained, last), 0, &Device::Cpu).unwrap();
+            assert!(last.vars().len() < whole.vars().len());
+            assert!(last.trained_projection().is_none());
+            let tokens = &expected.tokens[..];
+            let short = &tokens[..tokens.len() / 2];
+            let padded = [tokens, short, &vec![0; tokens.len() - short.len()]].concat();
+            let shape = (2, tokens.len());
+            let padded = Tensor::from_vec(padded, shape, &Device::Cpu).unwrap();
+            let end = (tokens.len() + short.len() - 1) as u32;
+            let chosen = Tensor::new(&[1, tokens.len() as u32 - 1, end], &Device::Cpu).unwrap();
+            let all = whole.hidden(&padded).unwrap().flatten(0, 1).unwrap();
+            let all = all.index_select(&chosen, 0).unwrap();
+            for _ in 0..2 {
+                let sequences = [tokens, short];
+                let states = last.hidden_of(&sequences, &padded, Some(&chosen)).unwrap();
+                let distance = (states - &all).unwrap().abs().unwrap().max_all().unwrap();
+                let distance = distance.to_scalar::<f32>().unwrap();
+                assert!(distance < 2e-5, "{kind}: {distance}");
+            }
+            let tokens = tokens.len() + short.len();
+            assert_eq!(last.kept_bytes(), Some(tokens * config.dim * 4));
         }
     }
 }

@@ -9,8 +9,11 @@ use crate::data::samples::Sample;
 /// Target of rows that take no part in the loss: their next token is the prompt's, or there is none.
 pub const IGNORED: i64 = -100;
 
-pub struct Batch {
-    /// Rows (B, T), one a token.
+#[derive(Clone)]
+pub struct Batch<'a> {
+    /// Tokens of the B samples.
+    pub sequences: Vec<&'a [u32]>,
+    /// Of the targets: (B, T), one a token.
     pub layout: Layout,
     /// (B, T) u32.
     pub inputs: Tensor,
@@ -18,16 +21,20 @@ pub struct Batch {
     pub targets: Tensor,
     /// Of the B samples.
     pub uncertainties: Vec<f32>,
-    /// How many targets are not ignored.
+    /// Which of the B·T rows have a target that is not ignored, (n) u32.
+    pub chosen: Tensor,
+    /// How many these are, of all samples.
     pub rows: usize,
+    /// And of each.
+    pub of_sample: Vec<usize>,
     /// How many inputs are not padding.
     pub tokens: usize,
 }
 
-impl Batch {
-    pub fn new(samples: &[&Sample], device: &Device) -> Result<Self> {
-        let tokens: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
-        let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.len()).collect();
+impl<'a> Batch<'a> {
+    pub fn new(samples: &[&'a Sample], device: &Device) -> Result<Self> {
+        let sequences: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
+        let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let layout = Layout::padded(&lengths)?;
         // Not the layout's own: it knows one prompt a sample.
         let width = lengths.iter().max().copied().unwrap_or(0);
@@ -37,14 +44,29 @@ impl Batch {
                 false => IGNORED,
             })
         });
-        let targets = Tensor::from_vec(targets.collect(), layout.shape(), device)?;
+        let targets: Vec<i64> = targets.collect();
+        let chosen = (0u32..).zip(&targets);
+        let chosen = chosen.filter(|(_, target)| **target != IGNORED);
+        let chosen: Vec<u32> = chosen.map(|(row, _)| row).collect();
         Ok(Self {
-            inputs: layout.tokens(&tokens, 0, device)?,
-            targets,
+            inputs: layout.tokens(&sequences, 0, device)?,
+            targets: Tensor::from_vec(targets, layout.shape(), device)?,
+            chosen: Tensor::new(chosen, device)?,
             layout,
             uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
             rows: samples.iter().map(|s| s.rows()).sum(),
+            of_sample: samples.iter().map(|s| s.rows()).collect(),
             tokens: lengths.iter().sum(),
+            sequences,
+        })
+    }
+
+    /// For a loss of the chosen rows alone: `layout` and `targets` are theirs, (n), sample after sample.
+    pub fn compact(&self) -> Result<Self> {
+        Ok(Self {
+            layout: Layout::packed(&self.of_sample)?,
+            targets: self.targets.flatten_all()?.index_select(&self.chosen, 0)?,
+            ..self.clone()
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Samples as tokens, and a data set of them.
 
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 
 use sha2::{Digest, Sha256};
 
@@ -80,6 +80,12 @@ impl Dataset {
             }
         }
         digest::hex(&hash.finalize())
+    }
+
+    /// The tokens of the samples for training and of those held out, each once.
+    pub fn sequences(&self) -> HashSet<&[u32]> {
+        let all = self.train.iter().chain(&self.held_out);
+        all.map(|sample| sample.tokens.as_slice()).collect()
     }
 
     pub fn longest(&self) -> usize {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
@@ -12,6 +12,7 @@ use crate::model::{
     attention::{Attention, Rotation},
     fused::{rms_norm, swiglu},
     linear::{Affine, Linear},
+    states::States,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,10 +119,24 @@ pub enum Trained {
     },
 }
 
+/// That of the layers only the last are trained. The embedding and the output projection are not; the final norm is as the
+/// layers' weights are.
+#[derive(Clone)]
+pub struct Last {
+    /// From 1 to the number of layers.
+    pub layers: usize,
+    /// Where what enters the first of them is kept; none where it is computed each time.
+    pub states: Option<Arc<States>>,
+}
+
 pub struct Decoder {
     config: Config,
     embedding: Tensor,
     layers: Vec<Layer>,
+    /// How many layers come before the first that is trained.
+    frozen: usize,
+    /// What enters that one, where it is kept.
+    states: Option<Arc<States>>,
     norm: Tensor,
     /// (V, D); the embedding where the two are tied.
     projection: Tensor,
@@ -234,10 +249,43 @@ impl Decoder {
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
+        Self::of_weights(config, weights, (trained, None), seed, device)
+    }
+
+    /// As [`from_weights`](Self::from_weights), with only the last layers trained.
+    pub fn training_last(
+        config: Config,
+        weights: Weights,
+        (trained, last): (Trained, Last),
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        if !(1..=config.layers).contains(&last.layers) {
+            bail!("{} of {} layers", last.layers, config.layers);
+        }
+        Self::of_weights(config, weights, (trained, Some(last)), seed, device)
+    }
+
+    fn of_weights(
+        config: Config,
+        weights: Weights,
+        (trained, last): (Trained, Option<Last>),
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         let mut init = Init::new(seed, device);
         let factors = weights.rope_factors;
-        let embedding = init.other(weights.embedding, trained)?;
-        let layers = weights.layers.into_iter().map(|layer| {
+        let (frozen, outside, states) = match last {
+            Some(last) => (config.layers - last.layers, Trained::Nothing, last.states),
+            None => (0, trained, None),
+        };
+        let embedding = init.other(weights.embedding, outside)?;
+        let layers = weights.layers.into_iter().enumerate().map(|(i, layer)| {
+            let trained = if i < frozen {
+                Trained::Nothing
+            } else {
+                trained
+            };
             Ok(Layer {
                 attention_norm: init.other(layer.attention_norm, trained)?,
                 qkv: init.linear(layer.qkv, trained)?,
@@ -254,9 +302,13 @@ impl Decoder {
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let norm = init.other(weights.norm, trained)?;
         let projection = weights.projection;
-        let projection = projection.map(|weight| init.other(weight, trained));
+        let projection = projection.map(|weight| init.other(weight, outside));
         let outside = (embedding, norm, projection.transpose()?);
-        Self::assemble(config, factors.as_deref(), outside, layers, init)
+        Ok(Self {
+            frozen,
+            states,
+            ..Self::assemble(config, factors.as_deref(), outside, layers, init)?
+        })
     }
 
     fn assemble(
@@ -276,6 +328,8 @@ impl Decoder {
         Ok(Self {
             config,
             layers,
+            frozen: 0,
+            states: None,
             norm,
             tied,
             trained_projection: trained_projection.map(|var| (var.clone(), 0)),
@@ -288,6 +342,11 @@ impl Decoder {
 
     pub fn config(&self) -> Config {
         self.config
+    }
+
+    /// Bytes of the states that are kept; none where none are.
+    pub fn kept_bytes(&self) -> Option<usize> {
+        self.states.as_ref().map(|states| states.bytes())
     }
 
     /// Everything that is trained, always in the same order.
@@ -339,17 +398,46 @@ impl Decoder {
     /// Tokens (B, T) to logits (B, T, vocabulary).
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, length) = tokens.dims2()?;
-        self.rows(tokens)?.matmul(&self.projection.t()?)?.reshape((
-            batch,
-            length,
-            self.config.vocab,
-        ))
+        let rows = self.after(self.before(tokens)?, length, None)?;
+        let logits = rows.matmul(&self.projection.t()?)?;
+        logits.reshape((batch, length, self.config.vocab))
     }
 
     /// Tokens (B, T) to the states (B, T, dim) that the output projection makes logits of.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, length) = tokens.dims2()?;
-        self.rows(tokens)?.reshape((batch, length, self.config.dim))
+        let rows = self.after(self.before(tokens)?, length, None)?;
+        rows.reshape((batch, length, self.config.dim))
+    }
+
+    /// [`hidden`](Self::hidden) of sequences that, with padding after them, are `tokens` (B, T): as rows (B·T, dim), or of the
+    /// `chosen` (n) of these rows alone (n, dim). With what is kept of the sequences, where it is.
+    pub fn hidden_of(
+        &self,
+        sequences: &[&[u32]],
+        tokens: &Tensor,
+        chosen: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (_, length) = tokens.dims2()?;
+        let Some(states) = &self.states else {
+            return self.after(self.before(tokens)?, length, chosen);
+        };
+        let device = tokens.device();
+        let mut rows = Vec::new();
+        for sequence in sequences {
+            // One sequence at a time, or its last bits would depend on those beside it.
+            let compute = || self.before(&Tensor::new(*sequence, device)?.unsqueeze(0)?);
+            rows.push(states.of(sequence, compute)?);
+            let padding = length - sequence.len();
+            if padding > 0 {
+                rows.push(Tensor::zeros(
+                    (padding, self.config.dim),
+                    DType::F32,
+                    device,
+                )?);
+            }
+        }
+        self.after(Tensor::cat(&rows, 0)?, length, chosen)
     }
 
     /// (vocabulary, dim).
@@ -365,9 +453,27 @@ impl Decoder {
             .map(|(var, dim)| (var, *dim))
     }
 
-    /// Rows (B·T, dim) throughout, so that every linear map is one matrix product.
-    fn rows(&self, tokens: &Tensor) -> Result<Tensor> {
+    /// Tokens (B, T) to what enters the first layer that is trained, (B·T, dim).
+    fn before(&self, tokens: &Tensor) -> Result<Tensor> {
         let (_, length) = tokens.dims2()?;
+        let x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
+        self.through(&self.layers[..self.frozen], x, length, None)
+    }
+
+    /// From there to the output projection.
+    fn after(&self, x: Tensor, length: usize, chosen: Option<&Tensor>) -> Result<Tensor> {
+        let x = self.through(&self.layers[self.frozen..], x, length, chosen)?;
+        rms_norm(&x, &self.norm, self.config.norm_epsilon)
+    }
+
+    /// Rows (B·T, dim) throughout, so that every linear map is one matrix product; of the last layer the chosen ones.
+    fn through(
+        &self,
+        layers: &[Layer],
+        mut x: Tensor,
+        length: usize,
+        chosen: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let attention = Attention {
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
@@ -376,16 +482,21 @@ impl Decoder {
             rotation: self.rotation.clone(),
         };
         let norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, self.config.norm_epsilon);
-        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
-        for layer in &self.layers {
+        for (i, layer) in layers.iter().enumerate() {
             let mut qkv = layer.qkv.forward(&norm(&x, &layer.attention_norm)?)?;
             if let Some(norms) = &layer.qk_norm {
                 qkv = attention.with_norms(&qkv, norms, norm)?;
             }
-            x = (&x + layer.output.forward(&attention.clone().forward(&qkv)?)?)?;
+            let mut attended = attention.clone().forward(&qkv)?;
+            // After the last attention no row needs another.
+            if let Some(chosen) = chosen.filter(|_| i + 1 == layers.len()) {
+                attended = attended.index_select(chosen, 0)?;
+                x = x.index_select(chosen, 0)?;
+            }
+            x = (&x + layer.output.forward(&attended)?)?;
             let gate_up = layer.gate_up.forward(&norm(&x, &layer.mlp_norm)?)?;
             x = (&x + layer.down.forward(&swiglu(&gate_up)?)?)?;
         }
-        norm(&x, &self.norm)
+        Ok(x)
     }
 }

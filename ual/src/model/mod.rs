@@ -11,5 +11,6 @@ pub mod linear;
 pub mod names;
 pub mod pretrained;
 pub mod separate;
+pub mod states;
 pub mod vocabulary;
 pub mod weights;

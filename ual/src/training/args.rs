@@ -37,6 +37,11 @@ pub struct Args {
     /// With --lora: the adapters' products are multiplied by ALPHA/RANK [default: twice the rank]
     #[arg(long, value_name = "ALPHA", requires = "lora")]
     pub lora_alpha: Option<f64>,
+    /// With --model: train only the last N layers, all their weights and the final norm, or with --lora their adapters. The
+    /// layers before, the embedding and the output projection are frozen. What enters the first trained layer is computed once
+    /// for each sample and kept in memory: 4 bytes times the model's width for each token
+    #[arg(long, value_name = "N", requires = "model")]
+    pub train_last: Option<usize>,
     /// Folder for results, checkpoints and the trained model
     #[arg(long, value_name = "FOLDER", default_value = "out/finetune")]
     pub out: PathBuf,

@@ -4,10 +4,7 @@ use candle_core::{D, Device, Result, Tensor};
 use candle_cross_entropy::CrossEntropy;
 
 use crate::{
-    data::{
-        batches::{Batch, IGNORED},
-        samples::Sample,
-    },
+    data::{batches::Batch, samples::Sample},
     model::decoder::Decoder,
     report::metrics::Row,
 };
@@ -23,70 +20,67 @@ pub fn evaluate(
     by_length.sort_by_key(|sample| sample.tokens.len()); // less padding
     let mut rows = Vec::new();
     for samples in by_length.chunks(batch) {
-        let Batch {
-            inputs, targets, ..
-        } = Batch::new(samples, device)?;
+        let batch = Batch::new(samples, device)?;
+        let hidden = model.hidden_of(&batch.sequences, &batch.inputs, Some(&batch.chosen))?;
+        let (hidden, weight) = (hidden.detach(), model.output_projection().detach());
+        let targets = batch.compact()?.targets;
         let loss = CrossEntropy::new();
-        // The divergence from a known truth needs all logits.
+        // The divergence from a known truth needs all logits of these rows.
         let (stats, kl) = if samples.iter().any(|sample| sample.truth.is_empty()) {
-            let (hidden, weight) = (model.hidden(&inputs)?, model.output_projection());
-            let (hidden, weight) = (hidden.detach(), weight.detach());
             let (_, stats) = loss.forward_linear_with_stats(&hidden, &weight, None, &targets)?;
             (stats, None)
         } else {
-            let logits = model.forward(&inputs)?.detach();
+            let logits = hidden.matmul(&weight.t()?)?;
             let (_, stats) = loss.forward_with_stats(&logits, &targets)?;
             let kl = divergence(&logits, &stats.lse, samples)?;
             (stats, Some(kl))
         };
-        let targets = targets.to_vec2::<i64>()?;
-        let predicted = stats.predicted.to_vec2::<u32>()?;
+        let targets = targets.to_vec1::<i64>()?;
+        let predicted = stats.predicted.to_vec1::<u32>()?;
         let columns = [
             &stats.nll,
             &stats.entropy,
             &stats.max_prob,
             &stats.grad_norm_sq,
         ];
-        let [nll, entropy, confidence, brier] = columns.map(|column| column.to_vec2::<f32>());
+        let [nll, entropy, confidence, brier] = columns.map(|column| column.to_vec1::<f32>());
         let (nll, entropy, confidence, brier) = (nll?, entropy?, confidence?, brier?);
-        for (i, sample) in samples.iter().enumerate() {
-            for (t, &target) in targets[i]
-                .iter()
-                .enumerate()
-                .filter(|(_, target)| **target != IGNORED)
-            {
-                rows.push(Row {
-                    uncertainty: sample.uncertainty,
-                    group: sample.group,
-                    nll: f64::from(nll[i][t]),
-                    entropy: f64::from(entropy[i][t]),
-                    confidence: f64::from(confidence[i][t]),
-                    correct: f64::from(u8::from(i64::from(predicted[i][t]) == target)),
-                    brier: f64::from(brier[i][t]), // ‖p − q‖² where q, without smoothing, is the target alone
-                    kl: kl.as_ref().map(|kl| f64::from(kl[i][t])),
-                });
-            }
+        let of_rows = samples
+            .iter()
+            .flat_map(|sample| std::iter::repeat_n(sample, sample.rows()));
+        for (i, sample) in of_rows.enumerate() {
+            rows.push(Row {
+                uncertainty: sample.uncertainty,
+                group: sample.group,
+                nll: f64::from(nll[i]),
+                entropy: f64::from(entropy[i]),
+                confidence: f64::from(confidence[i]),
+                correct: f64::from(u8::from(i64::from(predicted[i]) == targets[i])),
+                brier: f64::from(brier[i]), // ‖p − q‖² where q, without smoothing, is the target alone
+                kl: kl.as_ref().map(|kl| f64::from(kl[i])),
+            });
         }
     }
     Ok(rows)
 }
 
-/// Σ q log q + lse − Σ q z for the true distributions q, (B, T).
-fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Vec<Vec<f32>>> {
-    let (batch, length, vocab) = logits.dims3()?;
-    let mut truth = vec![0f32; batch * length * vocab];
-    let mut negative_entropy = vec![0f32; batch * length];
-    for (i, sample) in samples.iter().enumerate() {
-        for (offset, distribution) in sample.truth.iter().enumerate() {
-            let row = i * length + sample.prompt - 1 + offset;
+/// Σ q log q + lse − Σ q z for the true distributions q of the samples' rows (n).
+fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Vec<f32>> {
+    let (rows, vocab) = logits.dims2()?;
+    let mut truth = vec![0f32; rows * vocab];
+    let mut negative_entropy = vec![0f32; rows];
+    let mut first = 0;
+    for sample in samples {
+        for (row, distribution) in (first..).zip(&sample.truth) {
             for &(token, p) in distribution {
                 truth[row * vocab + token as usize] = p;
                 negative_entropy[row] += p * p.ln();
             }
         }
+        first += sample.rows();
     }
     let truth = Tensor::from_vec(truth, logits.shape(), logits.device())?;
-    let negative_entropy = Tensor::from_vec(negative_entropy, (batch, length), logits.device())?;
+    let negative_entropy = Tensor::new(negative_entropy, logits.device())?;
     let expected = (truth * logits)?.sum(D::Minus1)?;
-    ((negative_entropy + lse)? - expected)?.to_vec2()
+    ((negative_entropy + lse)? - expected)?.to_vec1()
 }

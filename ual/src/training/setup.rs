@@ -1,9 +1,9 @@
 //! What the trainings that are compared have in common: data, the initial model and the plan.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
-use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
 use candle_cross_entropy::ual::SmoothingMap;
 
 use crate::{
@@ -13,8 +13,9 @@ use crate::{
         synthetic,
     },
     model::{
-        decoder::{Config, Decoder, Trained},
+        decoder::{Config, Decoder, Last, Trained},
         pretrained::{self, Pretrained, Purpose},
+        states::States,
     },
     report::{
         curve::Curve,
@@ -68,14 +69,25 @@ pub struct Loaded {
     pub model: Pretrained,
     /// A hash of the files with its weights.
     digest: String,
+    /// With `--train-last`, for all that is trained from this model.
+    states: Option<Arc<States>>,
 }
 
 pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Loaded>> {
     let purpose = Purpose::Training(args.max_tokens);
     let load = |path: &PathBuf| {
+        let model = pretrained::load(path, &args.overrides, purpose, device)?;
+        if let Some(last) = args.train_last {
+            let layers = model.config.layers;
+            ensure!(
+                (1..=layers).contains(&last),
+                "--train-last is {last}; it must be at least 1 and at most {layers}, the model's layers"
+            );
+        }
         Ok(Loaded {
-            model: pretrained::load(path, &args.overrides, purpose, device)?,
             digest: pretrained::digest(path)?,
+            states: args.train_last.map(|_| Arc::default()),
+            model,
         })
     };
     args.model.as_ref().map(load).transpose()
@@ -112,7 +124,17 @@ impl Setup {
         let parameters = model.vars().iter().map(|var| var.elem_count()).sum();
         let Config { layers, dim, .. } = model.config();
         if ranks.is_first() {
-            println!("model: {layers} layers of width {dim}, {parameters} parameters trained\n");
+            println!("model: {layers} layers of width {dim}, {parameters} parameters trained");
+            if let Some(last) = args.train_last {
+                let sequences = data.sequences();
+                let tokens: usize = sequences.iter().map(|tokens| tokens.len()).sum();
+                println!(
+                    "trained of the layers: the last {last}; what enters them is kept, {} bytes of {} samples at most",
+                    tokens * dim * DType::F32.size_in_bytes(),
+                    sequences.len()
+                );
+            }
+            println!();
         }
         let (plan, pretraining_plan) = plans(args, &data);
         let pretraining = if of_model {
@@ -245,8 +267,24 @@ fn decoder(
         scale: args.lora_alpha.unwrap_or(2.0 * rank as f64) / rank as f64,
     });
     let (config, weights) = (loaded.model.config, loaded.model.weights);
-    Ok(Decoder::from_weights(
-        config, weights, trained, args.seed, device,
+    let Some(layers) = args.train_last else {
+        return Ok(Decoder::from_weights(
+            config, weights, trained, args.seed, device,
+        )?);
+    };
+    if let Some(states) = &loaded.states {
+        states.retain(&data.sequences()); // what another seed drew as well
+    }
+    let last = Last {
+        layers,
+        states: loaded.states,
+    };
+    Ok(Decoder::training_last(
+        config,
+        weights,
+        (trained, last),
+        args.seed,
+        device,
     )?)
 }
 

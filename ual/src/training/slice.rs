@@ -45,12 +45,10 @@ impl Slice {
         projection.narrow(0, self.classes.start, self.classes.len())
     }
 
-    /// Hidden states (B, T, D) and the projection (V, D) to these classes' logits (B, T, classes).
+    /// Hidden states (N, D) and the projection (V, D) to these classes' logits (N, classes).
     pub fn logits(&self, hidden: &Tensor, projection: &Tensor) -> Result<Tensor> {
-        let (batch, length, _) = hidden.dims3()?;
         let hidden = hidden.apply_op1(SumGradient(self.comm.clone()))?;
-        let logits = hidden.flatten(0, 1)?.matmul(&self.rows(projection)?.t()?)?;
-        logits.reshape((batch, length, ()))
+        hidden.matmul(&self.rows(projection)?.t()?)
     }
 
     /// Leaves of a step's gradients what this process is to give to their sum over all: its classes of the projection's, and if it is

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
-use candle_cross_entropy::{Reduction, RowStats};
+use candle_cross_entropy::{CrossEntropy, Reduction, RowStats};
 
 use crate::{
     data::{
@@ -211,25 +211,35 @@ pub fn forward(
     (batch, rows): (&Batch, usize),
     slice: Option<&Slice>,
 ) -> candle_core::Result<(Tensor, RowStats)> {
-    let (inputs, targets) = (&batch.inputs, &batch.targets);
-    let options = method
-        .loss(batch)?
-        .reduction(Reduction::SumOver(rows.max(1) as f64));
+    let hidden = |chosen| model.hidden_of(&batch.sequences, &batch.inputs, chosen);
+    let options = |batch: &Batch| -> candle_core::Result<CrossEntropy> {
+        let options = method.loss(batch)?;
+        Ok(options.reduction(Reduction::SumOver(rows.max(1) as f64)))
+    };
     let projection = model.output_projection();
-    match (loss, slice) {
-        (Loss::Linear, None) => {
-            let hidden = model.hidden(inputs)?;
-            options.forward_linear_with_stats(&hidden, &projection, None, targets)
+    match loss {
+        Loss::Linear => {
+            let hidden = hidden(Some(&batch.chosen))?;
+            let batch = batch.compact()?;
+            let (options, projection) = match slice {
+                Some(slice) => (slice.shard(options(&batch)?), slice.rows(&projection)?),
+                None => (options(&batch)?, projection),
+            };
+            options.forward_linear_with_stats(&hidden, &projection, None, &batch.targets)
         }
-        (Loss::Logits, None) => options.forward_with_stats(&model.forward(inputs)?, targets),
-        (Loss::Linear, Some(slice)) => {
-            let (hidden, rows) = (model.hidden(inputs)?, slice.rows(&projection)?);
-            let options = slice.shard(options);
-            options.forward_linear_with_stats(&hidden, &rows, None, targets)
-        }
-        (Loss::Logits, Some(slice)) => {
-            let logits = slice.logits(&model.hidden(inputs)?, &projection)?;
-            slice.shard(options).forward_with_stats(&logits, targets)
+        // As a usual trainer does: of all rows.
+        Loss::Logits => {
+            let (samples, length) = batch.inputs.dims2()?;
+            let hidden = hidden(None)?;
+            let (options, logits) = match slice {
+                Some(slice) => {
+                    let logits = slice.logits(&hidden, &projection)?;
+                    (slice.shard(options(batch)?), logits)
+                }
+                None => (options(batch)?, hidden.matmul(&projection.t()?)?),
+            };
+            let logits = logits.reshape((samples, length, ()))?;
+            options.forward_with_stats(&logits, &batch.targets)
         }
     }
 }

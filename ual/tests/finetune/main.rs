@@ -3,6 +3,7 @@
 mod data;
 #[cfg(unix)] // modes, limits, and the models of `pretrained`
 mod folders;
+mod last_layers;
 mod layers;
 mod metrics;
 mod optimizer;

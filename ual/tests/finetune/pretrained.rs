@@ -400,7 +400,7 @@ fn from_unscored_data_to_a_report() {
             "--out",
             "study",
         ])
-        .args(["--seeds", "2", "--steps", "3"])
+        .args(["--seeds", "2", "--steps", "3", "--train-last", "1"])
         .args(more)
         .output()
         .unwrap();
@@ -509,6 +509,45 @@ fn kill(mut child: Child, after: Duration) {
     child.wait().unwrap();
 }
 
+/// Fewer numbers are trained, the loss falls, the file has what was trained, and checkpoints of other layers do not fit.
+#[test]
+fn the_last_layers_train_alone() {
+    let mut setup = Setup::new(20);
+    let model = setup.model.clone();
+    for kind in [&[][..], &["--lora", "4"]] {
+        let run = |setup: &Setup, last: &str, more: &[&str]| {
+            let arguments = [kind, &["--train-last", last], more].concat();
+            setup.run("out", &arguments)
+        };
+        let all = setup.run("all", kind);
+        let one = run(&setup, "1", &["--checkpoint-every", "3"]);
+        let parameters = |metrics: &Value| metrics["parameters"].as_u64().unwrap();
+        assert!(parameters(&one) < parameters(&all));
+        assert!(one["kept_state_bytes"].as_u64().unwrap() > 0);
+        assert!(all["kept_state_bytes"].is_null());
+        for points in held_out_nll(&one).chunks(5) {
+            assert!(points[4] < points[0], "{points:?}");
+        }
+        let other = [
+            kind,
+            &["--train-last", "2", "--checkpoint-every", "3", "--resume"],
+        ]
+        .concat();
+        let text = setup.refusal("out", &other);
+        assert!(text.contains("other arguments or data"), "{text}");
+        let expected = *held_out_nll(&one).last().unwrap();
+        setup.model = setup.folder.path().join("out/model/model.gguf");
+        let again = setup.run("again", &["--steps", "1", "--lr", "1e-9"]);
+        assert_near(&held_out_nll(&again)[..1], &[expected], 1e-5);
+        setup.model = model.clone();
+    }
+    // Of adapters all is trained where no layer is frozen.
+    let lora = ["--lora", "4"];
+    let expected = setup.run("all", &lora);
+    let last = setup.run("out", &[&lora[..], &["--train-last", "2"]].concat());
+    assert_near(&held_out_nll(&last), &held_out_nll(&expected), 1e-4);
+}
+
 /// Killed again and again, at any moment, a training ends as if nothing had happened.
 #[test]
 fn a_killed_training_goes_on_exactly() {
@@ -516,6 +555,14 @@ fn a_killed_training_goes_on_exactly() {
     for more in [
         &["--checkpoint-every", "1"][..],
         &["--checkpoint-every", "2", "--lora", "2"],
+        &[
+            "--checkpoint-every",
+            "1",
+            "--lora",
+            "2",
+            "--train-last",
+            "1",
+        ],
     ] {
         let expected = setup.run("whole", more);
         let resume = [more, &["--resume"]].concat();
@@ -559,6 +606,13 @@ fn what_does_not_fit_is_refused() {
     fs::write(&setup.model, model).unwrap();
     let text = setup.refusal("out", &["--lora", "0"]);
     assert!(text.contains("--lora is 0"), "{text}");
+    for last in ["0", "3"] {
+        let text = setup.refusal("out", &["--train-last", last]);
+        let message = format!(
+            "--train-last is {last}; it must be at least 1 and at most {LAYERS}, the model's"
+        );
+        assert!(text.contains(&message), "{text}");
+    }
     let text = setup.refusal("out", &["--dim", "8"]);
     assert!(text.contains("--dim"), "{text}");
     let checkpoint = setup.folder.path().join("out/checkpoint-SFT.safetensors");

@@ -64,7 +64,7 @@ fn train(args: &Args, ranks: &Ranks) -> (Curve, Curve, Vec<Vec<f32>>) {
     )
 }
 
-fn on_ranks<R: Send>(size: usize, f: impl Fn(Arc<dyn Communicator>) -> R + Sync) -> Vec<R> {
+pub fn on_ranks<R: Send>(size: usize, f: impl Fn(Arc<dyn Communicator>) -> R + Sync) -> Vec<R> {
     thread::scope(|scope| {
         let f = &f;
         let ranks = threads(size).into_iter();

@@ -387,7 +387,8 @@ fn data_that_cannot_be_used_is_refused() {
 
 #[test]
 fn bad_arguments_are_named() {
-    let cases: [(&[&str], &str); 16] = [
+    let cases: [(&[&str], &str); 17] = [
+        (&["--train-last", "1"], "--model <FILE.gguf>"), // which it needs
         (&["--steps", "0"], "--steps is 0"),
         (&["--batch", "0"], "--batch is 0"),
         (&["--layers", "0"], "--layers is 0"),

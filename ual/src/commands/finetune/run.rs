@@ -34,6 +34,8 @@ struct Report<'a> {
     threshold: f32,
     plan: Plan,
     peak_batch_bytes: Option<BatchMemory>,
+    /// Of the states that enter the first trained layer, with `--train-last`.
+    kept_state_bytes: Option<usize>,
     pretraining: Option<&'a Curve>,
     runs: &'a [Run],
 }
@@ -108,9 +110,13 @@ fn run_as(args: &args::Args, ranks: &mut Ranks) -> Result<()> {
         threshold: setup.threshold,
         plan,
         peak_batch_bytes: None,
+        kept_state_bytes: model.kept_bytes(),
         pretraining: setup.pretraining.as_ref(),
         runs: &runs,
     };
+    if let Some(bytes) = report.kept_state_bytes {
+        println!("kept of what enters the first trained layer: {bytes} bytes");
+    }
     // Before what may run out of disk or memory, after what may refuse the checkpoints of other trainings.
     save_json(&args.out.join("smoothing_map.json"), &setup.map)?;
     save_json(&args.out.join("metrics.json"), &report)?;

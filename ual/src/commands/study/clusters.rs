@@ -51,9 +51,11 @@ pub fn points(
     let mut seen = HashSet::new();
     let samples: Vec<&Sample> = samples.iter().collect();
     for samples in samples.chunks(batch) {
-        let inputs = Batch::new(samples, device)?.inputs;
-        let states = model.hidden(&inputs)?.detach().to_vec3::<f32>()?;
-        for (sample, states) in samples.iter().zip(states) {
+        let batch = Batch::new(samples, device)?;
+        let states = model.hidden_of(&batch.sequences, &batch.inputs, None)?;
+        let states = states.detach().to_vec2::<f32>()?;
+        let (_, length) = batch.inputs.dims2()?;
+        for (sample, states) in samples.iter().zip(states.chunks(length)) {
             let inputs = &sample.tokens[..sample.tokens.len() - 1];
             for (t, (token, state)) in inputs.iter().zip(states).enumerate() {
                 if !sample.is_response(t) || !seen.insert(&inputs[..=t]) {
@@ -62,7 +64,7 @@ pub fn points(
                 let (contexts, states) = by_token.entry(*token).or_default();
                 *contexts += 1;
                 if states.len() < MOST {
-                    states.push(state.into_iter().map(f64::from).collect());
+                    states.push(state.iter().copied().map(f64::from).collect());
                 }
             }
         }
