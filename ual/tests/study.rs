@@ -639,7 +639,7 @@ fn each_arm_is_reported_at_its_best() {
         "### With early stopping",
         "| all | less SFT |",
         "| all | less SFT, early stopping |",
-        "\nWith early stopping:\n\n- Beside SFT: UAL better ",
+        "\nWith early stopping:\n\n- Beside SFT: UAL is better in ",
         "| constant | 0.3 | ",
     ] {
         assert!(report.contains(part), "{part}\n{report}");

@@ -24,6 +24,7 @@ pub struct Outcome {
     /// Where early stopping would have stopped it; with validation alone.
     pub stopped: Option<Early>,
     pub clusters: Option<Clusters>,
+    /// Empty where another training of the arm is reported.
     #[serde(skip)] // large
     pub units: Vec<Vec<Unit>>,
 }
@@ -34,6 +35,7 @@ pub struct Early {
     pub step: usize,
     pub validation_nll: f64,
     pub groups: Vec<Group>,
+    /// The same.
     #[serde(skip)]
     pub units: Vec<Vec<Unit>>,
 }

@@ -151,7 +151,23 @@ fn of_arm(
             pictured = points;
         }
     }
+    forget_units(&mut outcomes);
     Ok((outcomes, pictured))
+}
+
+/// Keeps an arm's units where they are reported: of the chosen trainings. The others' would be most of the memory.
+fn forget_units(outcomes: &mut [Outcome]) {
+    let curves: Vec<&Curve> = outcomes.iter().map(|o| &o.run.training).collect();
+    let [at_end, early] = [choice::at_end(&curves), choice::early(&curves)]
+        .map(|choice| choice.map(|choice| choice.training));
+    for (training, outcome) in outcomes.iter_mut().enumerate() {
+        if at_end != Some(training) {
+            outcome.units = Vec::new();
+        }
+        if let Some(stopped) = outcome.stopped.as_mut().filter(|_| early != Some(training)) {
+            stopped.units = Vec::new();
+        }
+    }
 }
 
 pub fn run(args: &Args) -> Result<()> {

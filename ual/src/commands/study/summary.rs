@@ -164,7 +164,7 @@ fn findings(text: &mut String, entries: &[Entry], groups: &[&str], comparisons: 
         let of_pair = comparisons.iter().copied().filter(|c| c.less == less);
         let of_pair: Vec<&Comparison> = of_pair.collect();
         text.push_str(&format!(
-            "- Beside {}: UAL better {}; worse {}.\n",
+            "- Beside {}: UAL is better in {}; worse in {}.\n",
             other(entries, of_pair[0]),
             verdicts(groups, &of_pair, true),
             verdicts(groups, &of_pair, false)
@@ -319,8 +319,8 @@ pub fn markdown(outcomes: &[Outcome], entries: &[Entry], about: &str) -> String 
         held_out(&mut text, entries, group);
     }
     text.push_str(&format!(
-        "## UAL less the others\n\nMean over seeds of the difference, its 95 % interval, and in how many seeds UAL's is \
-         better. Intervals are of 10,000 resamples of the seeds and, within each, of the held-out prompts with all their \
+        "## UAL less the others\n\nMean over seeds of the difference, its 95 % interval, and in how many seeds it is in \
+         UAL's favour. Intervals are of 10,000 resamples of the seeds and, within each, of the held-out prompts with all their \
          responses, both methods drawn alike. The calibration error is computed anew in each resample; as resampling makes it larger, most of all \
          where it is small, intervals are moved so that the resamples' mean is the difference.{}\n\n",
         match seeds {
@@ -358,7 +358,7 @@ pub fn markdown(outcomes: &[Outcome], entries: &[Entry], about: &str) -> String 
     text.push_str(
         "At the end of training. A cluster is a token in different contexts of held-out responses; the higher the silhouette \
          and the lower the ratio of mean distances, the tighter. Intervals are over seeds alone; in brackets, in how many \
-         UAL's are tighter.\n\n## Pictures, of the first seed\n\n![Losses](losses.svg)\n\n![Reliability](reliability.svg)\n\n\
+         the difference is in UAL's favour.\n\n## Pictures, of the first seed\n\n![Losses](losses.svg)\n\n![Reliability](reliability.svg)\n\n\
          ![Smoothing against uncertainty](smoothing.svg)\n\n![Clusters, two principal components](clusters.svg)\n\nEach arm \
          with the mean smoothing chosen for the end of training.\n",
     );
