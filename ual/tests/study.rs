@@ -632,6 +632,14 @@ fn each_arm_is_reported_at_its_best() {
     let row = line("| UAL, early stopping | ");
     assert!(row.contains(&format!(" | {expected:.4} ±")), "{row}");
     assert!(line("| SFT, early stopping | 0 |").contains(" ± "));
+    let largest = |chosen: &[&Value]| chosen.iter().filter(|o| o["smoothing"] == 0.3).count();
+    let edge = report.lines().find(|line| line.starts_with("The largest"));
+    for (name, chosen) in [("UAL", &at_end), ("UAL, early stopping", &early)] {
+        let there = largest(chosen);
+        assert!(there > 0, "this test needs one at the edge");
+        let noted = edge.is_some_and(|e| e.contains(&format!(" {name} ({there} of 2)")));
+        assert_eq!(noted, there > 0, "{name}: {edge:?}");
+    }
     for part in [
         "8 are set aside for validation, 24 are trained on",
         "26 trainings: 7 arms, those that smooth with 2 mean smoothings each, over 2 seeds",

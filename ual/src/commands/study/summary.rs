@@ -283,6 +283,26 @@ fn effort(outcomes: &[Outcome], entries: &[Entry], comparisons: &[Comparison]) -
     )
 }
 
+/// Those for which the largest mean smoothing was chosen: their best may lie beyond what was tried.
+fn at_the_edge(outcomes: &[Outcome], entries: &[Entry]) -> Option<String> {
+    let tried = outcomes.iter().map(|outcome| outcome.smoothing);
+    let largest = tried.clone().fold(0.0, f32::max);
+    let several = tried.clone().any(|mean| mean > 0.0 && mean < largest);
+    let named = entries.iter().filter_map(|entry| {
+        let seeds = entry.seeds.iter();
+        let there = seeds.filter(|s| s.outcome.smoothing == largest).count();
+        (there > 0).then(|| format!("{entry} ({there} of {})", entry.seeds.len()))
+    });
+    let named: Vec<String> = named.collect();
+    (several && !named.is_empty()).then(|| {
+        format!(
+            "The largest mean smoothing that was tried, {largest}, was chosen, in so many of the seeds, for: {}. A larger one \
+             may be better still for these.\n\n",
+            named.join("; ")
+        )
+    })
+}
+
 /// How the arms were chosen.
 fn chosen(entries: &[Entry]) -> &'static str {
     match entries.iter().any(|entry| entry.early) {
@@ -318,6 +338,7 @@ pub fn markdown(outcomes: &[Outcome], entries: &[Entry], about: &str) -> String 
         text.push_str(&format!("## Held out, {name}\n\n"));
         held_out(&mut text, entries, group);
     }
+    text.push_str(&at_the_edge(outcomes, entries).unwrap_or_default());
     text.push_str(&format!(
         "## UAL less the others\n\nMean over seeds of the difference, its 95 % interval, and in how many seeds it is in \
          UAL's favour. Intervals are of 10,000 resamples of the seeds and, within each, of the held-out prompts with all their \
