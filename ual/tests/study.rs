@@ -7,13 +7,17 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use candle_ual::{
     commands::study::{
+        arms::own_entropy,
         choice::{self, Choice},
         clusters::{self, Points},
     },
-    data::samples::{Dataset, Sample},
+    data::{
+        samples::{Dataset, Sample},
+        synthetic,
+    },
     model::decoder::{Config, Decoder},
     report::{
         curve::{Curve, Point},
@@ -22,7 +26,9 @@ use candle_ual::{
         statistics::{bootstrap, nested_bootstrap},
         units::{COLUMNS, metrics, units},
     },
+    training::{args::Args, ranks::Ranks, setup::Setup},
 };
+use clap::Parser;
 use plotters::style::RGBColor;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -374,6 +380,42 @@ fn a_control_that_cannot_be_is_refused_at_once() {
         "{stderr}"
     );
     assert!(!out.exists());
+}
+
+#[derive(Parser)]
+struct Training {
+    #[command(flatten)]
+    args: Args,
+}
+
+#[test]
+fn own_uncertainties_are_entropies_of_the_predictions() {
+    let out = TempDir::new().unwrap();
+    let small = "ual --dim 16 --layers 1 --heads 2 --pretrain-steps 3 --out";
+    let small = small.split(' ').chain(out.path().to_str());
+    let (args, device) = (Training::parse_from(small).args, Device::Cpu);
+    let mut data = synthetic::generate(1);
+    data.train = data.train.into_iter().step_by(160).collect(); // of several uncertainties
+    let given: Vec<Sample> = data.train.clone();
+    let setup = Setup::new(&args, data, None, &Ranks::alone(), &device).unwrap();
+    let own = own_entropy(&setup, &args, &device).unwrap();
+    assert_eq!(own.samples.len(), 5);
+    for (own, given) in own.samples.iter().zip(&given) {
+        assert_eq!(own.tokens, given.tokens);
+        // From the logits: -Σ p log p of each position that predicts a token of the response.
+        let tokens = Tensor::new(&given.tokens[..], &device).unwrap();
+        let logits = setup.model.forward(&tokens.unsqueeze(0).unwrap()).unwrap();
+        let logits = logits.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        let entropy = |logits: &Vec<f32>| -> f64 {
+            let weights: Vec<f64> = logits.iter().map(|z| f64::from(*z).exp()).collect();
+            let all: f64 = weights.iter().sum();
+            weights.iter().map(|w| -(w / all) * (w / all).ln()).sum()
+        };
+        let of_response = &logits[given.prompt - 1..given.tokens.len() - 1];
+        let mean = of_response.iter().map(entropy).sum::<f64>() / of_response.len() as f64;
+        let expected = mean / (logits[0].len() as f64).ln();
+        assert!((f64::from(own.uncertainty) - expected).abs() < 1e-5);
+    }
 }
 
 /// A training with these NLLs on the validation samples, a point every ten steps.
