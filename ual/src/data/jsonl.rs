@@ -148,6 +148,7 @@ pub fn load(path: &Path, encoder: Option<Encoder>, options: &Options) -> Result<
             },
         ),
         train,
+        validation: Vec::new(),
         held_out,
         groups,
     })

@@ -1,7 +1,12 @@
 //! Samples as tokens, and a data set of them.
 
-use std::{collections::HashSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    ops::Range,
+};
 
+use anyhow::{Result, ensure};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use sha2::{Digest, Sha256};
 
 use crate::digest;
@@ -38,7 +43,12 @@ impl Sample {
             && !self.between.iter().any(|range| range.contains(&token))
     }
 
-    /// Its uncertainty for each of those.
+    /// The tokens of its prompt, in a conversation those before the first response.
+    pub fn prompt_tokens(&self) -> &[u32] {
+        &self.tokens[..self.prompt]
+    }
+
+    /// Its uncertainty for each row.
     pub fn of_rows(&self) -> impl Iterator<Item = f32> {
         std::iter::repeat_n(self.uncertainty, self.rows())
     }
@@ -49,6 +59,8 @@ pub struct Dataset {
     /// What the model learns before any fine-tuning: plain next-token prediction.
     pub pretrain: Vec<Sample>,
     pub train: Vec<Sample>,
+    /// [Set aside](Self::set_aside) from the training samples, to choose by; none at first.
+    pub validation: Vec<Sample>,
     pub held_out: Vec<Sample>,
     /// Names of the kinds of samples, where they are told apart.
     pub groups: Vec<String>,
@@ -57,12 +69,52 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// Moves a share of the training samples, at random, to those of the validation. The samples of one prompt stay together.
+    /// None of them is left in what the model learns before.
+    pub fn set_aside(&mut self, share: f64, seed: u64) -> Result<()> {
+        let wanted = (self.train.len() as f64 * share).round() as usize;
+        let mut prompts: BTreeMap<Vec<u32>, Vec<usize>> = BTreeMap::new();
+        for (i, sample) in self.train.iter().enumerate() {
+            let prompt = sample.prompt_tokens().to_vec();
+            prompts.entry(prompt).or_default().push(i);
+        }
+        let mut prompts: Vec<Vec<usize>> = prompts.into_values().collect();
+        prompts.shuffle(&mut StdRng::seed_from_u64(seed ^ 0x7a11d));
+        let mut chosen = BTreeSet::new();
+        for prompt in prompts {
+            if chosen.len() + prompt.len() <= wanted {
+                chosen.extend(prompt);
+            }
+        }
+        ensure!(
+            !chosen.is_empty() && chosen.len() < self.train.len(),
+            "of {} training samples {} would be for validation; there must be some, and some to train on",
+            self.train.len(),
+            chosen.len()
+        );
+        let parted = std::mem::take(&mut self.train).into_iter().enumerate();
+        for (i, sample) in parted {
+            match chosen.contains(&i) {
+                true => self.validation.push(sample),
+                false => self.train.push(sample),
+            }
+        }
+        let tokens: BTreeSet<&[u32]> = self.validation.iter().map(|s| &s.tokens[..]).collect();
+        self.pretrain.retain(|s| !tokens.contains(&s.tokens[..]));
+        Ok(())
+    }
+
     /// A hash of all samples.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for sample in [&self.pretrain, &self.train, &self.held_out]
-            .into_iter()
-            .flatten()
+        for sample in [
+            &self.pretrain,
+            &self.train,
+            &self.validation,
+            &self.held_out,
+        ]
+        .into_iter()
+        .flatten()
         {
             for number in [
                 sample.tokens.len() as u32,
@@ -82,14 +134,20 @@ impl Dataset {
         digest::hex(&hash.finalize())
     }
 
-    /// The tokens of the samples for training and of those held out, each once.
+    /// The tokens of the samples for training, for validation and of those held out, each once.
     pub fn sequences(&self) -> HashSet<&[u32]> {
-        let all = self.train.iter().chain(&self.held_out);
+        let all = [&self.train, &self.validation, &self.held_out];
+        let all = all.into_iter().flatten();
         all.map(|sample| sample.tokens.as_slice()).collect()
     }
 
     pub fn longest(&self) -> usize {
-        let all = [&self.pretrain, &self.train, &self.held_out];
+        let all = [
+            &self.pretrain,
+            &self.train,
+            &self.validation,
+            &self.held_out,
+        ];
         all.into_iter()
             .flatten()
             .map(|sample| sample.tokens.len())

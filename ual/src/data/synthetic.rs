@@ -54,6 +54,7 @@ pub fn generate(seed: u64) -> Dataset {
         vocab: VOCAB,
         pretrain: Vec::new(),
         train: Vec::new(),
+        validation: Vec::new(),
         held_out: Vec::new(),
         groups: Vec::new(),
         description: String::new(),

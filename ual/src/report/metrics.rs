@@ -1,6 +1,6 @@
 //! Held-out metrics: calibration and quality of the predicted distributions.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What one predicted token contributes.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +22,7 @@ pub struct Row {
 }
 
 /// Means over rows.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Summary {
     pub rows: usize,
     pub nll: f64,
@@ -34,14 +34,21 @@ pub struct Summary {
 }
 
 /// A bin of the reliability diagram.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Bin {
     pub rows: usize,
     pub confidence: f64,
     pub accuracy: f64,
 }
 
-const BINS: usize = 15;
+/// Of the reliability diagram.
+pub const BINS: usize = 15;
+
+/// Which of them a confidence is in.
+pub fn bin_of(confidence: f64) -> usize {
+    let bin = (confidence * BINS as f64).ceil() as usize;
+    bin.clamp(1, BINS) - 1
+}
 
 /// The mean; None of nothing.
 pub fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -69,8 +76,7 @@ pub fn summarise(rows: &[Row]) -> Option<Summary> {
 pub fn reliability(rows: &[Row]) -> [Bin; BINS] {
     let mut bins = [Bin::default(); BINS];
     for row in rows {
-        let bin = (row.confidence * BINS as f64).ceil() as usize;
-        let bin = &mut bins[bin.clamp(1, BINS) - 1];
+        let bin = &mut bins[bin_of(row.confidence)];
         bin.rows += 1;
         bin.confidence += row.confidence;
         bin.accuracy += row.correct;

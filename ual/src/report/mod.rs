@@ -6,3 +6,4 @@ pub mod metrics;
 pub mod plots;
 pub mod run;
 pub mod statistics;
+pub mod units;

@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::report::{
     curve::Curve,
@@ -21,7 +21,7 @@ pub struct Run {
 }
 
 /// Held-out rows of all samples, of the certain, of the uncertain or of a kind of samples.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Group {
     pub name: String,
     pub summary: Option<Summary>,

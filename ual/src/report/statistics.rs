@@ -43,6 +43,55 @@ pub fn bootstrap(values: &[f64]) -> Option<Interval> {
     })
 }
 
+/// Intervals of `width` numbers, each a mean over seeds, of which each has so many `units` of its own. A resample draws seeds
+/// with replacement, and for each one drawn as many of its units as it has, anew and with replacement; of one seed, units alone.
+/// `values` computes the numbers of a seed from how often each of its units was drawn; once, for the means themselves, all
+/// have been drawn once. Each interval is moved by what the resamples' mean differs from that mean: nothing to speak of for
+/// numbers that are linear in the units, the bias of resampling for others. None of no seeds.
+pub fn nested_bootstrap(
+    units: &[usize],
+    width: usize,
+    values: impl Fn(usize, &[f64], &mut [f64]),
+) -> Vec<Interval> {
+    if units.is_empty() {
+        return Vec::new();
+    }
+    let mut rng = StdRng::seed_from_u64(SEED);
+    let (seeds, mut of_seed) = (units.len() as f64, vec![0.0; width]);
+    let mut add = |sums: &mut [f64], seed: usize, weights: &[f64]| {
+        values(seed, weights, &mut of_seed);
+        sums.iter_mut().zip(&of_seed).for_each(|(s, v)| *s += v);
+    };
+    let mut means = vec![0.0; width];
+    for (seed, &units) in units.iter().enumerate() {
+        add(&mut means, seed, &vec![1.0; units]);
+    }
+    let mut resampled = vec![Vec::with_capacity(RESAMPLES); width];
+    for _ in 0..RESAMPLES {
+        let mut sums = vec![0.0; width];
+        for _ in units {
+            let seed = rng.random_range(0..units.len());
+            let mut weights = vec![0.0; units[seed]];
+            for _ in 0..units[seed] {
+                weights[rng.random_range(0..units[seed])] += 1.0;
+            }
+            add(&mut sums, seed, &weights);
+        }
+        let sums = resampled.iter_mut().zip(sums);
+        sums.for_each(|(means, sum)| means.push(sum / seeds));
+    }
+    let centred = |(resampled, sum): (Vec<f64>, f64)| {
+        let (interval, mean) = (percentiles(resampled), sum / seeds);
+        let bias = interval.mean - mean;
+        Interval {
+            mean,
+            low: interval.low - bias,
+            high: interval.high - bias,
+        }
+    };
+    resampled.into_iter().zip(means).map(centred).collect()
+}
+
 /// Of the means of resamples. `mean` is theirs.
 pub fn percentiles(mut means: Vec<f64>) -> Interval {
     means.sort_by(f64::total_cmp);

@@ -64,6 +64,24 @@ pub fn evaluate(
     Ok(rows)
 }
 
+/// The rows of each sample, in the samples' order.
+pub fn evaluate_each(
+    model: &Decoder,
+    samples: &[&Sample],
+    batch: usize,
+    device: &Device,
+) -> Result<Vec<Vec<Row>>> {
+    let mut order: Vec<usize> = (0..samples.len()).collect();
+    order.sort_by_key(|&i| samples[i].tokens.len()); // stable, as that of `evaluate`, which keeps it
+    let sorted: Vec<&Sample> = order.iter().map(|&i| samples[i]).collect();
+    let mut rows = evaluate(model, &sorted, batch, device)?.into_iter();
+    let mut each = vec![Vec::new(); samples.len()];
+    for i in order {
+        each[i] = rows.by_ref().take(samples[i].rows()).collect();
+    }
+    Ok(each)
+}
+
 /// Σ q log q + lse − Σ q z for the true distributions q of the samples' rows (n).
 fn divergence(logits: &Tensor, lse: &Tensor, samples: &[&Sample]) -> Result<Vec<f32>> {
     let (rows, vocab) = logits.dims2()?;

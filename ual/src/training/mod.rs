@@ -12,3 +12,4 @@ pub mod setup;
 pub mod slice;
 pub mod smoothing;
 pub mod train;
+pub mod watch;

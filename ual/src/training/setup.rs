@@ -18,19 +18,19 @@ use crate::{
         states::States,
     },
     report::{
-        curve::Curve,
+        curve::{Curve, Measured},
         metrics,
-        run::{Run, groups},
+        run::Run,
     },
     training::{
         args::{Args, plans},
         checkpoint::{self, Checkpoints},
-        evaluate::evaluate,
         method::Method,
         plan::Plan,
         ranks::Ranks,
         smoothing::{self, Prior},
         train::train,
+        watch::Watch,
     },
 };
 
@@ -45,8 +45,6 @@ pub struct Setup {
     pub parameters: usize,
     pub plan: Plan,
     pub pretraining: Option<Curve>,
-    /// How often each token is in the training samples' responses, (V).
-    unigram: Tensor,
     /// What every training begins with.
     initial: Vec<Tensor>,
     /// What a checkpoint must have been made from.
@@ -142,7 +140,7 @@ impl Setup {
         } else {
             let name = "pre-training";
             let checkpoints = checkpoints(args, &fingerprint, name);
-            let corpus = (data.pretrain.as_slice(), &[][..]);
+            let corpus = (data.pretrain.as_slice(), Watch::default());
             let plan = &pretraining_plan;
             let sft = Method::Sft;
             Some(train(
@@ -155,10 +153,7 @@ impl Setup {
                 (ranks, device),
             )?)
         };
-        let vocab = model.output_projection().dim(0)?;
-        let unigram = smoothing::unigram(&data.train, vocab, device)?;
         Ok(Self {
-            unigram,
             initial: model.weights()?,
             data,
             threshold,
@@ -172,18 +167,36 @@ impl Setup {
     }
 
     /// The method with its smoothing spread so.
-    pub fn spread(&self, method: &Method, prior: Prior) -> Method {
-        match (prior, method) {
-            (Prior::Even, _) | (_, Method::Sft) => method.clone(),
-            (Prior::Unigram, _) => Method::Spread(Box::new(method.clone()), self.unigram.clone()),
+    pub fn spread(&self, method: &Method, prior: Prior) -> candle_core::Result<Method> {
+        let projection = self.model.output_projection();
+        let (vocab, device) = (projection.dim(0)?, projection.device());
+        let shares = prior.shares(&self.data.train, vocab, device)?;
+        Ok(match (shares, method) {
+            (None, _) | (_, Method::Sft) => method.clone(),
+            (Some(shares), _) => Method::Spread(Box::new(method.clone()), shares),
+        })
+    }
+
+    /// What is measured along a training.
+    fn watch(&self) -> Watch<'_> {
+        Watch {
+            held_out: &self.data.held_out,
+            validation: &self.data.validation,
+            threshold: self.threshold,
+            groups: &self.data.groups,
         }
+    }
+
+    /// The model as it is, on the held-out samples.
+    pub fn measure(&self, device: &Device) -> Result<Measured> {
+        self.watch().measure(&self.model, self.plan.batch, device)
     }
 
     /// Trains on `samples` from the initial weights; the model keeps what it learned.
     pub fn train(
         &self,
         args: &Args,
-        name: &'static str,
+        name: &str,
         method: &Method,
         samples: &[Sample],
         ranks: &Ranks,
@@ -194,7 +207,7 @@ impl Setup {
             name,
             &self.model,
             method,
-            (samples, &self.data.held_out),
+            (samples, self.watch()),
             &self.plan,
             &checkpoints(args, &self.fingerprint, name),
             (ranks, device),
@@ -212,12 +225,10 @@ impl Setup {
         device: &Device,
     ) -> Result<Run> {
         let training = self.train(args, name, method, samples, ranks, device)?;
-        let held_out: Vec<_> = self.data.held_out.iter().collect();
-        let rows = evaluate(&self.model, &held_out, self.plan.batch, device)?;
         Ok(Run {
             method: name,
             mean_smoothing: method.mean_smoothing(samples)?,
-            groups: groups(&rows, self.threshold, &self.data.groups),
+            groups: self.measure(device)?.groups,
             training,
         })
     }

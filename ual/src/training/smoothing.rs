@@ -21,19 +21,39 @@ pub enum Prior {
     Even,
     /// Tokens by how often they are in the training samples' responses
     Unigram,
+    /// Those tokens evenly that are in the training samples' responses
+    Responses,
 }
 
-/// How often each of `vocab` tokens is in the samples' responses: (V) f32, which sum to 1.
-pub fn unigram(samples: &[Sample], vocab: usize, device: &Device) -> candle_core::Result<Tensor> {
+impl Prior {
+    /// The share of each of `vocab` tokens, (V) f32, which sum to 1; none where all have the same.
+    pub fn shares(
+        self,
+        samples: &[Sample],
+        vocab: usize,
+        device: &Device,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let counts = counts(samples, vocab);
+        let weights = match self {
+            Self::Even => return Ok(None),
+            Self::Unigram => counts,
+            Self::Responses => counts.into_iter().map(|count| count.min(1)).collect(),
+        };
+        let all = weights.iter().sum::<u64>().max(1) as f64;
+        let shares = weights.into_iter().map(|n| (n as f64 / all) as f32);
+        Ok(Some(Tensor::from_vec(shares.collect(), vocab, device)?))
+    }
+}
+
+/// How often each of `vocab` tokens is in the samples' responses.
+fn counts(samples: &[Sample], vocab: usize) -> Vec<u64> {
     let mut counts = vec![0u64; vocab];
     for sample in samples {
         for (i, &token) in sample.tokens.iter().enumerate() {
             counts[token as usize] += u64::from(sample.is_response(i));
         }
     }
-    let all = counts.iter().sum::<u64>().max(1) as f64;
-    let shares = counts.into_iter().map(|count| (count as f64 / all) as f32);
-    Tensor::from_vec(shares.collect(), vocab, device)
+    counts
 }
 
 /// A sample's uncertainty, and how many rows, tokens of its response, it has.

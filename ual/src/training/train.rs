@@ -26,6 +26,7 @@ use crate::{
         progress::Progress,
         ranks::Ranks,
         slice::Slice,
+        watch::Watch,
     },
 };
 
@@ -33,7 +34,7 @@ pub fn train(
     name: &str,
     model: &Decoder,
     method: &Method,
-    (samples, held_out): (&[Sample], &[Sample]),
+    (samples, watch): (&[Sample], Watch),
     plan: &Plan,
     checkpoints: &Checkpoints,
     (ranks, device): (&Ranks, &Device),
@@ -62,9 +63,10 @@ pub fn train(
         batches.next_batch();
     }
     let mut progress = ranks.is_first().then(|| Progress::new(name, plan.steps));
-    let held_out: Vec<&Sample> = held_out
+    let held_out: Vec<&Sample> = watch
+        .held_out
         .iter()
-        .step_by(held_out.len().div_ceil(plan.curve_samples).max(1))
+        .step_by(watch.held_out.len().div_ceil(plan.curve_samples).max(1))
         .collect();
     for step in done + 1..=plan.steps {
         let start = Instant::now();
@@ -106,10 +108,13 @@ pub fn train(
             let held_out = evaluate(model, &held_out, plan.batch, device)?;
             let held_out_nll =
                 metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
+            let stopped = &mut curve.stopped;
+            let validation_nll = watch.after(step, stopped, model, (plan.batch, device))?;
             curve.points.push(Point {
                 step,
                 train_nll: sums.nll / sums.rows as f64,
                 held_out_nll,
+                validation_nll,
             });
             (sums.nll, sums.rows) = (0.0, 0);
         }

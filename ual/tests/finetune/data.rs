@@ -8,7 +8,7 @@ use candle_ual::{
         samples::Sample,
         synthetic,
     },
-    training::smoothing::unigram,
+    training::smoothing::Prior,
 };
 
 fn sample(tokens: &[u32], prompt: usize, uncertainty: f32) -> Sample {
@@ -71,10 +71,15 @@ fn frequencies_are_those_of_responses() {
     let mut conversation = sample(&[0, 1, 5, 3, 5, 1], 2, 0.5);
     conversation.between = std::iter::once(3..4).collect();
     let samples = [sample(&[1, 5, 5, 2], 1, 0.5), conversation];
-    let frequencies = unigram(&samples, 7, &Device::Cpu).unwrap();
+    let shares = |prior: Prior| prior.shares(&samples, 7, &Device::Cpu).unwrap();
+    let of = |prior| shares(prior).unwrap().to_vec1::<f32>().unwrap();
     // 5, 5, 2 and 5, 5, 1.
     let wanted = [0.0, 1.0 / 6.0, 1.0 / 6.0, 0.0, 0.0, 4.0 / 6.0, 0.0];
-    assert_eq!(frequencies.to_vec1::<f32>().unwrap(), wanted);
+    assert_eq!(of(Prior::Unigram), wanted);
+    let third = 1.0 / 3.0;
+    let wanted = [0.0, third, third, 0.0, 0.0, third, 0.0];
+    assert_eq!(of(Prior::Responses), wanted);
+    assert!(shares(Prior::Even).is_none());
 }
 
 #[test]

@@ -76,11 +76,11 @@ fn run_as(args: &args::Args, ranks: &mut Ranks) -> Result<()> {
     let setup = Setup::new(args, data, loaded, ranks, &device)?;
 
     let spread = |method| setup.spread(&method, args.smoothing_prior);
-    let ual = spread(Method::Ual(setup.map.clone()));
+    let ual = spread(Method::Ual(setup.map.clone()))?;
     let mut runs = Vec::new();
     for method in [
         Method::Sft,
-        spread(Method::Constant(args.mean_smoothing)),
+        spread(Method::Constant(args.mean_smoothing))?,
         ual.clone(),
     ] {
         let (name, samples) = (method.name(), &setup.data.train);

@@ -1,16 +1,20 @@
-//! `ual study` gathers evidence: plain fine-tuning, constant smoothing of the same mean, uncertainty-aware smoothing, and
-//! the control in which the same uncertainties are dealt to the samples at random, over several seeds; held-out metrics and
-//! the clustering of tokens in the last hidden layer, as mean ± deviation over seeds, in a Markdown report with pictures.
-//! One more arm, on the CPU, has UAL's smoothing spread by the tokens' frequencies in place of evenly (`--smoothing-prior
-//! unigram` has all arms do it). With `--group` there is a second control, dealt within each kind of samples: what it lacks is
-//! what uncertainties say beyond the kind.
+//! `ual study` gathers evidence: plain fine-tuning, constant smoothing, uncertainty-aware smoothing, and the controls that
+//! [`arms`] describes, over several seeds; held-out metrics and the clustering of tokens in the last hidden layer, in a
+//! Markdown report with pictures.
+//!
+//! With `--smoothings` every arm that smooths is trained with each of several mean smoothings, and with `--validation` a share of
+//! the training samples is set aside: each arm is reported with the smoothing that predicts them best at the end of training,
+//! and with the smoothing and the step that do (early stopping), so that arms are compared each at its best. Differences have
+//! intervals, see [`compare`].
 //!
 //! All options of `ual finetune` are its own. A seed changes data, batches, the control and the weights that training begins
 //! with (of a given model, those of its adapters).
 
 pub mod args;
 pub mod arms;
+pub mod choice;
 pub mod clusters;
+pub mod compare;
 pub mod outcome;
 pub mod pictures;
 pub mod run;
