@@ -11,6 +11,7 @@ Examples:
   ual finetune
   ual finetune --data scored.jsonl
   ual finetune --data scored.jsonl --model MODEL.gguf --lora 8
+  ual finetune --data scored.jsonl --model MODEL.gguf --lora 8 --train-last 4
   mpirun -n 4 ual finetune --data scored.jsonl --model MODEL.gguf --lora 8   (compiled with --features mpi)
   mpirun -n 4 ual finetune --data scored.jsonl --model MODEL.gguf --lora 8 --vocab-parallel")]
 pub struct Args {
