@@ -19,6 +19,7 @@ use candle_ual::{
         plan::{Loss, Plan},
         ranks::Ranks,
         train::{Step, train},
+        watch::Watch,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -101,7 +102,11 @@ fn trained(model: &Decoder, loss: Loss, ranks: &Ranks) -> Curve {
         resume: false,
         fingerprint: String::new(),
     };
-    let (method, data) = (ual(&samples), (&samples[..], &held_out[..]));
+    let watch = Watch {
+        held_out: &held_out,
+        ..Watch::default()
+    };
+    let (method, data) = (ual(&samples), (&samples[..], watch));
     train("test", model, &method, data, &plan, &none, (ranks, CPU)).unwrap()
 }
 
