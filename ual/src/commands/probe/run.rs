@@ -1,6 +1,13 @@
 //! A run of the command: every seed and size, then the report.
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    num::NonZero,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
 use rand::{SeedableRng, rngs::StdRng};
@@ -8,9 +15,11 @@ use rand::{SeedableRng, rngs::StdRng};
 use crate::{
     commands::probe::{
         args::Args,
-        hidden, pictures,
+        hidden,
+        outcome::Outcome,
+        pictures,
         questions::{self, Questions},
-        stretches,
+        stretches::{self, OfStretch, Stretch},
         summary::{self, Results},
         trainings::{Data, Draw, Trainings},
     },
@@ -49,25 +58,14 @@ pub fn run(args: &Args) -> Result<()> {
         questions: &questions,
         hidden: &hidden,
     };
-    let mut results = Results {
-        outcomes: Vec::new(),
+    let of_seed = |seed| of_seed(&data, &stretches, seed, args);
+    let of_seeds = side_by_side(args.seed..args.seed + args.seeds, of_seed)?;
+    let (outcomes, of_stretches): (Vec<_>, Vec<_>) = of_seeds.into_iter().unzip();
+    let results = Results {
+        outcomes: outcomes.concat(),
+        of_stretches: of_stretches.concat(),
         stretches,
-        of_stretches: Vec::new(),
     };
-    for seed in args.seed..args.seed + args.seeds {
-        let start = Instant::now();
-        for &size in &args.sizes {
-            let mut rng = StdRng::seed_from_u64(seed);
-            let draw = Draw::new((0..questions.train.len()).collect(), size, &mut rng);
-            let outcome = Trainings::new(&data, draw, None, args)?.all(seed);
-            let outcome = outcome.with_context(|| format!("seed {seed}, {size} samples"))?;
-            results.outcomes.push(outcome);
-        }
-        let of_stretches = stretches::of_seed(&data, &results.stretches, seed, args)?;
-        results.of_stretches.extend(of_stretches);
-        let seconds = start.elapsed().as_secs_f64();
-        eprintln!("seed {seed}: {seconds:.0} s");
-    }
     let folder = &args.out;
     save_json(&folder.join("outcomes.json"), &results.outcomes)?;
     pictures::sizes(&folder.join("sizes.svg"), &results, args)?;
@@ -86,4 +84,54 @@ pub fn run(args: &Args) -> Result<()> {
         folder.display()
     );
     Ok(())
+}
+
+fn of_seed(
+    data: &Data,
+    stretches: &[Stretch],
+    seed: u64,
+    args: &Args,
+) -> Result<(Vec<Outcome>, Vec<OfStretch>)> {
+    let start = Instant::now();
+    let of_size = |&size: &usize| {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let all = (0..data.questions.train.len()).collect();
+        let trainings = Trainings::new(data, Draw::new(all, size, &mut rng), None, args)?;
+        let outcome = trainings.all(seed);
+        outcome.with_context(|| format!("seed {seed}, {size} samples"))
+    };
+    let outcomes = args.sizes.iter().map(of_size).collect::<Result<_>>()?;
+    let of_stretches = stretches::of_seed(data, stretches, seed, args)?;
+    eprintln!("seed {seed}: {:.0} s", start.elapsed().as_secs_f64());
+    Ok((outcomes, of_stretches))
+}
+
+/// What `of` gives for each seed, in order, on a thread a core: most of a head's tensors are too small for more.
+fn side_by_side<T: Send>(
+    seeds: Range<u64>,
+    of: impl Fn(u64) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let (next, end) = (AtomicU64::new(seeds.start), seeds.end);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end {
+                return Ok(done);
+            }
+            done.push((seed, of(seed)?));
+        }
+    };
+    let mut all = thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let mut all: Vec<(u64, T)> = Vec::new();
+        for thread in threads {
+            let done: Result<_> = thread.join().expect("a thread of trainings panicked");
+            all.extend(done?);
+        }
+        anyhow::Ok(all)
+    })?;
+    all.sort_by_key(|(seed, _)| *seed);
+    Ok(all.into_iter().map(|(_, value)| value).collect())
 }

@@ -57,7 +57,7 @@ pub fn plan(size: usize, seed: u64, args: &Args) -> Plan {
     let share = (SMALL as f64 / size as f64).sqrt().min(1.0);
     Plan {
         epochs: (args.epochs as f64 * share).round().max(1.0) as usize,
-        batch: (size / 16).clamp(16, 256),
+        batch: (size / 16).clamp(16, 64),
         learning_rate: args.lr,
         weight_decay: WEIGHT_DECAY,
         seed,
