@@ -188,7 +188,7 @@ fn arms_have_the_means_they_are_compared_at() {
             found.insert(arm.method, arm.smoothing.clone());
         }
     }
-    assert_eq!((all.len(), found.len()), (17, 8));
+    assert_eq!((all.len(), found.len()), (19, 9));
     let sorted = |values: &[f32]| {
         let mut values = values.to_vec();
         values.sort_by(f32::total_cmp);
@@ -213,6 +213,9 @@ fn arms_have_the_means_they_are_compared_at() {
     let ratio = |method: Method| found[&method][39] / found[&method][20];
     assert!((ratio(Method::Ual) - 39.0 / 20.0).abs() < 1e-5);
     assert!((ratio(Method::Squared) - (39f32 / 20.0).powi(2)).abs() < 1e-4);
+    let mean = uncertainties.iter().sum::<f32>() / 40.0;
+    assert!((ratio(Method::Floor) - (0.78 + mean) / (0.4 + mean)).abs() < 1e-5);
+    assert!((found[&Method::Floor][0] - 0.025).abs() < 1e-6, "half");
     assert!((ratio(Method::Rank) - 39.5 / 20.5).abs() < 1e-5);
     assert!((ratio(Method::OwnEntropy) - own[39] / own[20]).abs() < 1e-5);
     // The same deal where smoothing is spread otherwise, and a plain training but with the same outputs as another.
@@ -416,9 +419,9 @@ fn a_run_writes_a_report_and_does_so_again() {
         let svg = folder.path().join(format!("out/{picture}.svg"));
         assert!(fs::read_to_string(svg).unwrap().len() > 2000);
     }
-    // 17 + 10 + 11 arms of two smoothings, two sizes and seeds; six stretches of 12 smoothings.
+    // 19 + 10 + 11 arms of two smoothings, two sizes and seeds; six stretches of 12 smoothings.
     assert!(
-        report.contains(&format!("{} trainings", 2 * (2 * 38 + 6 * 12))),
+        report.contains(&format!("{} trainings", 2 * (2 * 40 + 6 * 12))),
         "{report}"
     );
     assert!(report.contains("| UAL − plain |") && report.contains("| UAL, over frequencies |"));

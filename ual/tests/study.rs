@@ -160,7 +160,9 @@ fn a_small_study_reports_its_outcomes() {
         "SFT",
         "constant",
         "shuffled",
+        "constant, unigram",
         "UAL, unigram",
+        "constant, responses",
         "UAL, responses",
         "UAL, own entropy",
         "UAL",
@@ -192,25 +194,25 @@ fn a_small_study_reports_its_outcomes() {
     // A panel a method with one scale, names of the axes, and tokens' names.
     let clusters = picture("clusters.svg");
     let count = |text: &str| clusters.lines().filter(|line| *line == text).count();
-    assert_eq!(count("along the widest direction"), 7);
-    assert_eq!(count("along the second widest"), 7);
+    assert_eq!(count("along the widest direction"), 9);
+    assert_eq!(count("along the second widest"), 9);
     assert!(clusters.contains("\ntoken "));
     let numbers = clusters.lines().filter(|line| line.parse::<f64>().is_ok());
     let mut times: BTreeMap<&str, usize> = BTreeMap::new();
     numbers.for_each(|number| *times.entry(number).or_default() += 1);
     assert!(
-        times.len() > 2 && times.values().all(|n| n % 7 == 0),
+        times.len() > 2 && times.values().all(|n| n % 9 == 0),
         "{times:?}"
     );
     // All that smooth have one mean over the rows they are trained on.
     for (m, outcome) in outcomes.iter().enumerate() {
         let mean = outcome["run"]["mean_smoothing"].as_f64().unwrap();
-        let expected = if m % 7 == 0 { 0.0 } else { 0.1 };
+        let expected = if m % 9 == 0 { 0.0 } else { 0.1 };
         assert!((mean - expected).abs() < 1e-5, "{mean}");
     }
     // Means and deviations of two seeds, by hand.
     let nll = |seed: usize, method: usize, group: usize| {
-        let groups = &outcomes[7 * seed + method]["run"]["groups"];
+        let groups = &outcomes[9 * seed + method]["run"]["groups"];
         groups[group]["summary"]["nll"].as_f64().unwrap()
     };
     let mut sections = report.split("\n## ").skip(1);
@@ -227,7 +229,7 @@ fn a_small_study_reports_its_outcomes() {
     }
     let differences = sections.next().unwrap();
     let less: Vec<f64> = (0..2)
-        .map(|seed| nll(seed, 6, 0) - nll(seed, 0, 0))
+        .map(|seed| nll(seed, 8, 0) - nll(seed, 0, 0))
         .collect();
     let lower = less.iter().filter(|d| **d < 0.0).count();
     let mean = (less[0] + less[1]) / 2.0;
@@ -237,16 +239,16 @@ fn a_small_study_reports_its_outcomes() {
     let row = row.unwrap();
     assert!(row.contains(&format!("| {mean:.4} [")), "{row}, {mean}");
     assert!(row.contains(&format!("({lower} of 2)")), "{row}");
-    assert!(report.contains("14 trainings: 7 arms"), "{report}");
-    assert!(report.contains("Compared are 90 differences"), "{report}"); // 6 arms, 3 groups, 5 metrics
+    assert!(report.contains("18 trainings: 9 arms"), "{report}");
+    assert!(report.contains("Compared are 180 differences"), "{report}"); // 8 arms and 4 more pairs, 3 groups, 5 metrics
     assert!(!report.contains("early stopping |"), "without validation");
     // Clusters, the last table.
     let silhouette = |seed: usize, method: usize| {
-        let clusters = &outcomes[7 * seed + method]["clusters"];
+        let clusters = &outcomes[9 * seed + method]["clusters"];
         clusters["silhouette"].as_f64().unwrap()
     };
     let less: Vec<f64> = (0..2)
-        .map(|seed| silhouette(seed, 6) - silhouette(seed, 1))
+        .map(|seed| silhouette(seed, 8) - silhouette(seed, 1))
         .collect();
     let higher = less.iter().filter(|d| **d > 0.0).count();
     let mean = (less[0] + less[1]) / 2.0;
@@ -254,9 +256,9 @@ fn a_small_study_reports_its_outcomes() {
     let row = format!("| UAL less constant | {mean:.4} [{low:.4}, {high:.4}] ({higher} of 2) |");
     assert!(report.contains(&row), "{row}\n{report}");
     // The control has other samples' uncertainties, so it differs from UAL; and the same run gives the same numbers.
-    assert_ne!(nll(0, 2, 0), nll(0, 6, 0));
-    assert_ne!(nll(0, 4, 0), nll(0, 6, 0));
-    assert_ne!(nll(0, 5, 0), nll(0, 6, 0));
+    assert_ne!(nll(0, 2, 0), nll(0, 8, 0));
+    assert_ne!(nll(0, 4, 0), nll(0, 8, 0));
+    assert_ne!(nll(0, 5, 0), nll(0, 8, 0));
     let (_, again) = study(&folder.path().join("b"), &[]);
     let groups = |outcomes: &[Value]| -> Vec<Value> {
         outcomes
@@ -296,8 +298,8 @@ fn kinds_have_a_control_and_results_of_their_own() {
     let (report, outcomes) = study(&folder.path().join("out"), &arguments);
     let groups = |run: usize| outcomes[run]["run"]["groups"].as_array().unwrap();
     for seed in 0..2 {
-        let run = |arm: usize| &outcomes[8 * seed + arm]["run"];
-        let arms: Vec<_> = (0..8)
+        let run = |arm: usize| &outcomes[10 * seed + arm]["run"];
+        let arms: Vec<_> = (0..10)
             .map(|arm| run(arm)["method"].as_str().unwrap())
             .collect();
         assert_eq!(
@@ -307,15 +309,17 @@ fn kinds_have_a_control_and_results_of_their_own() {
                 "constant",
                 "shuffled",
                 "within kind",
+                "constant, unigram",
                 "UAL, unigram",
+                "constant, responses",
                 "UAL, responses",
                 "UAL, own entropy",
                 "UAL"
             ]
         );
-        assert_eq!(run(3)["groups"], run(7)["groups"]);
-        for other in [2, 4, 5, 6] {
-            assert_ne!(run(other)["groups"], run(7)["groups"]);
+        assert_eq!(run(3)["groups"], run(9)["groups"]);
+        for other in [2, 4, 5, 6, 7, 8] {
+            assert_ne!(run(other)["groups"], run(9)["groups"]);
         }
     }
     let names: Vec<_> = groups(0).iter().map(|group| &group["name"]).collect();
@@ -622,7 +626,7 @@ fn each_arm_is_reported_at_its_best() {
         "0.25",
     ];
     let (report, outcomes) = study(&folder.path().join("a"), &options);
-    assert_eq!(outcomes.len(), 2 * (1 + 6 * 2));
+    assert_eq!(outcomes.len(), 2 * (1 + 8 * 2));
     let nll = |groups: &Value| groups[0]["summary"]["nll"].as_f64().unwrap();
     let (mut at_end, mut early) = (Vec::new(), Vec::new());
     for seed in 1..=2 {
@@ -684,10 +688,11 @@ fn each_arm_is_reported_at_its_best() {
     }
     for part in [
         "8 are set aside for validation, 24 are trained on",
-        "26 trainings: 7 arms, those that smooth with 2 mean smoothings each, over 2 seeds",
-        "Compared are 156 differences", // 13 pairs, 3 groups, and no KL
+        "34 trainings: 9 arms, those that smooth with 2 mean smoothings each, over 2 seeds",
+        "Compared are 300 differences", // 25 pairs, 3 groups, and no KL
         "### With early stopping",
         "| all | less SFT |",
+        "| all | UAL, unigram less constant, unigram |",
         "| all | less SFT, early stopping |",
         "\nWith early stopping:\n\n- Beside SFT: UAL is better in ",
         "| constant | 0.3 | ",

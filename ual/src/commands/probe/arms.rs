@@ -28,6 +28,8 @@ pub enum Method {
     Rank,
     /// UAL that smooths samples above their median uncertainty, equally, and others not.
     Threshold,
+    /// UAL of which half is given to all samples alike: certain ones are smoothed too.
+    Floor,
 }
 
 /// What smoothing is spread over.
@@ -55,6 +57,7 @@ impl Method {
             Squared => "UAL, squared",
             Rank => "UAL, rank",
             Threshold => "UAL, threshold",
+            Floor => "UAL, floor",
         }
     }
 }
@@ -73,7 +76,7 @@ impl Spread {
     /// The maps are compared where smoothing is spread over the responses.
     fn methods(self) -> &'static [Method] {
         let all = &[
-            Constant, Shuffled, WithinKind, OwnEntropy, Ual, Squared, Rank, Threshold,
+            Constant, Shuffled, WithinKind, OwnEntropy, Ual, Squared, Rank, Threshold, Floor,
         ];
         match self {
             Self::Responses => all,
@@ -150,6 +153,10 @@ fn uncertainties(method: Method, known: &Known, rng: &mut impl Rng) -> Vec<f32> 
                 .iter()
                 .map(|&u| f32::from(u8::from(u >= median)))
                 .collect()
+        }
+        Floor => {
+            let mean = given.iter().sum::<f32>() / given.len() as f32;
+            given.iter().map(|&u| u + mean).collect()
         }
         _ => given.to_vec(),
     }

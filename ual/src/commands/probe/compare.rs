@@ -34,7 +34,7 @@ pub type Question = (ArmName, ArmName, &'static str);
 
 const UAL: ArmName = ArmName(Ual, Responses);
 
-pub const QUESTIONS: [Question; 13] = [
+pub const QUESTIONS: [Question; 16] = [
     (
         UAL,
         ArmName(Plain, Responses),
@@ -91,6 +91,21 @@ pub const QUESTIONS: [Question; 13] = [
         "Is smoothing by the square of the uncertainty better?",
     ),
     (ArmName(Rank, Responses), UAL, "Is smoothing by its rank?"),
+    (
+        ArmName(Floor, Responses),
+        UAL,
+        "Is giving half of the smoothing to all samples alike, and half by uncertainty?",
+    ),
+    (
+        ArmName(Floor, Responses),
+        ArmName(Constant, Responses),
+        "Is that better than giving all of it to all alike?",
+    ),
+    (
+        ArmName(Rank, Responses),
+        ArmName(Constant, Responses),
+        "Is the rank better than that?",
+    ),
     (
         ArmName(Threshold, Responses),
         UAL,

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use rand::{SeedableRng, rngs::StdRng};
+use rayon::ThreadPoolBuilder;
 
 use crate::{
     commands::probe::{
@@ -106,7 +107,7 @@ fn of_seed(
     Ok((outcomes, of_stretches))
 }
 
-/// What `of` gives for each seed, in order, on a thread a core: most of a head's tensors are too small for more.
+/// What `of` gives for each seed, in order, on a core each: most of a head's tensors are too small for more.
 fn side_by_side<T: Send>(
     seeds: Range<u64>,
     of: impl Fn(u64) -> Result<T> + Sync,
@@ -114,13 +115,14 @@ fn side_by_side<T: Send>(
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
     let (next, end) = (AtomicU64::new(seeds.start), seeds.end);
     let work = || {
+        let alone = ThreadPoolBuilder::new().num_threads(1).build()?;
         let mut done = Vec::new();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= end {
                 return Ok(done);
             }
-            done.push((seed, of(seed)?));
+            done.push((seed, alone.install(|| of(seed))?));
         }
     };
     let mut all = thread::scope(|scope| {

@@ -28,11 +28,16 @@ pub const WITHIN: &str = "within kind";
 pub const UNIGRAM: &str = "UAL, unigram";
 /// The same.
 pub const RESPONSES: &str = "UAL, responses";
+/// What these are compared with as well: constant smoothing that is spread as theirs.
+pub const SPREAD_ALIKE: [(&str, &str); 2] = [
+    (UNIGRAM, "constant, unigram"),
+    (RESPONSES, "constant, responses"),
+];
 /// [`UAL`] by uncertainties that the model has itself.
 pub const OWN: &str = "UAL, own entropy";
 
 /// What an arm is there to answer, by its name.
-pub const QUESTIONS: [(&str, &str); 7] = [
+pub const QUESTIONS: [(&str, &str); 9] = [
     (SFT, "has no smoothing: is smoothing worth anything at all?"),
     (
         "constant",
@@ -55,6 +60,14 @@ pub const QUESTIONS: [(&str, &str); 7] = [
         RESPONSES,
         "is UAL with its smoothing spread evenly over the tokens of the training samples' responses: is it enough to leave \
          out the tokens that no response has?",
+    ),
+    (
+        SPREAD_ALIKE[0].1,
+        "smooths all samples alike, by the same frequencies: there, does it matter which samples are smoothed?",
+    ),
+    (
+        SPREAD_ALIKE[1].1,
+        "smooths all samples alike, over the tokens of responses: the same question.",
     ),
     (
         OWN,
@@ -160,7 +173,12 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Vec<Arm<'a>> {
         arms.push(control(WITHIN, |sample| sample.group));
     }
     if args.smoothing_prior == Prior::Even {
-        for (name, prior) in [(UNIGRAM, Prior::Unigram), (RESPONSES, Prior::Responses)] {
+        let priors = [Prior::Unigram, Prior::Responses];
+        for ((name, constant), prior) in SPREAD_ALIKE.into_iter().zip(priors) {
+            arms.push(Arm {
+                prior,
+                ..arm(constant, Smoothing::Constant)
+            });
             arms.push(Arm {
                 prior,
                 ..arm(name, Smoothing::Uncertainty)

@@ -2,7 +2,7 @@
 
 use crate::{
     commands::study::{
-        arms::{SFT, UAL},
+        arms::{SFT, SPREAD_ALIKE, UAL},
         outcome::{Chosen, Entry},
     },
     report::{
@@ -47,14 +47,26 @@ pub struct Comparison {
     pub differences: [Option<Difference>; COMPARED.len()],
 }
 
-/// UAL less each other arm, both with early stopping or both at the end; and at the end also less plain fine-tuning with early
-/// stopping, the simplest remedy against overfitting.
+/// UAL less each other arm, both with early stopping or both at the end; at the end also less plain fine-tuning with early
+/// stopping, the simplest remedy against overfitting. And UAL that is spread otherwise less plain fine-tuning and less constant
+/// smoothing that is spread alike.
 fn pairs(entries: &[Entry]) -> Vec<(usize, usize)> {
     let mut pairs = Vec::new();
     for (first, ual) in entries.iter().enumerate().filter(|(_, e)| e.arm == UAL) {
         for (less, other) in entries.iter().enumerate() {
             let alike = other.early == ual.early && other.arm != UAL;
             if alike || (other.early && other.arm == SFT) {
+                pairs.push((first, less));
+            }
+        }
+    }
+    for (first, ual) in entries.iter().enumerate() {
+        let alike = SPREAD_ALIKE.iter().find(|(name, _)| ual.arm == *name);
+        let Some((_, constant)) = alike else {
+            continue;
+        };
+        for (less, other) in entries.iter().enumerate() {
+            if other.early == ual.early && (other.arm == SFT || other.arm == *constant) {
                 pairs.push((first, less));
             }
         }

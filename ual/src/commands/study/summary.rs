@@ -127,7 +127,10 @@ fn differences(text: &mut String, entries: &[Entry], groups: &[&str], comparison
     let mut header = vec!["", ""];
     header.extend(COMPARED.map(|(name, _)| name));
     let of = |c: &&Comparison| {
-        let less = format!("less {}", other(entries, c));
+        let less = match entries[c.first].arm {
+            UAL => format!("less {}", other(entries, c)),
+            first => format!("{first} less {}", other(entries, c)),
+        };
         let mut cells = vec![groups[c.group].to_string(), less];
         cells.extend(c.differences.iter().map(interval));
         cells
@@ -157,15 +160,16 @@ fn verdicts(groups: &[&str], comparisons: &[&Comparison], wanted: bool) -> Strin
 
 /// In both directions, a line a pair.
 fn findings(text: &mut String, entries: &[Entry], groups: &[&str], comparisons: &[&Comparison]) {
-    let mut others: Vec<usize> = comparisons.iter().map(|c| c.less).collect();
-    others.sort_unstable();
-    others.dedup();
-    for less in others {
-        let of_pair = comparisons.iter().copied().filter(|c| c.less == less);
-        let of_pair: Vec<&Comparison> = of_pair.collect();
+    let first_group = comparisons
+        .iter()
+        .filter(|c| c.group == comparisons[0].group);
+    for pair in first_group {
+        let alike = |c: &&&Comparison| (c.first, c.less) == (pair.first, pair.less);
+        let of_pair: Vec<&Comparison> = comparisons.iter().filter(alike).copied().collect();
         text.push_str(&format!(
-            "- Beside {}: UAL is better in {}; worse in {}.\n",
-            other(entries, of_pair[0]),
+            "- Beside {}: {} is better in {}; worse in {}.\n",
+            other(entries, pair),
+            entries[pair.first].arm,
             verdicts(groups, &of_pair, true),
             verdicts(groups, &of_pair, false)
         ));
