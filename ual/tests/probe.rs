@@ -29,7 +29,7 @@ use candle_ual::{
     report::metrics::Summary,
 };
 use rand::{SeedableRng, rngs::StdRng};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::model::write_model_for;
@@ -410,7 +410,7 @@ fn a_run_writes_a_report_and_does_so_again() {
         let stderr = String::from_utf8(run.stderr).unwrap();
         assert!(run.status.success(), "{stderr}");
         let read = |name: &str| fs::read_to_string(folder.path().join("out").join(name)).unwrap();
-        (read("report.md"), read("outcomes.json"), stderr)
+        (read("report.md"), read("outcomes.jsonl"), stderr)
     };
     let (report, outcomes, stderr) = run(&[]);
     assert!(stderr.contains("400 of 400 prompts read"), "{stderr}");
@@ -425,7 +425,8 @@ fn a_run_writes_a_report_and_does_so_again() {
         "{report}"
     );
     assert!(report.contains("| UAL − plain |") && report.contains("| UAL, over frequencies |"));
-    let parsed: Vec<serde_json::Value> = serde_json::from_str(&outcomes).unwrap();
+    let parsed = outcomes.lines().map(serde_json::from_str::<Value>);
+    let parsed: Vec<Value> = parsed.collect::<Result<_, _>>().unwrap();
     assert_eq!(parsed.len(), 4);
     let points = parsed[0]["curves"][0]["points"].as_array().unwrap();
     assert_eq!(points.len(), 4);

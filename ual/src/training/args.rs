@@ -230,7 +230,7 @@ pub fn plans(args: &Args, data: &Dataset) -> (Plan, Plan) {
         weight_decay: args.weight_decay,
         clip: args.clip,
         seed: args.seed.wrapping_add(1),
-        points: choose(5, 15, 15),
+        points: choose(10, 15, 15),
         curve_samples: choose(16, 128, 128),
     };
     let steps = args.pretrain_steps.unwrap_or(choose(0, 5 * epoch, 600));

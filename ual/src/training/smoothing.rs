@@ -17,9 +17,9 @@ pub const MAX: f32 = 0.5;
 #[serde(rename_all = "lowercase")]
 pub enum Prior {
     /// All tokens evenly
-    #[default]
     Even,
     /// Tokens by how often they are in the training samples' responses
+    #[default]
     Unigram,
     /// Those tokens evenly that are in the training samples' responses
     Responses,

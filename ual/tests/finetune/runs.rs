@@ -316,7 +316,10 @@ fn smoothing_follows_the_prior() {
         let nll = |run: &Value| run["groups"][0]["summary"]["nll"].as_f64().unwrap();
         [0, 1, 2].map(|method| nll(&runs[method]))
     };
-    let (even, unigram) = (run(&[]), run(&["--smoothing-prior", "unigram"]));
+    let (even, unigram) = (
+        run(&["--smoothing-prior", "even"]),
+        run(&["--smoothing-prior", "unigram"]),
+    );
     let logits = run(&["--smoothing-prior", "unigram", "--loss", "logits"]);
     assert_eq!(even[0], unigram[0]);
     for method in 1..3 {

@@ -27,6 +27,8 @@ type Drawn = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
 struct Panel {
     title: String,
     x: &'static str,
+    /// Where its lines leave room.
+    legend: SeriesLabelPosition,
     lines: Vec<(ArmName, Points)>,
 }
 
@@ -36,6 +38,7 @@ fn color(method: Method) -> RGBColor {
         Method::Plain => (0, 114, 178),
         Method::Constant => (213, 94, 0),
         Method::Shuffled => (204, 121, 167),
+        Method::Floor => (0, 0, 0),
         _ => (0, 158, 115),
     };
     RGBColor(r, g, b)
@@ -52,26 +55,18 @@ fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
 }
 
 fn panels(path: &Path, panels: &[Panel; 2]) -> Result<()> {
-    let all = || {
-        panels
-            .iter()
-            .flat_map(|panel| &panel.lines)
-            .flat_map(|(_, points)| points)
-    };
-    let y = range(all().map(|point| point.1));
-    let y = y.start * 0.95..y.end * 1.05;
     let draw = || -> Drawn {
         let root = SVGBackend::new(path, SIZE).into_drawing_area();
         root.fill(&WHITE)?;
         for (area, panel) in root.split_evenly((1, 2)).iter().zip(panels) {
-            self::panel(area, panel, y.clone())?;
+            self::panel(area, panel)?;
         }
         root.present()
     };
     draw().map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
 }
 
-fn panel(area: &DrawingArea<SVGBackend, Shift>, panel: &Panel, y: Range<f64>) -> Drawn {
+fn panel(area: &DrawingArea<SVGBackend, Shift>, panel: &Panel) -> Drawn {
     let x = range(
         panel
             .lines
@@ -79,6 +74,9 @@ fn panel(area: &DrawingArea<SVGBackend, Shift>, panel: &Panel, y: Range<f64>) ->
             .flat_map(|(_, points)| points)
             .map(|point| point.0),
     );
+    let points = panel.lines.iter().flat_map(|(_, points)| points);
+    let y = range(points.map(|point| point.1));
+    let y = y.start * 0.97..y.end * 1.03;
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, FONT)
         .margin(10)
@@ -90,6 +88,8 @@ fn panel(area: &DrawingArea<SVGBackend, Shift>, panel: &Panel, y: Range<f64>) ->
         .configure_mesh()
         .x_desc(panel.x)
         .y_desc("KL from people's responses, nats")
+        .x_labels(6)
+        .x_label_formatter(&|x| format!("{}", (x * 1e6).round() / 1e6))
         .max_light_lines(0)
         .draw()?;
     for (arm, points) in &panel.lines {
@@ -106,7 +106,7 @@ fn panel(area: &DrawingArea<SVGBackend, Shift>, panel: &Panel, y: Range<f64>) ->
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(panel.legend.clone())
         .legend_area_size(33)
         .label_font(FONT)
         .background_style(WHITE.mix(0.8))
@@ -136,6 +136,7 @@ pub fn sizes(path: &Path, results: &Results, args: &Args) -> Result<()> {
         Panel {
             title: title.into(),
             x: "samples to train on",
+            legend: SeriesLabelPosition::UpperRight,
             lines: shown(results).into_iter().map(line).collect(),
         }
     };
@@ -154,7 +155,7 @@ fn two_sizes(args: &Args) -> [usize; 2] {
 
 /// The trainings that are chosen at the end of all epochs, over epochs.
 pub fn epochs(path: &Path, results: &Results, args: &Args) -> Result<()> {
-    let panel = |size: usize| {
+    let panel = |(size, legend): (usize, SeriesLabelPosition)| {
         let outcomes = results.of_size(size);
         let line = |arm: ArmName| {
             let mut of_epochs: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
@@ -173,10 +174,17 @@ pub fn epochs(path: &Path, results: &Results, args: &Args) -> Result<()> {
         Panel {
             title: format!("{size} samples"),
             x: "epochs",
+            legend,
             lines: shown(results).into_iter().map(line).collect(),
         }
     };
-    panels(path, &two_sizes(args).map(panel))
+    let [small, large] = two_sizes(args);
+    // Few samples are overfitted at once, many are learned first.
+    let (left, right) = (
+        SeriesLabelPosition::UpperLeft,
+        SeriesLabelPosition::UpperRight,
+    );
+    panels(path, &[(small, left), (large, right)].map(panel))
 }
 
 /// After all epochs, over mean smoothing; plain training is a line across.
@@ -199,6 +207,7 @@ pub fn smoothings(path: &Path, results: &Results, args: &Args) -> Result<()> {
         Panel {
             title: format!("{size} samples, all epochs"),
             x: "mean smoothing",
+            legend: SeriesLabelPosition::LowerLeft,
             lines: shown(results).into_iter().map(line).collect(),
         }
     };

@@ -304,7 +304,7 @@ pub fn is_shown(arm: ArmName) -> bool {
     use crate::commands::probe::arms::Method::*;
     matches!(
         arm,
-        ArmName(Plain | Constant | Shuffled | Ual, Spread::Responses)
+        ArmName(Plain | Constant | Shuffled | Ual | Floor, Spread::Responses)
             | ArmName(Constant | Ual, Spread::Frequencies)
     )
 }

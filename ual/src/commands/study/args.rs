@@ -12,6 +12,7 @@ use crate::training;
 #[derive(clap::Args, Debug)]
 #[command(
     mut_arg("out", |out| out.default_value("out/study")), // not the folder of `ual finetune`
+    mut_arg("smoothing_prior", |prior| prior.default_value("even")), // which others are compared with
     after_help = "\
 Examples:
   ual study
