@@ -25,10 +25,12 @@ use candle_ual::{
         trainings::{PARTS, parts},
     },
     data::form::Turn,
+    files,
     model::pretrained::Overrides,
     report::metrics::Summary,
 };
 use rand::{SeedableRng, rngs::StdRng};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -471,6 +473,40 @@ fn hidden_states_are_those_of_single_prompts() {
         assert!(entropy[0] > 0.01 && entropy[0] <= 1.0);
     }
     assert_ne!(together[0], together[7]);
+
+    // What a killed run had kept: the states of the first 32.
+    let out = TempDir::new().unwrap();
+    let of = || hidden::of(&all, (&model, &Overrides::default()), out.path()).unwrap();
+    of();
+    let file = out.path().join("hidden.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = metadata.metadata().clone().unwrap();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+    let mark = Tensor::ones(
+        (1, tensors["states"].dim(1).unwrap()),
+        DType::F32,
+        &Device::Cpu,
+    )
+    .unwrap();
+    let kept = tensors["states"].narrow(0, 1, 31).unwrap();
+    let kept = [
+        ("states".to_string(), Tensor::cat(&[mark, kept], 0).unwrap()),
+        (
+            "entropies".to_string(),
+            tensors["entropies"].narrow(0, 0, 32).unwrap(),
+        ),
+    ];
+    let mut partial = Vec::new();
+    files::write_safetensors(&mut partial, &kept, metadata).unwrap();
+    fs::write(&file, partial).unwrap();
+    let gone_on = of().states.to_vec2::<f32>().unwrap();
+    let different: Vec<usize> = (0..40).filter(|&i| gone_on[i] != together[i]).collect();
+    assert_eq!(different.len(), 1, "the rest is as before");
+    assert!(
+        gone_on[different[0]].iter().all(|&x| x == 1.0),
+        "what was kept is taken"
+    );
 }
 
 #[test]
