@@ -1,9 +1,12 @@
 //! The smoothing map of given uncertainties, and what to do where there can be none; what smoothing is spread over.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 use candle_cross_entropy::ual::SmoothingMap;
 use clap::ValueEnum;
+use rand::{Rng, seq::SliceRandom};
 use serde::Serialize;
 
 use crate::data::samples::Sample;
@@ -126,4 +129,20 @@ fn rounded(value: f64, round: fn(f64) -> f64) -> String {
     let unit = 10f64.powf(digits);
     let digits = digits as usize;
     format!("{:.digits$}", round(value * unit) / unit)
+}
+
+/// The values, dealt at random among those of one kind; `kinds` has each one's.
+pub fn dealt(values: &[f32], kinds: &[usize], rng: &mut impl Rng) -> Vec<f32> {
+    let mut of_kinds: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
+    for (&value, &kind) in values.iter().zip(kinds) {
+        of_kinds.entry(kind).or_default().push(value);
+    }
+    for values in of_kinds.values_mut() {
+        values.shuffle(rng);
+    }
+    let deal = |kind| of_kinds.get_mut(kind).and_then(Vec::pop);
+    let dealt = kinds.iter().map(deal);
+    dealt
+        .map(|value| value.expect("one for each sample"))
+        .collect()
 }

@@ -15,7 +15,9 @@ use crate::{commands::probe::trainings::validation, model::pretrained::Overrides
 Example:
   pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
   ual data human-ratings --archive vaderSentiment-3.3.2.tar.gz --out ratings.jsonl --exact 8000 --easy 8000
-  ual probe --data ratings.jsonl --group kind --limit 15000 --model MODEL.gguf")]
+  RAYON_NUM_THREADS=1 ual probe --data ratings.jsonl --group kind --limit 15000 --model MODEL.gguf
+
+Trainings take a core a seed; with more threads than RAYON_NUM_THREADS=1 allows, those of one get in the way of another's.")]
 pub struct Args {
     /// Samples of one prompt and one of a few responses each, as `ual data` makes them, with "uncertainty", "held_out" and,
     /// where that is true, "response_counts"

@@ -1,11 +1,11 @@
 //! The trainings that are compared: what sets a sample's smoothing, and what that is spread over.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, Result};
 use candle_cross_entropy::ual::{Shape, SmoothingMap};
-use rand::{Rng, seq::SliceRandom};
+use rand::Rng;
 use serde::Serialize;
+
+use crate::training::smoothing::dealt;
 
 /// Largest smoothing of a sample: no bound of its own, so that every mean can be had.
 const MAX: f32 = 1.0;
@@ -143,8 +143,8 @@ fn uncertainties(method: Method, known: &Known, rng: &mut impl Rng) -> Vec<f32> 
     let given = known.uncertainties;
     match method {
         OwnEntropy => known.own_entropies.to_vec(),
-        Shuffled => shuffled(given, &vec![0; given.len()], rng),
-        WithinKind => shuffled(given, known.kinds.expect("samples have kinds"), rng),
+        Shuffled => dealt(given, &vec![0; given.len()], rng),
+        WithinKind => dealt(given, known.kinds.expect("samples have kinds"), rng),
         Threshold => {
             let mut sorted = given.to_vec();
             sorted.sort_by(f32::total_cmp);
@@ -160,20 +160,4 @@ fn uncertainties(method: Method, known: &Known, rng: &mut impl Rng) -> Vec<f32> 
         }
         _ => given.to_vec(),
     }
-}
-
-/// Dealt at random among those of one kind.
-fn shuffled(values: &[f32], kinds: &[usize], rng: &mut impl Rng) -> Vec<f32> {
-    let mut of_kinds: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
-    for (&value, &kind) in values.iter().zip(kinds) {
-        of_kinds.entry(kind).or_default().push(value);
-    }
-    for values in of_kinds.values_mut() {
-        values.shuffle(rng);
-    }
-    let deal = |kind| of_kinds.get_mut(kind).and_then(Vec::pop);
-    let dealt = kinds.iter().map(deal);
-    dealt
-        .map(|value| value.expect("one for each sample"))
-        .collect()
 }

@@ -1,10 +1,10 @@
 //! The methods that the study compares, each with the samples that it trains on.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::borrow::Cow;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
-use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rand::{SeedableRng, rngs::StdRng};
 
 use crate::{
     data::samples::{Dataset, Sample},
@@ -14,7 +14,7 @@ use crate::{
         evaluate::evaluate_each,
         method::Method,
         setup::{self, Setup},
-        smoothing::Prior,
+        smoothing::{Prior, dealt},
     },
 };
 
@@ -78,23 +78,15 @@ pub const QUESTIONS: [(&str, &str); 9] = [
 
 /// The uncertainties of `samples`, dealt at random to those of the same `kind`.
 fn shuffled(samples: &[Sample], seed: u64, kind: fn(&Sample) -> usize) -> Vec<Sample> {
-    let mut kinds: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
-    for sample in samples {
-        let uncertainties = kinds.entry(kind(sample)).or_default();
-        uncertainties.push(sample.uncertainty);
-    }
+    let uncertainties: Vec<f32> = samples.iter().map(|sample| sample.uncertainty).collect();
+    let kinds: Vec<usize> = samples.iter().map(kind).collect();
     let mut rng = StdRng::seed_from_u64(seed ^ 0x5eed);
-    for uncertainties in kinds.values_mut() {
-        uncertainties.shuffle(&mut rng);
-    }
-    let deal = |sample: &Sample| {
-        let left = kinds.get_mut(&kind(sample)).and_then(Vec::pop);
-        Sample {
-            uncertainty: left.expect("one for each sample"),
-            ..sample.clone()
-        }
+    let dealt = dealt(&uncertainties, &kinds, &mut rng);
+    let sample = |(sample, uncertainty): (&Sample, f32)| Sample {
+        uncertainty,
+        ..sample.clone()
     };
-    samples.iter().map(deal).collect()
+    samples.iter().zip(dealt).map(sample).collect()
 }
 
 /// What sets a sample's smoothing, but for its mean.
