@@ -13,6 +13,7 @@ use safetensors::{
     View,
     tensor::{Metadata, TensorInfo},
 };
+use serde::Serialize;
 
 const PARTIAL: &str = "partial";
 const LOCK: &str = ".lock";
@@ -25,6 +26,18 @@ pub fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<(
     file.flush()?;
     file.get_ref().sync_all()?;
     Ok(fs::rename(&partial, path)?)
+}
+
+/// A line of JSON a value.
+pub fn replace_with_lines(path: &Path, values: &[impl Serialize]) -> Result<()> {
+    replace(path, |file| {
+        for value in values {
+            serde_json::to_writer(&mut *file, value)?;
+            file.write_all(b"\n")?;
+        }
+        Ok(())
+    })
+    .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Up to 64 bytes of a file. Fails for a [pointer](refuse_pointer).

@@ -58,6 +58,12 @@ pub fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| sum / count as f64)
 }
 
+/// Of a distribution, in nats; 0 of nothing.
+pub fn entropy(shares: impl Iterator<Item = f64>) -> f64 {
+    let sum: f64 = shares.filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum();
+    sum.max(0.0) // that of one answer is -0
+}
+
 /// Means over the rows; None of no rows.
 pub fn summarise(rows: &[Row]) -> Option<Summary> {
     let average = |value: fn(&Row) -> f64| mean(rows.iter().map(value));

@@ -1,6 +1,7 @@
 //! What trainings come to, for a reader: metrics, tables and pictures, and how far a job is.
 
 pub mod curve;
+pub mod markdown;
 pub mod meter;
 pub mod metrics;
 pub mod plots;

@@ -30,17 +30,26 @@ pub fn bootstrap(values: &[f64]) -> Option<Interval> {
     if values.len() < 2 {
         return None;
     }
-    let mut rng = StdRng::seed_from_u64(SEED);
-    let n = values.len() as f64;
-    let mut resample = || {
-        let drawn = (0..values.len()).map(|_| values[rng.random_range(0..values.len())]);
-        drawn.sum::<f64>() / n
-    };
-    let means = (0..RESAMPLES).map(|_| resample()).collect();
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let means = resampled(values, RESAMPLES, |values| Some(mean(values)));
     Some(Interval {
-        mean: values.iter().sum::<f64>() / n,
+        mean: mean(values),
         ..percentiles(means)
     })
+}
+
+/// A number of each of so many resamples of the values, with replacement; always the same.
+pub fn resampled<T: Copy>(
+    values: &[T],
+    resamples: usize,
+    of: impl Fn(&[T]) -> Option<f64>,
+) -> Vec<f64> {
+    let mut rng = StdRng::seed_from_u64(SEED);
+    let mut resample = || {
+        let drawn = (0..values.len()).map(|_| values[rng.random_range(0..values.len())]);
+        of(&drawn.collect::<Vec<_>>())
+    };
+    (0..resamples).filter_map(|_| resample()).collect()
 }
 
 /// Intervals of `width` numbers, each a mean over seeds, of which each has so many `units` of its own. A resample draws seeds

@@ -1,6 +1,6 @@
 //! Samples of rated sentences and of exact questions.
 
-use std::{collections::BTreeMap, fs, io::Write, path::Path};
+use std::{collections::BTreeMap, fs};
 
 use anyhow::{Context, Result, ensure};
 use rand::{
@@ -14,6 +14,7 @@ use crate::{
     commands::data::args::HumanRatings,
     data::ratings::{self, Sentence, Sentences},
     digest, files,
+    report::metrics,
     training::ranks,
 };
 
@@ -70,7 +71,7 @@ pub fn run(args: &HumanRatings) -> Result<()> {
         args.seed,
         args.held_out,
     )?;
-    write(&args.out, &samples).with_context(|| format!("cannot write {}", args.out.display()))?;
+    files::replace_with_lines(&args.out, &samples)?;
 
     println!(
         "{} sentences; left out: {contradicted} whose ratings have another mean than the archive says, {repeated} that are \
@@ -201,19 +202,7 @@ fn easy_questions(count: usize, rng: &mut impl Rng) -> Result<Vec<Question>> {
 /// In nats; 0 of nothing.
 fn entropy(counts: &BTreeMap<i8, usize>) -> f64 {
     let all = counts.values().sum::<usize>() as f64;
-    let shares = counts.values().map(|&count| count as f64 / all);
-    let sum: f64 = shares.filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum();
-    sum.max(0.0) // that of one answer is -0
-}
-
-fn write(path: &Path, samples: &[Sample]) -> Result<()> {
-    files::replace(path, |file| {
-        for sample in samples {
-            serde_json::to_writer(&mut *file, sample)?;
-            file.write_all(b"\n")?;
-        }
-        Ok(())
-    })
+    metrics::entropy(counts.values().map(|&count| count as f64 / all))
 }
 
 fn table(samples: &[Sample]) -> String {

@@ -2,10 +2,8 @@
 
 use std::{
     fs,
-    io::Write,
     num::NonZero,
     ops::Range,
-    path::Path,
     sync::atomic::{AtomicU64, Ordering},
     thread,
     time::Instant,
@@ -69,7 +67,7 @@ pub fn run(args: &Args) -> Result<()> {
         stretches,
     };
     let folder = &args.out;
-    save_outcomes(&folder.join("outcomes.jsonl"), &results.outcomes)?;
+    files::replace_with_lines(&folder.join("outcomes.jsonl"), &results.outcomes)?;
     pictures::sizes(&folder.join("sizes.svg"), &results, args)?;
     pictures::epochs(&folder.join("epochs.svg"), &results, args)?;
     pictures::smoothings(&folder.join("smoothing.svg"), &results, args)?;
@@ -106,18 +104,6 @@ fn of_seed(
     let of_stretches = stretches::of_seed(data, stretches, seed, args)?;
     eprintln!("seed {seed}: {:.0} s", start.elapsed().as_secs_f64());
     Ok((outcomes, of_stretches))
-}
-
-/// A line a seed and size: there are hundreds of thousands of numbers.
-fn save_outcomes(path: &Path, outcomes: &[Outcome]) -> Result<()> {
-    files::replace(path, |file| {
-        for outcome in outcomes {
-            serde_json::to_writer(&mut *file, outcome)?;
-            file.write_all(b"\n")?;
-        }
-        Ok(())
-    })
-    .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What `of` gives for each seed, in order, on a core each: most of a head's tensors are too small for more.

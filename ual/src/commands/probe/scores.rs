@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use candle_cross_entropy::{CrossEntropy, Reduction};
 
-use crate::report::metrics::{Row, Summary, mean, summarise};
+use crate::report::metrics::{Row, Summary, entropy, mean, summarise};
 
 /// Samples that a head is measured on.
 pub struct Measured {
@@ -35,7 +35,7 @@ impl Measured {
             .flat_map(|shares| (0..outputs).map(|k| shares.get(k).copied().unwrap_or(0.0) as f32));
         let truth = Tensor::from_vec(padded.collect(), (truths.len(), outputs), &Device::Cpu)?;
         let rows = truths.into_iter().map(|shares| Truth {
-            entropy: entropy(&shares),
+            entropy: entropy(shares.iter().copied()),
             squares: shares.iter().map(|q| q * q).sum(),
             shares,
         });
@@ -91,10 +91,4 @@ impl Measured {
         };
         Ok(self.rows.iter().enumerate().map(row).collect())
     }
-}
-
-/// In nats.
-pub fn entropy(shares: &[f64]) -> f64 {
-    let of = |q: f64| if q > 0.0 { -q * q.ln() } else { 0.0 };
-    shares.iter().map(|&q| of(q)).sum()
 }

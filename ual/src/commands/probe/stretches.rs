@@ -1,7 +1,7 @@
 //! Which smoothing is best at which uncertainty: trainings on the samples of one stretch of uncertainties alone.
 
 use anyhow::{Result, ensure};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
         questions::Question,
         trainings::{Data, Draw, Trainings, validation},
     },
-    report::statistics::{Interval, percentiles},
+    report::statistics::{Interval, percentiles, resampled},
 };
 
 const QUINTILES: usize = 5;
@@ -136,12 +136,8 @@ pub fn best(outcomes: &[&OfStretch], ending: Ending) -> Option<f32> {
 /// [`best`], and 95 % of what it is where seeds are resampled.
 pub fn best_of_seeds(outcomes: &[&OfStretch], ending: Ending) -> Option<Interval> {
     let mean = f64::from(best(outcomes, ending)?);
-    let mut rng = StdRng::seed_from_u64(0xb007);
-    let mut resampled = || {
-        let drawn = (0..outcomes.len()).map(|_| outcomes[rng.random_range(0..outcomes.len())]);
-        best(&drawn.collect::<Vec<_>>(), ending).map(f64::from)
-    };
-    let resamples = (0..RESAMPLES).filter_map(|_| resampled()).collect();
+    let of = |drawn: &[&OfStretch]| best(drawn, ending).map(f64::from);
+    let resamples = resampled(outcomes, RESAMPLES, of);
     Some(Interval {
         mean,
         ..percentiles(resamples)

@@ -11,7 +11,7 @@ use crate::{
         stretches::{OfStretch, Stretch, best_of_seeds},
         trainings::{PARTS, plan, validation},
     },
-    report::{metrics::mean, statistics::Interval},
+    report::{markdown::table, metrics::mean, statistics::Interval},
 };
 
 pub const ENDINGS: [(Ending, &str); 2] = [
@@ -48,16 +48,6 @@ impl Results {
         let of_stretches = self.of_stretches.iter().map(|s| s.curves.len());
         all.chain(of_stretches).sum()
     }
-}
-
-fn table(text: &mut String, header: &[String], rows: &[Vec<String>]) {
-    for cells in [header, &vec!["---".to_string(); header.len()]]
-        .into_iter()
-        .chain(rows.iter().map(Vec::as_slice))
-    {
-        writeln!(text, "| {} |", cells.join(" | ")).expect("a string grows");
-    }
-    text.push('\n');
 }
 
 /// One whose interval excludes 0 stands out.
@@ -188,7 +178,6 @@ fn of_stretches(text: &mut String, results: &Results, args: &Args) {
         vec![range, mean, best(Ending::Early), best(Ending::Last)]
     };
     let rows: Vec<_> = results.stretches.iter().enumerate().map(row).collect();
-    let header = header.map(str::to_string);
     writeln!(
         text,
         "Of {} samples of each stretch of uncertainties, trained and measured alone with one smoothing for all, spread over the \

@@ -4,14 +4,17 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use crate::commands::probe::{
-    args::Args,
-    arms::{Arm, Known, Spread, arms},
-    heads::{Heads, Plan, Samples, Shape},
-    hidden::Hidden,
-    outcome::{Curve, Outcome, Point},
-    questions::Questions,
-    scores::{Measured, entropy},
+use crate::{
+    commands::probe::{
+        args::Args,
+        arms::{Arm, Known, Spread, arms},
+        heads::{Heads, Plan, Samples, Shape},
+        hidden::Hidden,
+        outcome::{Curve, Outcome, Point},
+        questions::Questions,
+        scores::Measured,
+    },
+    report::metrics::entropy,
 };
 
 /// Of the held-out samples: all; those that have one right response; of the others the half on which people agree more, and
@@ -66,7 +69,10 @@ pub fn plan(size: usize, seed: u64, args: &Args) -> Plan {
 
 /// Members of the [`PARTS`].
 pub fn parts(truths: &[Vec<f64>]) -> Vec<(&'static str, Vec<usize>)> {
-    let entropies: Vec<f64> = truths.iter().map(|shares| entropy(shares)).collect();
+    let entropies: Vec<f64> = truths
+        .iter()
+        .map(|shares| entropy(shares.iter().copied()))
+        .collect();
     let mut uncertain: Vec<f64> = entropies.iter().copied().filter(|&e| e > 0.0).collect();
     uncertain.sort_by(f64::total_cmp);
     let median = uncertain.get(uncertain.len() / 2).copied().unwrap_or(0.0);

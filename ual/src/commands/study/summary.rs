@@ -1,7 +1,5 @@
 //! The report: every arm at its best, uncertainty-aware learning less the others with intervals, and what it rests on.
 
-use std::fmt::Write as _;
-
 use crate::{
     commands::study::{
         arms::{QUESTIONS, UAL},
@@ -9,7 +7,7 @@ use crate::{
         compare::{COMPARED, Comparison, Difference, comparisons},
         outcome::{Entry, Outcome, arms},
     },
-    report::{metrics::Summary, statistics::bootstrap},
+    report::{markdown::table, metrics::Summary, statistics::bootstrap},
 };
 
 type Metric = (&'static str, fn(&Summary) -> Option<f64>);
@@ -58,18 +56,6 @@ fn tally<T: PartialOrd + ToString>(mut values: Vec<T>) -> String {
             cells.collect::<Vec<_>>().join(", ")
         }
     }
-}
-
-fn row(text: &mut String, cells: &[String]) {
-    writeln!(text, "| {} |", cells.join(" | ")).expect("a string grows");
-}
-
-fn table(text: &mut String, header: &[&str], rows: &[Vec<String>]) {
-    let header: Vec<String> = header.iter().map(|name| name.to_string()).collect();
-    row(text, &header);
-    text.push_str(&format!("|{}\n", "---|".repeat(header.len())));
-    rows.iter().for_each(|cells| row(text, cells));
-    text.push('\n');
 }
 
 /// Every entry's metrics over a group of held-out samples.
