@@ -14,10 +14,13 @@ use candle_core::{
         gguf_file::{self, Value as Metadata},
     },
 };
-use candle_ual::model::{
-    decoder::{Decoder, Last, Trained},
-    export,
-    pretrained::{self, Overrides, Pretrained, Purpose},
+use candle_ual::{
+    data::packing::Packing,
+    model::{
+        decoder::{Decoder, Last, Trained},
+        export,
+        pretrained::{self, Overrides, Pretrained, Purpose},
+    },
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -271,12 +274,11 @@ fn decoder(path: &Path, purpose: Purpose, trained: Trained) -> Decoder {
     Decoder::from_weights(config, weights, trained, 0, &Device::Cpu).unwrap()
 }
 
+/// (1, T, V)
 fn logits(decoder: &Decoder, tokens: &[u32]) -> Tensor {
-    let tokens = Tensor::new(tokens, &Device::Cpu)
-        .unwrap()
-        .unsqueeze(0)
-        .unwrap();
-    decoder.forward(&tokens).unwrap()
+    let hidden = decoder.hidden(&Packing::new(vec![tokens]), None).unwrap();
+    let projection = decoder.output_projection().t().unwrap();
+    hidden.matmul(&projection).unwrap().unsqueeze(0).unwrap()
 }
 
 /// From both kinds of file, for training, with an adapter that is still nothing, for reading, and after saving.
@@ -420,21 +422,31 @@ fn the_last_layers_of_every_kind_can_be_trained_alone() {
             assert!(last.trained_projection().is_none());
             let tokens = &expected.tokens[..];
             let short = &tokens[..tokens.len() / 2];
-            let padded = [tokens, short, &vec![0; tokens.len() - short.len()]].concat();
-            let shape = (2, tokens.len());
-            let padded = Tensor::from_vec(padded, shape, &Device::Cpu).unwrap();
-            let end = (tokens.len() + short.len() - 1) as u32;
-            let chosen = Tensor::new(&[1, tokens.len() as u32 - 1, end], &Device::Cpu).unwrap();
-            let all = whole.hidden(&padded).unwrap().flatten(0, 1).unwrap();
-            let all = all.index_select(&chosen, 0).unwrap();
+            let long = [short, &[7; 2]].concat(); // begins as the others do
+            let packing = Packing::new(vec![tokens, short, &long]);
+            let rows = [
+                (0, 1),
+                (0, tokens.len() - 1),
+                (1, short.len() - 1),
+                (2, long.len() - 1),
+            ];
+            let chosen = rows.map(|(i, token)| packing.spans().row(i, token) as u32);
+            let chosen = Tensor::new(&chosen, &Device::Cpu).unwrap();
+            let sequences = [tokens, short, &long];
+            let all = rows.map(|(i, token)| {
+                let alone = whole
+                    .hidden(&Packing::new(vec![sequences[i]]), None)
+                    .unwrap();
+                alone.get(token).unwrap()
+            });
+            let all = Tensor::stack(&all, 0).unwrap();
             for _ in 0..2 {
-                let sequences = [tokens, short];
-                let states = last.hidden_of(&sequences, &padded, Some(&chosen)).unwrap();
+                let states = last.hidden(&packing, Some(&chosen)).unwrap();
                 let distance = (states - &all).unwrap().abs().unwrap().max_all().unwrap();
                 let distance = distance.to_scalar::<f32>().unwrap();
                 assert!(distance < 2e-5, "{kind}: {distance}");
             }
-            let tokens = tokens.len() + short.len();
+            let tokens = tokens.len() + short.len() + long.len();
             assert_eq!(last.kept_bytes(), Some(tokens * config.dim * 4));
         }
     }

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use candle_ual::{
     commands::study::{
         arms::own_entropy,
@@ -15,6 +15,7 @@ use candle_ual::{
         clusters::{self, Points},
     },
     data::{
+        packing::Packing,
         samples::{Dataset, Sample},
         synthetic,
     },
@@ -407,9 +408,10 @@ fn own_uncertainties_are_entropies_of_the_predictions() {
     for (own, given) in own.samples.iter().zip(&given) {
         assert_eq!(own.tokens, given.tokens);
         // From the logits: -Σ p log p of each position that predicts a token of the response.
-        let tokens = Tensor::new(&given.tokens[..], &device).unwrap();
-        let logits = setup.model.forward(&tokens.unsqueeze(0).unwrap()).unwrap();
-        let logits = logits.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        let hidden = setup.model.hidden(&Packing::new(vec![&given.tokens]), None);
+        let projection = setup.model.output_projection().t().unwrap();
+        let logits = hidden.unwrap().matmul(&projection).unwrap();
+        let logits = logits.to_vec2::<f32>().unwrap();
         let entropy = |logits: &Vec<f32>| -> f64 {
             let weights: Vec<f64> = logits.iter().map(|z| f64::from(*z).exp()).collect();
             let all: f64 = weights.iter().sum();

@@ -1,34 +1,37 @@
 //! Batches of samples, as tensors and in random order.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Result, Tensor};
 use candle_cross_entropy::ual::Layout;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use crate::data::samples::Sample;
+use crate::data::{packing::Packing, samples::Sample};
 
 /// Target of rows that take no part in the loss: their next token is the prompt's, or there is none.
 pub const IGNORED: i64 = -100;
 
 #[derive(Clone)]
 pub struct Batch<'a> {
-    /// Tokens of the B samples.
-    pub sequences: Vec<&'a [u32]>,
-    /// Of the targets: (B, T), one a token.
+    /// Of the B samples.
+    pub packing: Arc<Packing<'a>>,
+    /// Of the targets: (B, T), one a token, with padding after the shorter samples.
     pub layout: Layout,
-    /// (B, T) u32.
-    pub inputs: Tensor,
-    /// (B, T) i64, `IGNORED` for rows whose next token is the prompt's, or which have none.
+    /// (B, T) i64, `IGNORED` for tokens whose next is the prompt's, or which have none.
     pub targets: Tensor,
+    /// The packing's row of each token, (B·T) u32; 0 in padding.
+    pub padded: Tensor,
     /// Of the B samples.
     pub uncertainties: Vec<f32>,
-    /// Which of the B·T rows have a target that is not ignored, (n) u32.
+    /// The packing's row of each target that is not ignored, (n) u32. Where several samples share a row it is there several
+    /// times.
     pub chosen: Tensor,
+    /// And that target, (n) i64.
+    pub learned: Tensor,
     /// How many these are, of all samples.
     pub rows: usize,
     /// And of each.
     pub of_sample: Vec<usize>,
-    /// How many inputs are not padding.
-    pub tokens: usize,
 }
 
 impl<'a> Batch<'a> {
@@ -36,28 +39,39 @@ impl<'a> Batch<'a> {
         let sequences: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let layout = Layout::padded(&lengths)?;
-        // Not the layout's own: it knows one prompt a sample.
         let width = lengths.iter().max().copied().unwrap_or(0);
-        let targets = samples.iter().flat_map(|sample| {
-            (1..=width).map(|next| match sample.is_response(next) {
-                true => i64::from(sample.tokens[next]),
-                false => IGNORED,
-            })
-        });
-        let targets: Vec<i64> = targets.collect();
-        let chosen = (0u32..).zip(&targets);
-        let chosen = chosen.filter(|(_, target)| **target != IGNORED);
-        let chosen: Vec<u32> = chosen.map(|(row, _)| row).collect();
+        let packing = Packing::new(sequences);
+        let (mut targets, mut padded) = (Vec::new(), Vec::new());
+        let (mut chosen, mut learned) = (Vec::new(), Vec::new());
+        for (i, sample) in samples.iter().enumerate() {
+            for token in 0..width {
+                let row = match token < sample.tokens.len() {
+                    true => packing.spans().row(i, token) as u32,
+                    false => 0,
+                };
+                padded.push(row);
+                // Not the layout's own target: it knows one prompt a sample.
+                let next = token + 1;
+                if !sample.is_response(next) {
+                    targets.push(IGNORED);
+                    continue;
+                }
+                let target = i64::from(sample.tokens[next]);
+                targets.push(target);
+                chosen.push(row);
+                learned.push(target);
+            }
+        }
         Ok(Self {
-            inputs: layout.tokens(&sequences, 0, device)?,
+            packing: Arc::new(packing),
             targets: Tensor::from_vec(targets, layout.shape(), device)?,
+            padded: Tensor::new(padded, device)?,
             chosen: Tensor::new(chosen, device)?,
+            learned: Tensor::new(learned, device)?,
             layout,
             uncertainties: samples.iter().map(|s| s.uncertainty).collect(),
             rows: samples.iter().map(|s| s.rows()).sum(),
             of_sample: samples.iter().map(|s| s.rows()).collect(),
-            tokens: lengths.iter().sum(),
-            sequences,
         })
     }
 
@@ -65,7 +79,7 @@ impl<'a> Batch<'a> {
     pub fn compact(&self) -> Result<Self> {
         Ok(Self {
             layout: Layout::packed(&self.of_sample)?,
-            targets: self.targets.flatten_all()?.index_select(&self.chosen, 0)?,
+            targets: self.learned.clone(),
             ..self.clone()
         })
     }
@@ -93,8 +107,8 @@ impl<'a> Batches<'a> {
         if self.queue.is_empty() {
             let mut order: Vec<&Sample> = self.samples.iter().collect();
             order.shuffle(&mut self.rng);
-            // Samples of about one length share a batch: less padding. Sorting only stretches of 8 batches keeps
-            // most of the order random.
+            // Samples of about one length share a batch: less padding, where there is any, and they begin with more tokens
+            // alike. Sorting only stretches of 8 batches keeps most of the order random.
             for stretch in order.chunks_mut(8 * self.size) {
                 stretch.sort_by_key(|sample| sample.tokens.len());
             }

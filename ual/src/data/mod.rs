@@ -7,6 +7,7 @@ pub mod input;
 pub mod jsonl;
 pub mod lines;
 pub mod ngram;
+pub mod packing;
 mod parquet;
 pub mod ratings;
 pub mod response_counts;

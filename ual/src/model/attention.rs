@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
 
+use crate::data::packing::Spans;
+
 /// Rotary positions: Su et al., arXiv 2104.09864.
 pub struct Rotation {
     /// (max_tokens, size/2) each.
@@ -42,10 +44,11 @@ impl Rotation {
         })
     }
 
-    /// Rows of one head to those of the next position each, by the angle or back by it; also multiplied by `scale`.
-    pub fn apply(&self, rows: &mut [f32], size: usize, scale: f32, back: bool) {
+    /// Rows of one head, the first at position `first` and each at the next, by the angle or back by it; also multiplied by
+    /// `scale`.
+    pub fn apply(&self, rows: &mut [f32], (first, size): (usize, usize), scale: f32, back: bool) {
         let half = size / 2;
-        for (t, row) in rows.chunks_exact_mut(size).enumerate() {
+        for (t, row) in (first..).zip(rows.chunks_exact_mut(size)) {
             for i in 0..half {
                 let (first, second) = match self.interleaved {
                     true => (2 * i, 2 * i + 1),
@@ -72,8 +75,7 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Of a head.
     pub size: usize,
-    /// Rows of a sequence.
-    pub length: usize,
+    pub spans: Arc<Spans>,
     pub rotation: Arc<Rotation>,
 }
 

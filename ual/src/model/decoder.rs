@@ -8,11 +8,14 @@ use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Normal};
 
-use crate::model::{
-    attention::{Attention, Rotation},
-    fused::{rms_norm, swiglu},
-    linear::{Affine, Linear},
-    states::States,
+use crate::{
+    data::packing::{Packing, Spans},
+    model::{
+        attention::{Attention, Rotation},
+        fused::{rms_norm, swiglu},
+        linear::{Affine, Linear},
+        states::States,
+    },
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -395,49 +398,16 @@ impl Decoder {
         })
     }
 
-    /// Tokens (B, T) to logits (B, T, vocabulary).
-    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (batch, length) = tokens.dims2()?;
-        let rows = self.after(self.before(tokens)?, length, None)?;
-        let logits = rows.matmul(&self.projection.t()?)?;
-        logits.reshape((batch, length, self.config.vocab))
-    }
-
-    /// Tokens (B, T) to the states (B, T, dim) that the output projection makes logits of.
-    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (batch, length) = tokens.dims2()?;
-        let rows = self.after(self.before(tokens)?, length, None)?;
-        rows.reshape((batch, length, self.config.dim))
-    }
-
-    /// [`hidden`](Self::hidden) of sequences that, with padding after them, are `tokens` (B, T): as rows (B·T, dim), or of the
-    /// `chosen` (n) of these rows alone (n, dim). With what is kept of the sequences, where it is.
-    pub fn hidden_of(
-        &self,
-        sequences: &[&[u32]],
-        tokens: &Tensor,
-        chosen: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let (_, length) = tokens.dims2()?;
-        let Some(states) = &self.states else {
-            return self.after(self.before(tokens)?, length, chosen);
+    /// The states (N, dim) that the output projection makes logits of, of every row or of the `chosen` (n) alone, (n, dim). With what
+    /// is kept of the sequences, where it is.
+    pub fn hidden(&self, packing: &Packing, chosen: Option<&Tensor>) -> Result<Tensor> {
+        let spans = packing.spans();
+        let x = match &self.states {
+            Some(states) => self.kept(states, packing)?,
+            None => self.before(packing)?,
         };
-        let device = tokens.device();
-        let mut rows = Vec::new();
-        for sequence in sequences {
-            // One sequence at a time, or its last bits would depend on those beside it.
-            let compute = || self.before(&Tensor::new(*sequence, device)?.unsqueeze(0)?);
-            rows.push(states.of(sequence, compute)?);
-            let padding = length - sequence.len();
-            if padding > 0 {
-                rows.push(Tensor::zeros(
-                    (padding, self.config.dim),
-                    DType::F32,
-                    device,
-                )?);
-            }
-        }
-        self.after(Tensor::cat(&rows, 0)?, length, chosen)
+        let x = self.through(&self.layers[self.frozen..], x, spans, chosen)?;
+        rms_norm(&x, &self.norm, self.config.norm_epsilon)
     }
 
     /// (vocabulary, dim).
@@ -453,32 +423,39 @@ impl Decoder {
             .map(|(var, dim)| (var, *dim))
     }
 
-    /// Tokens (B, T) to what enters the first layer that is trained, (B·T, dim).
-    fn before(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (_, length) = tokens.dims2()?;
-        let x = self.embedding.index_select(&tokens.flatten_all()?, 0)?;
-        self.through(&self.layers[..self.frozen], x, length, None)
+    /// What enters the first layer that is trained, (N, dim).
+    fn before(&self, packing: &Packing) -> Result<Tensor> {
+        let tokens = packing.tokens(self.embedding.device())?;
+        let x = self.embedding.index_select(&tokens, 0)?;
+        self.through(&self.layers[..self.frozen], x, packing.spans(), None)
     }
 
-    /// From there to the output projection.
-    fn after(&self, x: Tensor, length: usize, chosen: Option<&Tensor>) -> Result<Tensor> {
-        let x = self.through(&self.layers[self.frozen..], x, length, chosen)?;
-        rms_norm(&x, &self.norm, self.config.norm_epsilon)
+    /// The same, of what is kept.
+    fn kept(&self, states: &States, packing: &Packing) -> Result<Tensor> {
+        let spans = packing.spans();
+        let mut rows = Vec::new();
+        for (i, sequence) in packing.sequences().iter().enumerate() {
+            // One sequence at a time, or its last bits would depend on those beside it.
+            let compute = || self.before(&Packing::new(vec![sequence]));
+            let states = states.of(sequence, compute)?;
+            rows.push(states.narrow(0, spans.before(i), spans.own(i).len())?);
+        }
+        Tensor::cat(&rows, 0)
     }
 
-    /// Rows (B·T, dim) throughout, so that every linear map is one matrix product; of the last layer the chosen ones.
+    /// Rows (N, dim) throughout, so that every linear map is one matrix product; of the last layer the chosen ones.
     fn through(
         &self,
         layers: &[Layer],
         mut x: Tensor,
-        length: usize,
+        spans: &Arc<Spans>,
         chosen: Option<&Tensor>,
     ) -> Result<Tensor> {
         let attention = Attention {
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
             size: self.config.head_size,
-            length,
+            spans: spans.clone(),
             rotation: self.rotation.clone(),
         };
         let norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, self.config.norm_epsilon);

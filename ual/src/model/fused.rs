@@ -1,6 +1,8 @@
 //! What a layer does between its matrix products, on the CPU each step one operation with a backward of its own: as
 //! candle's separate operations they take more time there than the products.
 
+use std::ops::Range;
+
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
 };
@@ -249,8 +251,15 @@ struct Head {
 }
 
 impl Attention {
-    /// Rows (B·T, (heads + 2·kv_heads)·size) of queries, keys and values to rows (B·T, heads·size).
+    /// Rows (N, (heads + 2·kv_heads)·size) of queries, keys and values to rows (N, heads·size).
     pub fn forward(self, qkv: &Tensor) -> Result<Tensor> {
+        if qkv.dims2()? != (self.spans.rows(), self.width()) {
+            bail!(
+                "queries, keys and values are {:?}, and the sequences have {} rows",
+                qkv.shape(),
+                self.spans.rows()
+            );
+        }
         if !qkv.device().is_cpu() {
             return separate::attention(&self, qkv);
         }
@@ -270,27 +279,54 @@ impl Attention {
         }
     }
 
-    /// (T, size) of a sequence's queries or keys, rotated and scaled.
-    fn rotated(&self, qkv: &[f32], start: usize, scale: f32) -> Vec<f32> {
-        let rows = qkv.chunks_exact(self.width());
-        let mut rotated: Vec<f32> = rows
-            .flat_map(|row| &row[start..start + self.size])
+    /// Of each sequence a mutable slice of its own rows.
+    fn split<'a>(&self, mut rows: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
+        let lengths = (0..self.spans.sequences()).map(|i| self.spans.own(i).len());
+        let split = lengths.map(|length| rows.split_off_mut(..length * width));
+        split
+            .map(|own| own.expect("there is a row for each"))
+            .collect()
+    }
+
+    /// A part of a head, (rows, size).
+    fn part(&self, qkv: &[f32], rows: Range<usize>, start: usize) -> impl Iterator<Item = f32> {
+        let width = self.width();
+        let rows = qkv[rows.start * width..rows.end * width].chunks_exact(width);
+        rows.flat_map(move |row| &row[start..start + self.size])
             .copied()
-            .collect();
-        self.rotation.apply(&mut rotated, self.size, scale, false);
-        rotated
+    }
+
+    /// That of all rows of a sequence, (T, size).
+    fn of_sequence(&self, qkv: &[f32], sequence: usize, start: usize) -> Vec<f32> {
+        let shared = self.part(qkv, 0..self.spans.before(sequence), start);
+        let own = self.part(qkv, self.spans.own(sequence), start);
+        shared.chain(own).collect()
+    }
+
+    /// A sequence's own queries (own, size), rotated and scaled, and its keys (T, size), rotated.
+    fn rotated(&self, qkv: &[f32], sequence: usize, head: &Head) -> (Vec<f32>, Vec<f32>) {
+        let own = self.spans.own(sequence);
+        let mut q: Vec<f32> = self.part(qkv, own, head.query).collect();
+        let mut k = self.of_sequence(qkv, sequence, head.key);
+        let first = self.spans.before(sequence);
+        self.rotation
+            .apply(&mut q, (first, self.size), self.scale(), false);
+        self.rotation.apply(&mut k, (0, self.size), 1.0, false);
+        (q, k)
     }
 
     fn scale(&self) -> f32 {
         (self.size as f32).powf(-0.5)
     }
 
-    /// What every row pays to which: softmax of q·kᵀ up to the row itself, into (T, T).
+    /// What every own row pays to which: softmax of q·kᵀ up to the row itself, into (own, T).
     fn weights(&self, q: &[f32], k: &[f32], weights: &mut [f32]) {
-        let (length, size) = (self.length, self.size);
+        let size = self.size;
+        let (own, length) = (q.len() / size, k.len() / size);
         let (q, k) = (Matrix(q, size, 1), Matrix(k, size, 1).t());
-        product((&mut *weights, length), (length, size, length), q, k);
-        for (t, row) in weights.chunks_exact_mut(length).enumerate() {
+        product((&mut *weights, length), (own, size, length), q, k);
+        let first = length - own;
+        for (t, row) in (first..).zip(weights.chunks_exact_mut(length)) {
             let (seen, unseen) = row.split_at_mut(t + 1);
             let largest = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             seen.iter_mut().for_each(|s| *s = (*s - largest).exp());
@@ -300,34 +336,58 @@ impl Attention {
         }
     }
 
-    /// One sequence.
-    fn mix(&self, qkv: &[f32], y: &mut [f32]) {
-        let (length, size) = (self.length, self.size);
-        let mut weights = vec![0.0; length * length];
+    /// One sequence's own rows.
+    fn mix(&self, qkv: &[f32], sequence: usize, y: &mut [f32]) {
+        let size = self.size;
+        let (own, length) = (self.spans.own(sequence).len(), self.spans.length(sequence));
+        if own == 0 {
+            return;
+        }
+        let mut weights = vec![0.0; own * length];
         for h in 0..self.heads {
             let head = self.head(h);
-            let q = self.rotated(qkv, head.query, self.scale());
-            let k = self.rotated(qkv, head.key, 1.0);
+            let (q, k) = self.rotated(qkv, sequence, &head);
+            let v = self.of_sequence(qkv, sequence, head.value);
             self.weights(&q, &k, &mut weights);
             product(
                 (&mut y[h * size..], self.heads * size),
-                (length, length, size),
+                (own, length, size),
                 Matrix(&weights, length, 1),
-                Matrix(&qkv[head.value..], self.width(), 1),
+                Matrix(&v, size, 1),
             );
         }
     }
 
-    /// One sequence; `result` is zeros.
-    fn mix_backward(&self, qkv: &[f32], gradient: &[f32], result: &mut [f32]) {
-        let (length, size, width) = (self.length, self.size, self.width());
-        let square = (length, size, length);
-        let tall = (length, length, size);
-        let mut weights = vec![0.0; length * length];
+    /// One sequence: into `result` of its own rows, which is zeros, and what it adds to the shared rows of another,
+    /// (before, width).
+    fn mix_backward(
+        &self,
+        qkv: &[f32],
+        sequence: usize,
+        gradient: &[f32],
+        result: &mut [f32],
+    ) -> Vec<f32> {
+        let (size, width) = (self.size, self.width());
+        let (before, own) = (self.spans.before(sequence), self.spans.own(sequence).len());
+        let length = before + own;
+        let mut shared = vec![0.0; before * width];
+        if own == 0 {
+            return shared;
+        }
+        let mut weights = vec![0.0; own * length];
         let mut of_scores = weights.clone();
         let mut of_k = vec![0.0; length * size];
+        let mut of_v = of_k.clone();
+        let mut of_q = vec![0.0; own * size];
+        // The last rows that there are, and those before.
         let mut add_rows = |start: usize, rows: &[f32]| {
-            for (row, more) in result.chunks_exact_mut(width).zip(rows.chunks_exact(size)) {
+            let places = shared
+                .chunks_exact_mut(width)
+                .chain(result.chunks_exact_mut(width));
+            for (row, more) in places
+                .skip(length - rows.len() / size)
+                .zip(rows.chunks_exact(size))
+            {
                 let row = &mut row[start..start + size];
                 row.iter_mut()
                     .zip(more)
@@ -336,13 +396,18 @@ impl Attention {
         };
         for h in 0..self.heads {
             let head = self.head(h);
-            let q = self.rotated(qkv, head.query, self.scale());
-            let k = self.rotated(qkv, head.key, 1.0);
+            let (q, k) = self.rotated(qkv, sequence, &head);
+            let v = self.of_sequence(qkv, sequence, head.value);
             self.weights(&q, &k, &mut weights);
             let gradient = Matrix(&gradient[h * size..], self.heads * size, 1);
-            let values = Matrix(&qkv[head.value..], width, 1);
-            product((&mut of_scores, length), square, gradient, values.t());
-            let mut of_v = vec![0.0; length * size];
+            let values = Matrix(&v, size, 1);
+            product(
+                (&mut of_scores, length),
+                (own, size, length),
+                gradient,
+                values.t(),
+            );
+            let tall = (length, own, size);
             product(
                 (&mut of_v, size),
                 tall,
@@ -361,13 +426,15 @@ impl Attention {
             }
             let scores = Matrix(&of_scores, length, 1);
             product((&mut of_k, size), tall, scores.t(), Matrix(&q, size, 1));
-            self.rotation.apply(&mut of_k, size, 1.0, true);
+            self.rotation.apply(&mut of_k, (0, size), 1.0, true);
             add_rows(head.key, &of_k);
-            let mut of_q = of_v;
-            product((&mut of_q, size), tall, scores, Matrix(&k, size, 1));
-            self.rotation.apply(&mut of_q, size, self.scale(), true);
+            let wide = (own, length, size);
+            product((&mut of_q, size), wide, scores, Matrix(&k, size, 1));
+            self.rotation
+                .apply(&mut of_q, (before, size), self.scale(), true);
             add_rows(head.query, &of_q);
         }
+        shared
     }
 }
 
@@ -377,15 +444,11 @@ impl CustomOp1 for Attention {
     }
 
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = layout.shape().dims2()?;
-        let dim = self.heads * self.size;
-        if width != self.width() || rows % self.length != 0 {
-            bail!("queries, keys and values are ({rows}, {width}), which fits no sequences");
-        }
+        let qkv = slice(qkv, layout)?;
+        let (rows, dim) = (self.spans.rows(), self.heads * self.size);
         let mut y = vec![0.0; rows * dim];
-        let sequences = slice(qkv, layout)?.par_chunks(self.length * width);
-        let outputs = y.par_chunks_mut(self.length * dim).zip(sequences);
-        outputs.for_each(|(y, qkv)| self.mix(qkv, y));
+        let outputs = self.split(&mut y, dim).into_par_iter().enumerate();
+        outputs.for_each(|(sequence, y)| self.mix(qkv, sequence, y));
         Ok((CpuStorage::F32(y), (rows, dim).into()))
     }
 
@@ -412,12 +475,21 @@ impl CustomOp2 for AttentionBackward {
     ) -> Result<(CpuStorage, Shape)> {
         let attention = &self.0;
         let (qkv, gradient) = (slice(qkv, layout)?, slice(gradient, gradient_layout)?);
+        let dim = attention.heads * attention.size;
         let mut result = vec![0.0; qkv.len()];
-        let chunk = attention.length * attention.width();
-        let outputs = result.par_chunks_mut(chunk).zip(qkv.par_chunks(chunk));
-        let chunk = attention.length * attention.heads * attention.size;
-        let outputs = outputs.zip(gradient.par_chunks(chunk));
-        outputs.for_each(|((result, qkv), gradient)| attention.mix_backward(qkv, gradient, result));
+        let outputs = attention.split(&mut result, attention.width());
+        let outputs = outputs.into_par_iter().enumerate();
+        let shared = outputs.map(|(sequence, result)| {
+            let Range { start, end } = attention.spans.own(sequence);
+            let gradient = &gradient[start * dim..end * dim];
+            attention.mix_backward(qkv, sequence, gradient, result)
+        });
+        let shared: Vec<Vec<f32>> = shared.collect();
+        // In the sequences' order: the sums have the same bits each time.
+        for shared in &shared {
+            let pairs = result.iter_mut().zip(shared);
+            pairs.for_each(|(sum, more)| *sum += more);
+        }
         Ok((CpuStorage::F32(result), layout.shape().clone()))
     }
 }

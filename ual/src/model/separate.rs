@@ -19,12 +19,24 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
 }
 
 pub fn attention(attention: &Attention, qkv: &Tensor) -> Result<Tensor> {
+    let spans = &attention.spans;
+    match spans.padded(qkv.device())? {
+        Some(padded) => {
+            let qkv = qkv.index_select(&padded.rows, 0)?;
+            let attended = of_one_length(attention, &qkv, padded.length)?;
+            attended.index_select(&padded.positions, 0)
+        }
+        None => of_one_length(attention, qkv, spans.length(0)),
+    }
+}
+
+fn of_one_length(attention: &Attention, qkv: &Tensor, length: usize) -> Result<Tensor> {
     let &Attention {
         heads,
         kv_heads,
         size,
-        length,
         ref rotation,
+        ..
     } = attention;
     let batch = qkv.dim(0)? / length;
     // (B, heads, T, size)

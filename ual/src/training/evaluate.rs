@@ -16,14 +16,14 @@ pub fn evaluate(
     batch: usize,
     device: &Device,
 ) -> Result<Vec<Row>> {
-    let mut by_length = samples.to_vec();
-    by_length.sort_by_key(|sample| sample.tokens.len()); // less padding
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(|a, b| a.tokens.cmp(&b.tokens)); // those that begin alike share rows
     let mut rows = Vec::new();
-    for samples in by_length.chunks(batch) {
+    for samples in sorted.chunks(batch) {
         let batch = Batch::new(samples, device)?;
-        let hidden = model.hidden_of(&batch.sequences, &batch.inputs, Some(&batch.chosen))?;
+        let hidden = model.hidden(&batch.packing, Some(&batch.chosen))?;
         let (hidden, weight) = (hidden.detach(), model.output_projection().detach());
-        let targets = batch.compact()?.targets;
+        let targets = batch.learned;
         let loss = CrossEntropy::new();
         // The divergence from a known truth needs all logits of these rows.
         let (stats, kl) = if samples.iter().any(|sample| sample.truth.is_empty()) {
@@ -72,7 +72,7 @@ pub fn evaluate_each(
     device: &Device,
 ) -> Result<Vec<Vec<Row>>> {
     let mut order: Vec<usize> = (0..samples.len()).collect();
-    order.sort_by_key(|&i| samples[i].tokens.len()); // stable, as that of `evaluate`, which keeps it
+    order.sort_by(|&a, &b| samples[a].tokens.cmp(&samples[b].tokens)); // stable, as that of `evaluate`, which keeps it
     let sorted: Vec<&Sample> = order.iter().map(|&i| samples[i]).collect();
     let mut rows = evaluate(model, &sorted, batch, device)?.into_iter();
     let mut each = vec![Vec::new(); samples.len()];

@@ -50,7 +50,7 @@ impl Method {
             Self::Spread(method, prior) => method.loss(batch)?.smoothing_prior(prior),
             // (B, 1): the loss broadcasts it over the sequence.
             Self::Ual(map) => {
-                let (uncertainties, device) = (&batch.uncertainties, batch.inputs.device());
+                let (uncertainties, device) = (&batch.uncertainties, batch.targets.device());
                 loss.smoothing(batch.layout.smoothing(map, uncertainties, device)?)
             }
         })

@@ -216,7 +216,7 @@ pub fn forward(
     (batch, rows): (&Batch, usize),
     slice: Option<&Slice>,
 ) -> candle_core::Result<(Tensor, RowStats)> {
-    let hidden = |chosen| model.hidden_of(&batch.sequences, &batch.inputs, chosen);
+    let hidden = |chosen| model.hidden(&batch.packing, chosen);
     let options = |batch: &Batch| -> candle_core::Result<CrossEntropy> {
         let options = method.loss(batch)?;
         Ok(options.reduction(Reduction::SumOver(rows.max(1) as f64)))
@@ -232,10 +232,10 @@ pub fn forward(
             };
             options.forward_linear_with_stats(&hidden, &projection, None, &batch.targets)
         }
-        // As a usual trainer does: of all rows.
+        // As a usual trainer does: of all tokens, and of padding.
         Loss::Logits => {
-            let (samples, length) = batch.inputs.dims2()?;
-            let hidden = hidden(None)?;
+            let (samples, length) = batch.targets.dims2()?;
+            let hidden = hidden(None)?.index_select(&batch.padded, 0)?;
             let (options, logits) = match slice {
                 Some(slice) => {
                     let logits = slice.logits(&hidden, &projection)?;

@@ -5,6 +5,7 @@ use candle_ual::{
     data::{
         batches::{Batch, Batches, IGNORED},
         ngram::{NGram, Ranks},
+        packing::Packing,
         samples::Sample,
         synthetic,
     },
@@ -30,17 +31,55 @@ fn only_responses_are_targets() {
     );
     let batch = Batch::new(&[&long, &short], &Device::Cpu).unwrap();
     assert_eq!(
-        batch.inputs.to_vec2::<u32>().unwrap(),
-        [[7, 8, 9, 10], [7, 8, 11, 0]]
-    );
-    assert_eq!(
         batch.targets.to_vec2::<i64>().unwrap(),
         [[IGNORED, 9, 10, IGNORED], [8, 11, IGNORED, IGNORED]]
     );
     assert_eq!(
-        (batch.rows, batch.tokens, batch.uncertainties),
-        (4, 7, vec![0.25, 0.75])
+        (batch.rows, &batch.uncertainties[..]),
+        (4, &[0.25, 0.75][..])
     );
+    // Both begin with 7 and 8, which are one row each.
+    let tokens = batch.packing.tokens(&Device::Cpu).unwrap();
+    assert_eq!(tokens.to_vec1::<u32>().unwrap(), [7, 8, 9, 10, 11]);
+    let rows = |tensor: &candle_core::Tensor| tensor.to_vec1::<u32>().unwrap();
+    assert_eq!(rows(&batch.padded), [0, 1, 2, 3, 0, 1, 4, 0]);
+    assert_eq!(rows(&batch.chosen), [1, 2, 0, 1]);
+    let compact = batch.compact().unwrap();
+    assert_eq!(compact.targets.to_vec1::<i64>().unwrap(), [9, 10, 8, 11]);
+    assert_eq!(compact.layout.cu_seqlens(), [0, 2, 4]);
+}
+
+#[test]
+fn what_all_sequences_begin_with_is_there_once() {
+    // Sequences, and the rows of each's tokens.
+    let cases: [(&[&[u32]], &[&[usize]]); 6] = [
+        (&[], &[]),
+        (&[&[5, 6]], &[&[0, 1]]),
+        (&[&[5, 6], &[6, 5, 5]], &[&[0, 1], &[2, 3, 4]]),
+        (&[&[5, 6], &[5, 6, 7]], &[&[0, 1], &[0, 1, 2]]),
+        (&[&[5, 6, 7], &[5, 6]], &[&[0, 1, 2], &[0, 1]]),
+        (
+            &[&[5, 6, 7], &[5, 6, 7], &[5, 9]],
+            &[&[0, 1, 2], &[0, 3, 4], &[0, 5]],
+        ),
+    ];
+    for (sequences, rows) in cases {
+        let packing = Packing::new(sequences.to_vec());
+        let spans = packing.spans();
+        assert_eq!(spans.sequences(), sequences.len());
+        let tokens = packing.tokens(&Device::Cpu).unwrap();
+        let tokens = tokens.to_vec1::<u32>().unwrap();
+        assert_eq!(tokens.len(), spans.rows());
+        for (i, (sequence, rows)) in sequences.iter().zip(rows).enumerate() {
+            assert_eq!(spans.length(i), sequence.len());
+            for (t, token) in sequence.iter().enumerate() {
+                assert_eq!(
+                    (spans.row(i, t), tokens[spans.row(i, t)]),
+                    (rows[t], *token)
+                );
+            }
+        }
+    }
 }
 
 #[test]

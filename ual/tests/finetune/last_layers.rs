@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Device, Tensor};
 use candle_cross_entropy::ual::SmoothingMap;
 use candle_ual::{
-    data::samples::Sample,
+    data::{packing::Packing, samples::Sample},
     model::{
         decoder::{Config, Decoder, Last, LayerWeights, Trained, Weights},
         states::States,
@@ -53,13 +53,14 @@ fn decoder(trained: Trained, layers: usize, states: Option<Arc<States>>) -> Deco
     Decoder::training_last(config(), weights(), (trained, last), 1, CPU).unwrap()
 }
 
-/// Long prompts, short responses, of other lengths each; the truth of every response token is known.
+/// Long prompts that begin alike, short responses, of other lengths each; the truth of every response token is known.
 fn samples(count: usize, seed: u64) -> Vec<Sample> {
     let mut rng = StdRng::seed_from_u64(seed);
     let token = |rng: &mut StdRng| rng.random_range(0..VOCAB as u32);
     let samples = (0..count).map(|_| {
         let (prompt, response) = (rng.random_range(3..=10), rng.random_range(1..=4));
-        let tokens: Vec<u32> = (0..prompt + response).map(|_| token(&mut rng)).collect();
+        let mut tokens: Vec<u32> = (0..prompt + response).map(|_| token(&mut rng)).collect();
+        tokens[..2].copy_from_slice(&[5, 3]);
         let truth = tokens[prompt..].iter().map(|&one| {
             let p = rng.random_range(0.2f32..0.8);
             vec![(one, p), ((one + 7) % VOCAB as u32, 1.0 - p)]
@@ -201,6 +202,38 @@ fn gradients_are_those_where_all_is_trained() {
     }
 }
 
+/// Some begin with the same response token too, and one is there twice.
+#[test]
+fn a_batch_has_the_gradients_of_its_samples() {
+    let mut samples = samples(4, 6);
+    for sample in &mut samples {
+        sample.prompt = 4;
+        sample.tokens.splice(..2, [5, 3, 9, 9, 7, 2]);
+        sample.tokens.truncate(LONGEST);
+    }
+    samples.push(samples[1].clone());
+    let method = ual(&samples);
+    let references: Vec<&Sample> = samples.iter().collect();
+    let rows = samples.iter().map(Sample::rows).sum();
+    let model = Decoder::from_weights(config(), weights(), Trained::All, 1, CPU).unwrap();
+    let step = |size: usize, loss| {
+        let batches: Vec<Vec<&Sample>> = references.chunks(size).map(<[_]>::to_vec).collect();
+        let alone = Ranks::alone();
+        let step = Step::new(&model, &method, loss, (&batches, rows), (&alone, CPU)).unwrap();
+        let gradients = model.vars().iter().map(|var| step.gradients.get(var));
+        let gradients: Vec<Vec<f32>> = gradients.map(|g| values(g.unwrap())).collect();
+        (step.loss, gradients)
+    };
+    let (loss, expected) = step(1, Loss::Logits);
+    for (size, kind) in [(5, Loss::Linear), (5, Loss::Logits), (2, Loss::Linear)] {
+        let (found_loss, found) = step(size, kind);
+        assert_near(&[found_loss], &[loss], 1e-5);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_near(found, expected, 1e-4);
+        }
+    }
+}
+
 #[test]
 fn processes_train_the_last_layers_as_one_does() {
     let train = |ranks: &Ranks| {
@@ -291,17 +324,13 @@ fn states_do_not_depend_on_the_batch() {
     let samples = samples(5, 4);
     let sequences: Vec<&[u32]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
     let hidden = |model: &Decoder, sequences: &[&[u32]]| {
-        let width = sequences.iter().map(|tokens| tokens.len()).max().unwrap();
-        let padded = sequences
-            .iter()
-            .flat_map(|tokens| (0..width).map(|i| tokens.get(i).copied().unwrap_or(0)));
-        let shape = (sequences.len(), width);
-        let inputs = Tensor::from_vec(padded.collect::<Vec<u32>>(), shape, CPU).unwrap();
-        let states = model.hidden_of(sequences, &inputs, None).unwrap();
+        let packing = Packing::new(sequences.to_vec());
+        let states = model.hidden(&packing, None).unwrap();
         let states: Vec<Vec<f32>> = states.to_vec2().unwrap();
-        // Without the padding.
-        let of_sequences = sequences.iter().zip(states.chunks(width));
-        let of_sequences = of_sequences.map(|(tokens, states)| states[..tokens.len()].concat());
+        let of_sequences = sequences.iter().enumerate().map(|(i, tokens)| {
+            let rows = (0..tokens.len()).map(|t| &states[packing.spans().row(i, t)][..]);
+            rows.collect::<Vec<_>>().concat()
+        });
         of_sequences.collect::<Vec<Vec<f32>>>()
     };
     let kept = || decoder(Trained::All, 2, Some(Arc::default()));
@@ -324,11 +353,11 @@ fn states_do_not_depend_on_the_batch() {
     }
 }
 
-/// Against the logits of one sample at a time, without padding, in f64.
+/// Against the logits of one sample at a time, in f64.
 #[test]
 fn evaluation_is_that_of_all_logits() {
     let mut samples = samples(11, 5);
-    samples.sort_by_key(|sample| sample.tokens.len());
+    samples.sort_by(|a, b| a.tokens.cmp(&b.tokens));
     for with_truth in [true, false] {
         if !with_truth {
             samples[3].truth.clear();
@@ -341,9 +370,10 @@ fn evaluation_is_that_of_all_logits() {
             let rows = evaluate(&model, &references, 4, CPU).unwrap();
             let mut rows = rows.into_iter();
             for (number, sample) in samples.iter().enumerate() {
-                let tokens = Tensor::new(&sample.tokens[..], CPU).unwrap();
-                let logits = model.forward(&tokens.unsqueeze(0).unwrap()).unwrap();
-                let logits: Vec<Vec<f32>> = logits.squeeze(0).unwrap().to_vec2().unwrap();
+                let hidden = model.hidden(&Packing::new(vec![&sample.tokens]), None);
+                let projection = model.output_projection().t().unwrap();
+                let logits = hidden.unwrap().matmul(&projection).unwrap();
+                let logits: Vec<Vec<f32>> = logits.to_vec2().unwrap();
                 for next in sample.prompt..sample.tokens.len() {
                     let row = rows.next().unwrap();
                     let z: Vec<f64> = logits[next - 1].iter().map(|&z| f64::from(z)).collect();

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
-use candle_ual::model::{
-    attention::{Attention, Rotation},
-    fused, separate,
+use candle_ual::{
+    data::packing::Spans,
+    model::{
+        attention::{Attention, Rotation},
+        fused, separate,
+    },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -73,27 +76,45 @@ fn swiglu() -> Result<()> {
     Ok(())
 }
 
+/// Of sequences of these lengths.
+fn attention_of(
+    lengths: &[usize],
+    shared: usize,
+    (heads, kv_heads, size): (usize, usize, usize),
+    interleaved: bool,
+) -> Result<Attention> {
+    let positions = lengths.iter().max().unwrap_or(&0) + 2;
+    let rotation = Rotation::new((positions, size), 10_000.0, None, interleaved, CPU)?;
+    Ok(Attention {
+        heads,
+        kv_heads,
+        size,
+        spans: Arc::new(Spans::new(lengths, shared)),
+        rotation: Arc::new(rotation),
+    })
+}
+
+/// What the sequences' lengths are, and how many of their rows are shared; heads, heads of keys and values, size of a head.
+type Case<'a> = (&'a [usize], usize, (usize, usize, usize));
+
+const CASES: [Case; 8] = [
+    (&[1], 0, (1, 1, 2)),
+    (&[5, 5], 0, (2, 2, 4)),
+    (&[7, 7, 7], 0, (4, 2, 6)),
+    (&[17, 17], 0, (3, 1, 8)),
+    (&[3, 9, 1], 0, (2, 1, 4)),
+    (&[6, 4, 9, 5], 4, (4, 2, 6)), // the second has no row of its own
+    (&[4, 5, 5], 4, (2, 2, 4)),    // nor has the first
+    (&[8, 8, 8], 7, (3, 1, 8)),
+];
+
 #[test]
 fn attention() -> Result<()> {
-    // Sequences, their length, heads, heads of keys and values, size of a head.
-    let shapes = [
-        (1, 1, 1, 1, 2),
-        (2, 5, 2, 2, 4),
-        (3, 7, 4, 2, 6),
-        (2, 17, 3, 1, 8),
-    ];
-    for (batch, length, heads, kv_heads, size) in shapes {
+    for (lengths, shared, heads) in CASES {
         for interleaved in [false, true] {
-            let rotation = Rotation::new((length + 2, size), 10_000.0, None, interleaved, CPU)?;
-            let attention = Attention {
-                heads,
-                kv_heads,
-                size,
-                length,
-                rotation: Arc::new(rotation),
-            };
-            let width = (heads + 2 * kv_heads) * size;
-            let qkv = Var::from_tensor(&random((batch * length, width), 4)?)?;
+            let attention = attention_of(lengths, shared, heads, interleaved)?;
+            let width = (heads.0 + 2 * heads.1) * heads.2;
+            let qkv = Var::from_tensor(&random((attention.spans.rows(), width), 4)?)?;
             assert_same(
                 &[&qkv],
                 || attention.clone().forward(&qkv),
@@ -104,16 +125,38 @@ fn attention() -> Result<()> {
     Ok(())
 }
 
+/// Each sequence by itself, its shared rows copied to it.
+#[test]
+fn sequences_do_not_see_each_other() -> Result<()> {
+    for (lengths, shared, heads) in CASES {
+        let together = attention_of(lengths, shared, heads, false)?;
+        let spans = together.spans.clone();
+        let width = (heads.0 + 2 * heads.1) * heads.2;
+        let qkv = Var::from_tensor(&random((spans.rows(), width), 4)?)?;
+        let alone = || {
+            let each = (0..lengths.len()).map(|i| {
+                let own = spans.own(i);
+                let before = qkv.narrow(0, 0, spans.before(i))?;
+                let rows = Tensor::cat(&[before, qkv.narrow(0, own.start, own.len())?], 0)?;
+                let attention = attention_of(&lengths[i..=i], 0, heads, false)?;
+                let all = separate::attention(&attention, &rows)?;
+                all.narrow(0, spans.before(i), own.len())
+            });
+            Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)
+        };
+        assert_same(&[&qkv], || together.clone().forward(&qkv), alone)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn rows_that_are_no_whole_sequences_are_refused() -> Result<()> {
-    let attention = Attention {
-        heads: 1,
-        kv_heads: 1,
-        size: 2,
-        length: 3,
-        rotation: Arc::new(Rotation::new((3, 2), 10_000.0, None, false, CPU)?),
-    };
-    let error = attention.forward(&random((4, 6), 5)?).unwrap_err();
-    assert!(error.to_string().contains("(4, 6)"), "{error}");
+    let attention = attention_of(&[3], 0, (1, 1, 2), false)?;
+    for shape in [(4, 6), (3, 8)] {
+        let error = attention.clone().forward(&random(shape, 5)?).unwrap_err();
+        let (rows, width) = shape;
+        let named = format!("[{rows}, {width}]");
+        assert!(error.to_string().contains(&named), "{error}");
+    }
     Ok(())
 }

@@ -16,6 +16,7 @@ use crate::{
     data::{
         conversation::{Conversation, Conversations},
         form::Turn,
+        packing::Packing,
     },
     model::{
         decoder::{Decoder, Trained},
@@ -118,9 +119,11 @@ impl Model {
     /// Mean entropy of the predictions of the response's tokens, divided by log V: in \[0, 1\].
     fn uncertainty(&self, text: &Text) -> Result<f64> {
         let length = text.tokens.len() - text.response;
-        let tokens = Tensor::new(&text.tokens[..], &Device::Cpu)?.unsqueeze(0)?;
-        let hidden = self.decoder.hidden(&tokens)?.squeeze(0)?;
-        let hidden = hidden.narrow(0, text.response - 1, length)?; // a position predicts the next token
+        // A position predicts the next token.
+        let positions = text.response as u32 - 1..text.tokens.len() as u32 - 1;
+        let positions = Tensor::from_iter(positions, &Device::Cpu)?;
+        let packing = Packing::new(vec![&text.tokens]);
+        let hidden = self.decoder.hidden(&packing, Some(&positions))?;
         let targets = Tensor::new(&text.tokens[text.response..], &Device::Cpu)?;
         let loss = CrossEntropy::new().reduction(Reduction::None);
         let projection = self.decoder.output_projection();

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     commands::probe::questions::Question,
-    data::conversation::Conversations,
+    data::{conversation::Conversations, packing::Packing},
     digest, files,
     model::{
         decoder::{Decoder, Trained},
@@ -60,22 +60,22 @@ pub fn of(
     };
     let prompts: Vec<Vec<u32>> = questions.iter().map(prompt).collect::<Result<_>>()?;
     let mut order: Vec<usize> = (0..prompts.len()).collect();
-    order.sort_by_key(|&i| prompts[i].len()); // less padding
-    let fingerprint = fingerprint(&prompts, &pretrained::digest(path)?);
+    order.sort_by(|&a, &b| prompts[a].cmp(&prompts[b])); // what a batch begins with alike is read once
+    let in_order: Vec<&[u32]> = order.iter().map(|&i| &prompts[i][..]).collect();
+    let fingerprint = fingerprint(&in_order, &pretrained::digest(path)?);
 
     let file = folder.join(FILE);
     let mut kept = Kept::load(&file, &fingerprint)?;
     let done = kept.entropies.len();
     if done < order.len() {
-        let longest = order.last().map_or(0, |&i| prompts[i].len());
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let purpose = Purpose::Training(longest);
         let loaded = pretrained::load(path, overrides, purpose, device)?;
         let (config, weights) = (loaded.config, loaded.weights);
         let model = Decoder::from_weights(config, weights, Trained::Nothing, 0, device)?;
         let start = Instant::now();
-        for (number, batch) in (1..).zip(order[done..].chunks(BATCH)) {
-            let batch: Vec<&[u32]> = batch.iter().map(|&i| prompts[i].as_slice()).collect();
-            kept.add(&model, &batch)?;
+        for (number, batch) in (1..).zip(in_order[done..].chunks(BATCH)) {
+            kept.add(&model, batch)?;
             let now = kept.entropies.len();
             if number % KEPT_EVERY == 0 || now == order.len() {
                 kept.save(&file, &fingerprint)?;
@@ -88,11 +88,11 @@ pub fn of(
 }
 
 /// What the states depend on.
-fn fingerprint(prompts: &[Vec<u32>], model: &str) -> String {
+fn fingerprint(prompts: &[&[u32]], model: &str) -> String {
     let mut hash = Sha256::new();
     for prompt in prompts {
         hash.update((prompt.len() as u32).to_le_bytes());
-        for token in prompt {
+        for token in *prompt {
             hash.update(token.to_le_bytes());
         }
     }
@@ -102,7 +102,7 @@ fn fingerprint(prompts: &[Vec<u32>], model: &str) -> String {
     )
 }
 
-/// States of the shortest prompts, in the order of their length.
+/// States of the first prompts, in the order that they are read in.
 #[derive(Default)]
 struct Kept {
     states: Vec<Tensor>,
@@ -149,20 +149,10 @@ impl Kept {
     }
 
     fn add(&mut self, model: &Decoder, prompts: &[&[u32]]) -> Result<()> {
-        let width = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
-        let padded = prompts
-            .iter()
-            .flat_map(|prompt| (0..width).map(|i| prompt.get(i).copied().unwrap_or(0)));
-        let shape = (prompts.len(), width);
-        let tokens = Tensor::from_vec(padded.collect(), shape, &Device::Cpu)?;
-        let ends = (0u32..)
-            .zip(prompts)
-            .map(|(i, prompt)| i * width as u32 + prompt.len() as u32 - 1);
-        let ends = Tensor::from_vec(ends.collect(), prompts.len(), &Device::Cpu)?;
-        let states = model
-            .hidden(&tokens)?
-            .flatten(0, 1)?
-            .index_select(&ends, 0)?;
+        let packing = Packing::new(prompts.to_vec());
+        let end = |(i, prompt): (usize, &&[u32])| packing.spans().row(i, prompt.len() - 1) as u32;
+        let ends = Tensor::from_iter(prompts.iter().enumerate().map(end), &Device::Cpu)?;
+        let states = model.hidden(&packing, Some(&ends))?;
 
         let projection = model.output_projection();
         let targets = Tensor::zeros(prompts.len(), candle_core::DType::U32, &Device::Cpu)?;

@@ -52,12 +52,12 @@ pub fn points(
     let samples: Vec<&Sample> = samples.iter().collect();
     for samples in samples.chunks(batch) {
         let batch = Batch::new(samples, device)?;
-        let states = model.hidden_of(&batch.sequences, &batch.inputs, None)?;
+        let states = model.hidden(&batch.packing, None)?;
         let states = states.detach().to_vec2::<f32>()?;
-        let (_, length) = batch.inputs.dims2()?;
-        for (sample, states) in samples.iter().zip(states.chunks(length)) {
+        for (i, sample) in samples.iter().enumerate() {
             let inputs = &sample.tokens[..sample.tokens.len() - 1];
-            for (t, (token, state)) in inputs.iter().zip(states).enumerate() {
+            for (t, token) in inputs.iter().enumerate() {
+                let state = &states[batch.packing.spans().row(i, t)];
                 if !sample.is_response(t) || !seen.insert(&inputs[..=t]) {
                     continue; // the same context gives the same state
                 }
