@@ -17,6 +17,10 @@ pub enum Shape {
     /// height(u) = the mid-rank of u in the fitted set, as a share of it: (#below + #equal/2)/n, in (0, 1), the same for
     /// equal values whatever their sign. Interpolated linearly between fitted values, constant outside them.
     Rank,
+    /// height(u) = floor + (1 − floor)·max(u, 0)/mean, with floor in \[0, 1\], where mean is that of max(u, 0) over the
+    /// fitted set: where nothing is clipped, this share of the mean smoothing goes to all samples alike, and the rest by
+    /// uncertainty. 0 is linear, 1 constant.
+    Floor(f32),
     /// height(u) = 1: every sample gets the mean smoothing.
     Constant,
 }
@@ -36,6 +40,10 @@ pub(super) enum Curve {
         uncertainties: Vec<f32>,
         ranks: Vec<f32>,
     },
+    Floor {
+        floor: f32,
+        mean: f32,
+    },
     Constant,
 }
 
@@ -52,6 +60,14 @@ impl Curve {
                 Self::Power { exponent, unit }
             }
             Shape::Rank => mid_ranks(uncertainties),
+            Shape::Floor(floor) => {
+                check_floor(floor).map_err(candle_core::Error::msg)?;
+                let sum: f64 = uncertainties.iter().map(|&u| f64::from(u.max(0.0))).sum();
+                let mean = (sum / uncertainties.len() as f64) as f32;
+                // Without an uncertainty above 0 all heights are the floor, whatever the mean.
+                let mean = if mean > 0.0 { mean } else { 1.0 };
+                Self::Floor { floor, mean }
+            }
             Shape::Constant => Self::Constant,
         })
     }
@@ -61,6 +77,7 @@ impl Curve {
             Self::Linear => Shape::Linear,
             Self::Power { exponent, .. } => Shape::Power(*exponent),
             Self::Rank { .. } => Shape::Rank,
+            Self::Floor { floor, .. } => Shape::Floor(*floor),
             Self::Constant => Shape::Constant,
         }
     }
@@ -93,6 +110,10 @@ impl Curve {
                     (rank(above - 1) + share * (rank(above) - rank(above - 1))).min(rank(above))
                 }
             }
+            Self::Floor { floor, mean } => {
+                let floor = f64::from(*floor);
+                floor + (1.0 - floor) * u.max(0.0) / f64::from(*mean)
+            }
             Self::Constant => 1.0,
         }
     }
@@ -105,6 +126,13 @@ impl Curve {
                 check_exponent(*exponent)?;
                 if !(unit.is_finite() && *unit > 0.0) {
                     return Err(format!("unit is {unit}; it must be finite and above 0"));
+                }
+                Ok(())
+            }
+            Self::Floor { floor, mean } => {
+                check_floor(*floor)?;
+                if !(mean.is_finite() && *mean > 0.0) {
+                    return Err(format!("mean is {mean}; it must be finite and above 0"));
                 }
                 Ok(())
             }
@@ -138,6 +166,13 @@ fn check_exponent(exponent: f32) -> std::result::Result<(), String> {
         return Err(format!(
             "exponent is {exponent}; it must be finite and above 0"
         ));
+    }
+    Ok(())
+}
+
+fn check_floor(floor: f32) -> std::result::Result<(), String> {
+    if !(0.0..=1.0).contains(&floor) {
+        return Err(format!("floor is {floor}; it must be in [0, 1]"));
     }
     Ok(())
 }

@@ -59,8 +59,9 @@ impl SmoothingMap {
         Self::fit_shape(Shape::Linear, uncertainties, mean, max)
     }
 
-    /// [`fit`](Self::fit) with another shape. Fails as it does, and when the exponent of [`Shape::Power`] is not a
-    /// finite number above 0; [`Shape::Rank`] and [`Shape::Constant`] reach every mean up to `max`.
+    /// [`fit`](Self::fit) with another shape. Fails as it does, when the exponent of [`Shape::Power`] is not a
+    /// finite number above 0, and when that of [`Shape::Floor`] is outside \[0, 1\]; [`Shape::Rank`],
+    /// [`Shape::Constant`] and a floor above 0 reach every mean up to `max`.
     ///
     /// ```
     /// use candle_cross_entropy::ual::{Shape, SmoothingMap};
@@ -73,6 +74,7 @@ impl SmoothingMap {
     /// };
     /// assert_eq!(smoothing(Shape::Linear)?, [0.03125, 0.0625, 0.09375, 0.3125]);
     /// assert_eq!(smoothing(Shape::Rank)?, [0.03125, 0.09375, 0.15625, 0.21875]); // the outlier weighs no more
+    /// assert_eq!(smoothing(Shape::Floor(0.5))?, [0.078125, 0.09375, 0.109375, 0.21875]); // half of it to all alike
     /// assert_eq!(smoothing(Shape::Constant)?, [0.125; 4]);
     /// # Ok(())
     /// # }

@@ -49,10 +49,11 @@ fn fittable_by_all(rng: &mut StdRng) -> (Vec<f32>, f32, f32) {
 }
 
 fn shape(rng: &mut StdRng) -> Shape {
-    match rng.random_range(0..4) {
+    match rng.random_range(0..5) {
         0 => Shape::Linear,
         1 => Shape::Power(uniform(rng, 0.1..4.0)),
         2 => Shape::Rank,
+        3 => Shape::Floor(uniform(rng, 0.0..=1.0)),
         _ => Shape::Constant,
     }
 }
@@ -317,12 +318,18 @@ fn the_other_shapes_by_hand() {
         &[1.0, 2.0, 4.0, 3.0, 1.5, -9.0, 9.0],
         &[0.11, 0.275, 0.385, 0.33, 0.1925, 0.11, 0.385],
     );
+    // The mean uncertainty is 2, so that heights are 0.25 + 0.75·u/2; their mean is 1.
+    check(
+        Shape::Floor(0.25),
+        &[4.0, 1.0, 2.0, 0.0, -1.0],
+        &[0.22 * 1.75, 0.22 * 0.625, 0.22, 0.055, 0.055],
+    );
     check(Shape::Constant, &[-1.0, 4.0], &[0.22, 0.22]);
 }
 
 #[test]
 fn ranks_and_constants_reach_means_that_zeros_do_not() {
-    for shape in [Shape::Rank, Shape::Constant] {
+    for shape in [Shape::Rank, Shape::Floor(0.1), Shape::Constant] {
         let map = SmoothingMap::fit_shape(shape, &[0.0, 0.0, -1.0], 0.2, 0.2).unwrap();
         let got = mean_smoothing(&map, &[0.0, 0.0, -1.0]);
         assert!((got - 0.2).abs() < 1e-7, "{shape:?}: {got}");
@@ -356,6 +363,30 @@ fn a_map_saved_before_there_were_shapes_is_linear() {
         (Shape::Linear, 0.25, 0.5)
     );
     assert_eq!(map.smoothing_values(&[1.0, 9.0]).unwrap(), [0.25, 0.5]);
+}
+
+#[test]
+fn a_floor_of_0_is_linear_and_of_1_constant() {
+    cases(|rng| {
+        let (u, mean, max) = fittable_by_all(rng);
+        let fit = |shape| SmoothingMap::fit_shape(shape, &u, mean, max).unwrap();
+        for (floor, other) in [(0.0, Shape::Linear), (1.0, Shape::Constant)] {
+            let values = fit(Shape::Floor(floor)).smoothing_values(&u).unwrap();
+            let others = fit(other).smoothing_values(&u).unwrap();
+            for (a, b) in values.iter().zip(&others) {
+                assert!((a - b).abs() <= 1e-6 * b, "{a} and {b}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_floor_that_is_no_share_is_refused() {
+    for floor in [-0.1, 1.1, f32::NAN, f32::INFINITY] {
+        let error = SmoothingMap::fit_shape(Shape::Floor(floor), &[1.0], 0.1, 0.5).unwrap_err();
+        let wanted = format!("floor is {floor}; it must be in [0, 1]");
+        assert!(error.to_string().contains(&wanted), "{error}");
+    }
 }
 
 #[test]
@@ -417,6 +448,14 @@ fn a_saved_map_that_was_edited_badly_is_refused() {
         (
             r#"{"shape": {"power": {"exponent": 1, "unit": 0}}, "scale": 1.0, "max": 0.5}"#,
             "unit is 0",
+        ),
+        (
+            r#"{"shape": {"floor": {"floor": 2, "mean": 1}}, "scale": 1.0, "max": 0.5}"#,
+            "floor is 2",
+        ),
+        (
+            r#"{"shape": {"floor": {"floor": 0.5, "mean": 0}}, "scale": 1.0, "max": 0.5}"#,
+            "mean is 0",
         ),
         (
             r#"{"shape": {"rank": {"uncertainties": [1, 2], "ranks": [0.5]}}, "scale": 1.0, "max": 0.5}"#,

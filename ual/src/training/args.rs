@@ -12,7 +12,7 @@ use crate::{
     model::pretrained::Overrides,
     training::{
         plan::{Loss, Plan},
-        smoothing::{self, Prior},
+        smoothing::{self, Map, Prior},
     },
 };
 
@@ -75,6 +75,9 @@ pub struct Args {
     /// Largest smoothing of a sample
     #[arg(long, default_value_t = smoothing::MAX)]
     pub max_smoothing: f32,
+    /// How a sample's smoothing follows its uncertainty, of the uncertainty-aware training
+    #[arg(long, value_enum, default_value_t)]
+    pub smoothing_map: Map,
     /// What smoothing is spread over
     #[arg(long, value_enum, default_value_t)]
     pub smoothing_prior: Prior,

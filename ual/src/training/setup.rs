@@ -54,7 +54,8 @@ pub struct Setup {
 /// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
 /// counts more than a short one.
 pub fn fit(samples: &[Sample], args: &Args) -> Result<SmoothingMap> {
-    smoothing::fit(&weighted(samples), args.mean_smoothing, args.max_smoothing)
+    let (map, mean, max) = (args.smoothing_map, args.mean_smoothing, args.max_smoothing);
+    smoothing::fit(&weighted(samples), map, mean, max)
 }
 
 fn weighted(samples: &[Sample]) -> Vec<smoothing::Weighted> {

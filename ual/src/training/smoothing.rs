@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
-use candle_cross_entropy::ual::SmoothingMap;
+use candle_cross_entropy::ual::{Shape, SmoothingMap};
 use clap::ValueEnum;
 use rand::{Rng, seq::SliceRandom};
 use serde::Serialize;
@@ -14,6 +14,50 @@ use crate::data::samples::Sample;
 /// `--mean-smoothing` and `--max-smoothing` where they are not given.
 pub const MEAN: f32 = 0.1;
 pub const MAX: f32 = 0.5;
+
+/// How a sample's smoothing follows its uncertainty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Map {
+    /// In proportion to it
+    #[default]
+    Linear,
+    /// In proportion to its square
+    Squared,
+    /// By its rank among the training samples
+    Rank,
+    /// Half of the mean smoothing to all samples alike, half in proportion to the uncertainty
+    Floor,
+}
+
+impl Map {
+    /// As it is on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::Squared => "squared",
+            Self::Rank => "rank",
+            Self::Floor => "floor",
+        }
+    }
+
+    pub fn shape(self) -> Shape {
+        match self {
+            Self::Linear => Shape::Linear,
+            Self::Squared => Shape::Power(2.0),
+            Self::Rank => Shape::Rank,
+            Self::Floor => Shape::Floor(0.5),
+        }
+    }
+
+    /// Whether samples without uncertainty are smoothed.
+    fn smooths_all(self) -> bool {
+        match self {
+            Self::Linear | Self::Squared => false,
+            Self::Rank | Self::Floor => true,
+        }
+    }
+}
 
 /// What smoothing is spread over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, ValueEnum, Serialize)]
@@ -63,13 +107,14 @@ fn counts(samples: &[Sample], vocab: usize) -> Vec<u64> {
 pub type Weighted = (f32, usize);
 
 /// With the mean over rows. Fails with an [`obstacle`].
-pub fn fit(samples: &[Weighted], mean: f32, max: f32) -> Result<SmoothingMap> {
-    if let Some(obstacle) = obstacle(samples, mean, max) {
+pub fn fit(samples: &[Weighted], map: Map, mean: f32, max: f32) -> Result<SmoothingMap> {
+    if let Some(obstacle) = obstacle(samples, mean, max).filter(|_| !map.smooths_all()) {
         bail!(obstacle);
     }
     let of_rows = samples.iter().flat_map(|&(u, n)| std::iter::repeat_n(u, n));
     let of_rows: Vec<f32> = of_rows.collect();
-    SmoothingMap::fit(&of_rows, mean, max).context("the uncertainties of the training samples")
+    SmoothingMap::fit_shape(map.shape(), &of_rows, mean, max)
+        .context("the uncertainties of the training samples")
 }
 
 /// Why no map has this mean: too few rows have an uncertainty above 0. Names the options, and values that work.
@@ -109,6 +154,7 @@ pub fn obstacle(samples: &[Weighted], mean: f32, max: f32) -> Option<String> {
         let larger = rounded(mean / share, f64::ceil);
         text += &format!(", or --max-smoothing {larger}");
     }
+    text += ", or --smoothing-map floor, which smooths the others too";
     Some(text)
 }
 

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-use candle_cross_entropy::ual::SmoothingMap;
+use candle_cross_entropy::ual::{Shape, SmoothingMap};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -335,6 +335,36 @@ fn smoothing_follows_the_prior() {
     }
 }
 
+/// Each has a map of its own, with the mean smoothing that is asked for; what has no uncertainty-aware smoothing does not change.
+#[test]
+fn smoothing_follows_the_map() {
+    let run = |map: &str| {
+        let out = TempDir::new().unwrap();
+        let (_, metrics) = small_run(out.path(), &["--smoothing-map", map]);
+        let runs = metrics["runs"].as_array().unwrap();
+        let number = |run: &Value| run.as_f64().unwrap();
+        assert!((number(&runs[2]["mean_smoothing"]) - 0.1).abs() < 1e-6);
+        let saved = fs::read_to_string(out.path().join("smoothing_map.json")).unwrap();
+        let saved: SmoothingMap = serde_json::from_str(&saved).unwrap();
+        let nll = [0, 1, 2].map(|i| number(&runs[i]["groups"][0]["summary"]["nll"]));
+        (saved, nll)
+    };
+    let (linear, expected) = run("linear");
+    assert_eq!(linear.shape(), Shape::Linear);
+    let mut found = vec![expected[2]];
+    for (map, shape) in [
+        ("squared", Shape::Power(2.0)),
+        ("rank", Shape::Rank),
+        ("floor", Shape::Floor(0.5)),
+    ] {
+        let (saved, nll) = run(map);
+        assert_eq!(saved.shape(), shape);
+        assert_eq!(nll[..2], expected[..2]);
+        assert!(!found.contains(&nll[2]), "{map}: {found:?}");
+        found.push(nll[2]);
+    }
+}
+
 #[test]
 fn a_bad_line_is_named() {
     let good = br#"{"prompt": "a", "response": "b"}"#;
@@ -488,6 +518,8 @@ fn uncertainties_that_are_too_rare_are_named_with_what_works() {
             ],
         ),
     );
+    let floor = ["--smoothing-map", &value(&text, "--smoothing-map")];
+    small_run(out.path(), &of(data, &floor));
     write(|_| 0.0);
     let text = refusal(&of(data, &[]));
     assert!(text.contains("every uncertainty is 0"), "{text}");

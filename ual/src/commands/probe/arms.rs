@@ -124,6 +124,7 @@ pub fn arms(spread: Spread, known: &Known, means: &[f32], rng: &mut impl Rng) ->
             Constant => Shape::Constant,
             Squared => Shape::Power(2.0),
             Rank => Shape::Rank,
+            Floor => Shape::Floor(0.5),
             _ => Shape::Linear,
         };
         for &mean in means {
@@ -153,10 +154,6 @@ fn uncertainties(method: Method, known: &Known, rng: &mut impl Rng) -> Vec<f32> 
                 .iter()
                 .map(|&u| f32::from(u8::from(u >= median)))
                 .collect()
-        }
-        Floor => {
-            let mean = given.iter().sum::<f32>() / given.len() as f32;
-            given.iter().map(|&u| u + mean).collect()
         }
         _ => given.to_vec(),
     }

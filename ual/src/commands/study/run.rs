@@ -45,7 +45,7 @@ fn listed(means: &[f32]) -> String {
     means.join(", ")
 }
 
-fn about(setup: &Setup, means: &[f32]) -> String {
+fn about(setup: &Setup, args: &training::args::Args, means: &[f32]) -> String {
     let Config { layers, dim, .. } = setup.model.config();
     let Plan {
         steps,
@@ -63,11 +63,12 @@ fn about(setup: &Setup, means: &[f32]) -> String {
     };
     format!(
         "Data: {}.{aside}\nModel: {layers} layers of width {dim}, {} parameters trained. {steps} steps of {} samples, peak \
-         learning rate {learning_rate}, mean smoothing {} where there is any.",
+         learning rate {learning_rate}, mean smoothing {} where there is any, {} map.",
         setup.data.description,
         setup.parameters,
         batch * accumulate,
-        listed(means)
+        listed(means),
+        args.smoothing_map.name()
     )
 }
 
@@ -87,7 +88,7 @@ fn of_seed(
     arms.insert(arms.len() - 1, own);
     let mut outcomes = Vec::new();
     let mut first = First {
-        about: about(&setup, means),
+        about: about(&setup, args, means),
         points: Vec::new(),
         smoothing: Vec::new(),
     };
