@@ -41,31 +41,24 @@ impl<'a> Batch<'a> {
         let layout = Layout::padded(&lengths)?;
         let width = lengths.iter().max().copied().unwrap_or(0);
         let packing = Packing::new(sequences);
-        let (mut targets, mut padded) = (Vec::new(), Vec::new());
-        let (mut chosen, mut learned) = (Vec::new(), Vec::new());
+        let (mut targets, mut chosen, mut learned) = (Vec::new(), Vec::new(), Vec::new());
         for (i, sample) in samples.iter().enumerate() {
-            for token in 0..width {
-                let row = match token < sample.tokens.len() {
-                    true => packing.spans().row(i, token) as u32,
-                    false => 0,
-                };
-                padded.push(row);
-                // Not the layout's own target: it knows one prompt a sample.
-                let next = token + 1;
+            // Not the layout's own targets: it knows one prompt a sample.
+            for next in 1..=width {
                 if !sample.is_response(next) {
                     targets.push(IGNORED);
                     continue;
                 }
                 let target = i64::from(sample.tokens[next]);
                 targets.push(target);
-                chosen.push(row);
+                chosen.push(packing.spans().row(i, next - 1) as u32);
                 learned.push(target);
             }
         }
         Ok(Self {
+            padded: Tensor::new(packing.spans().padded_rows(), device)?,
             packing: Arc::new(packing),
             targets: Tensor::from_vec(targets, layout.shape(), device)?,
-            padded: Tensor::new(padded, device)?,
             chosen: Tensor::new(chosen, device)?,
             learned: Tensor::new(learned, device)?,
             layout,

@@ -65,7 +65,7 @@ pub struct Spans {
 pub struct Padded {
     /// Of the longest sequence.
     pub length: usize,
-    /// The row of each of B·length positions, (B·length) u32; 0 in padding.
+    /// [`padded_rows`](Spans::padded_rows), (B·length) u32.
     pub rows: Tensor,
     /// The position of each row, (N) u32.
     pub positions: Tensor,
@@ -118,30 +118,38 @@ impl Spans {
         }
     }
 
+    /// Of the longest sequence.
+    fn longest(&self) -> usize {
+        let lengths = (0..self.sequences()).map(|i| self.length(i));
+        lengths.max().unwrap_or(0)
+    }
+
+    /// The row of each token of sequences (B, T) that padding makes equally long; 0 in padding.
+    pub fn padded_rows(&self) -> Vec<u32> {
+        let width = self.longest();
+        let row = |(i, t): (usize, usize)| match t < self.length(i) {
+            true => self.row(i, t) as u32,
+            false => 0,
+        };
+        let sequences = 0..self.sequences();
+        let places = sequences.flat_map(|i| (0..width).map(move |t| (i, t)));
+        places.map(row).collect()
+    }
+
     /// None where the rows are sequences of one length as they are.
     pub fn padded(&self, device: &Device) -> Result<Option<&Padded>> {
-        let lengths = || (0..self.sequences()).map(|i| self.length(i));
-        let length = lengths().max().unwrap_or(0);
+        let length = self.longest();
         if length * self.sequences() == self.rows() {
             return Ok(None);
         }
         if let Some(padded) = self.padded.get() {
             return Ok(Some(padded));
         }
-        let rows = (0..self.sequences()).flat_map(|i| {
-            (0..length).map(move |t| {
-                if t < self.length(i) {
-                    self.row(i, t) as u32
-                } else {
-                    0
-                }
-            })
-        });
         let positions = (0..self.sequences())
             .flat_map(|i| (self.before(i)..self.length(i)).map(move |t| (i * length + t) as u32));
         let padded = Padded {
             length,
-            rows: Tensor::from_iter(rows, device)?,
+            rows: Tensor::new(self.padded_rows(), device)?,
             positions: Tensor::from_iter(positions, device)?,
         };
         Ok(Some(self.padded.get_or_init(|| padded)))
