@@ -51,8 +51,9 @@ fn only_responses_are_targets() {
 
 #[test]
 fn what_all_sequences_begin_with_is_there_once() {
-    // Sequences, and the rows of each's tokens.
-    let cases: [(&[&[u32]], &[&[usize]]); 6] = [
+    /// Sequences, and the rows of each's tokens.
+    type Case<'a> = (&'a [&'a [u32]], &'a [&'a [usize]]);
+    let cases: [Case; 6] = [
         (&[], &[]),
         (&[&[5, 6]], &[&[0, 1]]),
         (&[&[5, 6], &[6, 5, 5]], &[&[0, 1], &[2, 3, 4]]),
