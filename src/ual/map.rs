@@ -60,7 +60,7 @@ impl SmoothingMap {
     }
 
     /// [`fit`](Self::fit) with another shape. Fails as it does, when the exponent of [`Shape::Power`] is not a
-    /// finite number above 0, and when that of [`Shape::Floor`] is outside \[0, 1\]; [`Shape::Rank`],
+    /// finite number above 0, and when the share of [`Shape::Floor`] is outside \[0, 1\]; [`Shape::Rank`],
     /// [`Shape::Constant`] and a floor above 0 reach every mean up to `max`.
     ///
     /// ```

@@ -5,7 +5,7 @@ use candle_cross_entropy::ual::{Shape, SmoothingMap};
 use rand::Rng;
 use serde::Serialize;
 
-use crate::training::smoothing::dealt;
+use crate::training::smoothing::{Map, dealt};
 
 /// Largest smoothing of a sample: no bound of its own, so that every mean can be had.
 const MAX: f32 = 1.0;
@@ -122,10 +122,10 @@ pub fn arms(spread: Spread, known: &Known, means: &[f32], rng: &mut impl Rng) ->
         let uncertainties = uncertainties(method, known, rng);
         let shape = match method {
             Constant => Shape::Constant,
-            Squared => Shape::Power(2.0),
-            Rank => Shape::Rank,
-            Floor => Shape::Floor(0.5),
-            _ => Shape::Linear,
+            Squared => Map::Squared.shape(),
+            Rank => Map::Rank.shape(),
+            Floor => Map::Floor.shape(),
+            _ => Map::Linear.shape(),
         };
         for &mean in means {
             let map = SmoothingMap::fit_shape(shape, &uncertainties, mean, MAX)
