@@ -2,7 +2,7 @@
 
 use super::{
     dispatch::{Task, dispatch},
-    general::{Dots, Sum},
+    dots::{Dots, Sum},
     real::Real,
     row::{LANES, Partial},
     transform::{Form, Transform},

@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use super::{
     Cpu,
     element::{Element, InOrder, Precise},
-    general::Locked,
     memory::{GradRows, Logits, readable},
+    probabilities::Locked,
     results::{Inputs, Saved, forward_result, fused_result, result_type},
     rows::{differentiate_all, evaluate, evaluate_and_differentiate},
 };

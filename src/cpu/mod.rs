@@ -2,6 +2,7 @@
 //! found at run time.
 
 mod dispatch;
+mod dots;
 mod element;
 mod finish;
 mod general;
@@ -10,6 +11,7 @@ mod linear;
 mod logits;
 mod memory;
 mod parallel;
+mod probabilities;
 mod real;
 mod results;
 mod row;

@@ -7,11 +7,13 @@ use rayon::prelude::*;
 
 use super::{
     dispatch::dispatch,
+    dots::Dots,
     element::Element,
     finish::{Named, Normaliser, RowResult, set_exponents},
-    general::{Dots, General, Probabilities},
+    general::General,
     gradient::{GradFactors, named_gradient},
     memory::{GradRows, Logits},
+    probabilities::Probabilities,
     real::Real,
     results::{Inputs, Saved},
     row::{self, PIECE, Partial},

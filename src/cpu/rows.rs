@@ -5,9 +5,9 @@ use rayon::prelude::*;
 
 use super::{
     dispatch::dispatch,
+    dots::Dots,
     element::Element,
     finish::{self, Named, Normaliser, RowResult, Sums, set_exponents},
-    general::Dots,
     gradient::GradFactors,
     memory::{GradRows, Logits, readable},
     parallel::{

@@ -3,9 +3,9 @@
 use candle_core::Result;
 
 use super::{
+    dots::{Dots, Sum},
     element::Element,
     finish::{self, Named, Normaliser, RowResult, Sums, set_exponents},
-    general::{Dots, Sum},
     parallel::{Given, NO_COLUMN, Scratch, Work, check_probabilities, for_each_row, row_partial},
     real::Real,
     row::{self, Partial},

@@ -4,9 +4,10 @@ use std::slice;
 
 use super::{
     dispatch::Task,
+    dots::{self, Dots},
     element::Element,
     finish::{Named, set_exponents},
-    general::{self, Dots, General},
+    general::General,
     gradient::{self, GradFactors},
     memory::{GradRows, Logits},
     real::Real,
@@ -127,18 +128,18 @@ impl<T: Element, const FORM: Form> Task for GeneralPartials<'_, T, FORM> {
                     }
                     None => partial!(VALUES),
                 };
-                *dots = general::dots_of_values(&beside, &extra);
+                *dots = dots::dots_of_values(&beside, &extra);
             } else {
                 extra.differences = &mut differences[..len];
                 extra.next = self.general.target_at(self.row, columns.end);
                 (*partial, x) = partial!(APART);
                 let (d, e) = (&*extra.differences, &*extra.kept);
                 let masked = partial.has_masked(len);
-                let piece = general::Piece { x, d, e, masked };
-                *dots = general::dots(&beside, piece, products);
+                let piece = dots::Piece { x, d, e, masked };
+                *dots = dots::dots(&beside, piece, products);
             }
             if !dots.is_finite() && !dots.bad {
-                general::resum::<_, FORM>(dots, &beside, x, self.transforms.1, partial.largest);
+                dots::resum::<_, FORM>(dots, &beside, x, self.transforms.1, partial.largest);
             }
         }
     }
