@@ -3,8 +3,11 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
-    problem::{Distribution, Eps, Problem, Target, View, round},
+    build::Build,
+    far, passes,
+    problem::{Distribution, Eps, Problem, Target, Tiles, View, round},
     rows::{Kind, Row, menu, problem, row},
+    short_menu,
 };
 use crate::kernels::abi::Element;
 
@@ -342,4 +345,167 @@ pub fn bad() -> Vec<Problem> {
     }
     with(&|d| d.prior.as_mut().expect("one").fill(0.0));
     problems
+}
+
+/// Every form of target with every option, at sizes about 16 bytes and a warp's vectors.
+pub fn distributions_at_every_small_size(build: Build) {
+    // What sanitizers see of a row of a few classes they see of a longer one.
+    let (skipped, seeds) = match build {
+        Build::Plain => (0, vec![0, 1]),
+        _ => (5, vec![1]),
+    };
+    for element in Element::ALL {
+        let forms = [
+            Form::Class,
+            Form::TopK(1),
+            Form::TopK(5),
+            Form::TopK(40),
+            Form::Probabilities(Element::F32, 0),
+            Form::Probabilities(Element::F16, 1),
+            Form::Probabilities(Element::BF16, 3),
+        ];
+        for form in forms {
+            for &(vocab, options) in &[
+                (1, NONE),
+                (2, ALL),
+                (7, PRIOR),
+                (8, WEIGHTS),
+                (9, ENTROPY),
+                (31, ALL),
+                (33, NONE),
+                (65, PRIOR),
+                (66, ALL),
+            ][skipped..]
+            {
+                let rows = menu();
+                let mut p = distribution("distributions", element, vocab, &rows, form, options);
+                let size = element.size();
+                p.logits_view.offset = vocab % 5 * size % 16;
+                p.grad_view.offset = vocab % 3 * size % 16;
+                p.softcap = (vocab % 4 == 2).then_some(30.0);
+                p.seeds = seeds.clone();
+                p.mean = vocab % 2 == 1;
+                passes(&p, build);
+            }
+        }
+        // Targets of 32 bits, a value for all rows, padding.
+        let rows = menu();
+        let mut p = distribution("u32", element, 41, &rows, Form::Class, ENTROPY);
+        p.targets_are_i64 = false;
+        let wide = |t: &mut i64| *t = if *t < 0 { i64::from(u32::MAX) } else { *t };
+        p.targets.iter_mut().for_each(wide);
+        if let Some(distribution) = &mut p.distribution {
+            distribution.entropy_weight = Eps::Uniform(-0.5);
+        }
+        (p.width, p.logits_view, p.grad_view) = (
+            50,
+            View::contiguous(rows.len(), 50),
+            View::contiguous(rows.len(), 51),
+        );
+        p.weights = None;
+        passes(&p, build);
+    }
+}
+
+/// More groups than a thread loads ahead, entries than a block has threads, the last of them alone in a warp.
+pub fn distributions_of_long_rows(build: Build) {
+    for element in Element::ALL {
+        for (vocab, form, options) in [
+            (2049, Form::TopK(300), ALL),
+            (5003, Form::Probabilities(element, 1), ALL),
+            (4097, Form::Probabilities(Element::F32, 0), PRIOR),
+            (9000, Form::Class, ALL),
+        ] {
+            let mut p = distribution("long rows", element, vocab, &short_menu(), form, options);
+            p.seeds = vec![0, 3];
+            (p.logits_view.offset, p.grad_view.offset) = (0, 8);
+            passes(&p, build);
+        }
+    }
+    for problem in sure() {
+        passes(&problem, build);
+    }
+    let form = Form::TopK(33);
+    let rows = &short_menu()[..2];
+    let mut p = distribution("GPT-2", Element::BF16, 50257, rows, form, ALL);
+    p.seeds = vec![0];
+    passes(&p, build);
+}
+
+/// A class a tile, more entries than it has classes, and cut anywhere.
+pub fn distributions_in_tiles(build: Build) {
+    for element in Element::ALL {
+        for (form, options) in [
+            (Form::Class, ALL),
+            (Form::TopK(12), NONE),
+            (Form::TopK(12), ALL),
+            (Form::Probabilities(Element::F32, 1), ALL),
+            (Form::Probabilities(Element::BF16, 0), PRIOR),
+        ] {
+            let rows = menu();
+            let shapes = [(1, 1), (2, 7), (24, 33), (5, 70)];
+            let mut p = distribution("tiles", element, 70, &rows, form, options);
+            p.tiles = shapes
+                .iter()
+                .enumerate()
+                .map(|(i, &(rows, classes))| Tiles {
+                    rows,
+                    classes,
+                    stats: i % 2 == 0,
+                })
+                .collect();
+            p.width = 75;
+            p.logits_view = View {
+                offset: 6 / element.size() * element.size(),
+                ..View::contiguous(rows.len(), 75)
+            };
+            p.grad_view = View::contiguous(rows.len(), 75);
+            p.seeds = vec![0, 1];
+            passes(&p, build);
+            p.softcap = Some(20.0);
+            passes(&p, build);
+        }
+    }
+}
+
+/// As `every_magnitude`.
+pub fn distributions_of_every_magnitude(build: Build) {
+    let rows = |far: [f32; 2]| {
+        vec![
+            row(Kind::Far(far[0]), 0.0, 1.0),
+            row(Kind::Far(far[1]), 0.1, 0.5),
+            row(Kind::Lowest, 0.1, 1.0),
+            row(Kind::LowestTarget, 0.1, 1.0),
+            row(Kind::AllLowest, 0.1, 1.0),
+            row(Kind::Normal, 0.1, 1.0),
+            row(Kind::Masked, 1.0, 1.0),
+        ]
+    };
+    for element in Element::ALL {
+        for (vocab, scale, softcap) in [
+            (33, 1.0, None),
+            (33, 1e30, None),
+            (40, 1e-30, None),
+            (33, 1.0, Some(1e4)),
+            (9, 1e30, Some(2.0)),
+        ] {
+            for form in [
+                Form::Class,
+                Form::TopK(4),
+                Form::Probabilities(Element::F32, 0),
+            ] {
+                let rows = rows(far(element));
+                let mut p = distribution("magnitudes", element, vocab, &rows, form, PRIOR);
+                p.name += &format!(", scale {scale}, softcap {softcap:?}");
+                (p.logit_scale, p.softcap, p.z_loss) = (scale, softcap, 0.0);
+                passes(&p, build);
+            }
+        }
+    }
+}
+
+pub fn bad_distributions_stay_in_their_row(build: Build) {
+    for problem in bad() {
+        passes(&problem, build);
+    }
 }
