@@ -1,7 +1,10 @@
 //! Every entry point of the fast CPU path against the f64 reference: types, sizes, options, layouts. The comparison and
-//! its tolerances are `Problem::check` and `Accuracy` in common.rs.
+//! its tolerances are `Problem::check` in common.rs and accuracy.rs.
 
-use crate::common::*;
+use crate::{
+    accuracy::{Accuracy, ulp},
+    common::*,
+};
 use candle_core::{DType, IndexOp, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, Reduction};
 

@@ -1,7 +1,7 @@
 //! Through candle's graph: gradients reach what is below the loss and nothing else, and in-place backward writes the
 //! logits' memory exactly when it may.
 
-use crate::common::*;
+use crate::{accuracy::ulp, common::*};
 use candle_core::{DType, Tensor, Var, backprop::GradStore};
 use candle_cross_entropy::{CrossEntropy, Reduction, cross_entropy};
 

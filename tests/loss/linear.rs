@@ -1,7 +1,7 @@
 //! `forward_linear` against the f64 reference of the whole logits, and against a model that computes them whole: over
 //! types, options, tiles, budgets and both ways of cutting.
 
-use crate::common::*;
+use crate::{accuracy::ulp, common::*};
 use candle_core::{DType, Result, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
 

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor, Var};
 use candle_cross_entropy::Reduction;
 use rand::{Rng, rngs::StdRng};
 
-use crate::common::*;
+use crate::{accuracy::Accuracy, common::*};
 
 /// The largest value of a type that is tried, and its decimal exponent.
 fn limits(dtype: DType) -> (f64, f64) {

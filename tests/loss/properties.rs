@@ -1,6 +1,9 @@
 //! Laws of the loss on random inputs, on the fast path.
 
-use crate::common::*;
+use crate::{
+    accuracy::{relative_error, ulp},
+    common::*,
+};
 use candle_core::{DType, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
 use rand::{Rng, rngs::StdRng};

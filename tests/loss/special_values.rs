@@ -1,6 +1,9 @@
 //! Masked classes, NaN and infinities, ignored and weightless rows: what each does to its row, and nothing to others.
 
-use crate::common::*;
+use crate::{
+    accuracy::{Accuracy, relative_error, ulp},
+    common::*,
+};
 use candle_core::{DType, IndexOp, Tensor, Var};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction};
 
