@@ -111,7 +111,7 @@ fn a_context_counts_once() {
     let mut samples: Vec<_> = (0..5).map(|i| sample(&[i, 5, 7, 9])).collect();
     samples.push(sample(&[0, 5, 7, 10, 9]));
     samples.extend((0..4).map(|i| sample(&[i, 6, 8, 9])));
-    let points = clusters::points(&model, &samples, 3, &Device::Cpu).unwrap();
+    let points = clusters::points(&model, &samples, 3).unwrap();
     assert_eq!(points.labels, [0; 5]);
     let distinct: BTreeSet<String> = points
         .states
@@ -398,12 +398,13 @@ fn own_uncertainties_are_entropies_of_the_predictions() {
     let out = TempDir::new().unwrap();
     let small = "ual --dim 16 --layers 1 --heads 2 --pretrain-steps 3 --out";
     let small = small.split(' ').chain(out.path().to_str());
-    let (args, device) = (Training::parse_from(small).args, Device::Cpu);
+    let args = Training::parse_from(small).args;
     let mut data = synthetic::generate(1);
     data.train = data.train.into_iter().step_by(160).collect(); // of several uncertainties
     let given: Vec<Sample> = data.train.clone();
-    let setup = Setup::new(&args, data, None, &Ranks::alone(), &device).unwrap();
-    let own = own_entropy(&setup, &args, &device).unwrap();
+    let alone = Ranks::alone();
+    let setup = Setup::new(&args, data, None, &alone, &Device::Cpu).unwrap();
+    let own = own_entropy(&setup, &args).unwrap();
     assert_eq!(own.samples.len(), 5);
     for (own, given) in own.samples.iter().zip(&given) {
         assert_eq!(own.tokens, given.tokens);

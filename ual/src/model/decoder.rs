@@ -415,6 +415,11 @@ impl Decoder {
         self.projection.clone()
     }
 
+    /// Where its weights are, and what it is given must be.
+    pub fn device(&self) -> &Device {
+        self.projection.device()
+    }
+
     /// Which of the [`vars`](Self::vars) the output projection is, and which of its dimensions has a row or column a token; none
     /// where the projection is not trained.
     pub fn trained_projection(&self) -> Option<(&Var, usize)> {

@@ -10,16 +10,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use crate::{files, report::curve::Curve, training::optimizer::AdamW};
 
-/// Where a training's checkpoints are, how often they are written, and whether to begin with what is there.
-#[derive(Clone)]
+/// Where the trainings of a run have their checkpoints, how often they are written, and whether to begin with what is there.
 pub struct Checkpoints {
-    pub path: PathBuf,
+    pub folder: PathBuf,
     /// Steps from one to the next; the last step has one as well. 0: none.
     pub every: usize,
     pub resume: bool,
@@ -53,12 +52,27 @@ fn names(i: usize) -> [String; 3] {
 }
 
 impl Checkpoints {
+    /// Of a training.
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("checkpoint-{name}.safetensors"))
+    }
+
+    fn fingerprint(&self, name: &str) -> String {
+        format!("{name}, {}", self.fingerprint)
+    }
+
     pub fn is_due(&self, step: usize, steps: usize) -> bool {
         self.every > 0 && (step == steps || step.is_multiple_of(self.every))
     }
 
     /// Writes beside the old file and takes its place: whenever the program is killed, one of the two is whole.
-    pub fn save(&self, vars: &[Var], optimizer: &AdamW, progress: &Progress) -> Result<()> {
+    pub fn save(
+        &self,
+        name: &str,
+        vars: &[Var],
+        optimizer: &AdamW,
+        progress: &Progress,
+    ) -> Result<()> {
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for (i, (var, moments)) in vars.iter().zip(&optimizer.moments).enumerate() {
             let values = [
@@ -70,61 +84,57 @@ impl Checkpoints {
         }
         let metadata = HashMap::from([
             (PROGRESS.to_string(), serde_json::to_string(progress)?),
-            (FINGERPRINT.to_string(), self.fingerprint.clone()),
+            (FINGERPRINT.to_string(), self.fingerprint(name)),
         ]);
-        files::replace(&self.path, |out| {
+        let path = self.path(name);
+        files::replace(&path, |out| {
             files::write_safetensors(out, &tensors, metadata)
         })
-        .with_context(|| format!("cannot write {}", self.path.display()))
+        .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Puts the saved state back; none where there is no file, or it is not to be used.
     pub fn load(
         &self,
+        name: &str,
         vars: &[Var],
         optimizer: &mut AdamW,
-        device: &Device,
     ) -> Result<Option<Progress>> {
-        if !self.resume || !self.path.exists() {
+        let path = self.path(name);
+        if !self.resume || !path.exists() {
             return Ok(None);
         }
-        self.read(vars, optimizer, device)
+        read(&path, &self.fingerprint(name), vars, optimizer)
             .map(Some)
-            .with_context(|| format!("cannot resume from {}", self.path.display()))
-    }
-
-    fn read(&self, vars: &[Var], optimizer: &mut AdamW, device: &Device) -> Result<Progress> {
-        let bytes = fs::read(&self.path)?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
-        let metadata = metadata.metadata().clone().unwrap_or_default();
-        let (Some(progress), Some(fingerprint)) =
-            (metadata.get(PROGRESS), metadata.get(FINGERPRINT))
-        else {
-            bail!("it is no checkpoint of this program");
-        };
-        ensure!(
-            *fingerprint == self.fingerprint,
-            "it is of a training with other arguments or data:\n{fingerprint}\nnot\n{}",
-            self.fingerprint
-        );
-        let progress: Progress = serde_json::from_str(progress)?;
-        let tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
-        let tensor = |name: &str| {
-            let tensor = tensors.get(name);
-            tensor.with_context(|| format!("it has no {name}"))
-        };
-        for (i, (var, moments)) in vars.iter().zip(&mut optimizer.moments).enumerate() {
-            let [weight, first, second] = names(i);
-            var.set(tensor(&weight)?)?;
-            moments.first = tensor(&first)?.clone();
-            moments.second = tensor(&second)?.clone();
-        }
-        optimizer.steps = progress.step;
-        Ok(progress)
+            .with_context(|| format!("cannot resume from {}", path.display()))
     }
 }
 
-/// The file of a training in a folder.
-pub fn path(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("checkpoint-{name}.safetensors"))
+fn read(path: &Path, expected: &str, vars: &[Var], optimizer: &mut AdamW) -> Result<Progress> {
+    let bytes = fs::read(path)?;
+    let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
+    let metadata = metadata.metadata().clone().unwrap_or_default();
+    let (Some(progress), Some(fingerprint)) = (metadata.get(PROGRESS), metadata.get(FINGERPRINT))
+    else {
+        bail!("it is no checkpoint of this program");
+    };
+    ensure!(
+        fingerprint == expected,
+        "it is of a training with other arguments or data:\n{fingerprint}\nnot\n{expected}"
+    );
+    let progress: Progress = serde_json::from_str(progress)?;
+    let device = vars.first().context("nothing is trained")?.device();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
+    let tensor = |name: &str| {
+        let tensor = tensors.get(name);
+        tensor.with_context(|| format!("it has no {name}"))
+    };
+    for (i, (var, moments)) in vars.iter().zip(&mut optimizer.moments).enumerate() {
+        let [weight, first, second] = names(i);
+        var.set(tensor(&weight)?)?;
+        moments.first = tensor(&first)?.clone();
+        moments.second = tensor(&second)?.clone();
+    }
+    optimizer.steps = progress.step;
+    Ok(progress)
 }

@@ -1,6 +1,6 @@
 //! Runs the model over samples and collects what the metrics need.
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use candle_cross_entropy::CrossEntropy;
 
 use crate::{
@@ -10,17 +10,12 @@ use crate::{
 };
 
 /// A row of every response token. All but the divergence comes with the loss, from one pass.
-pub fn evaluate(
-    model: &Decoder,
-    samples: &[&Sample],
-    batch: usize,
-    device: &Device,
-) -> Result<Vec<Row>> {
+pub fn evaluate(model: &Decoder, samples: &[&Sample], batch: usize) -> Result<Vec<Row>> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(|a, b| a.tokens.cmp(&b.tokens)); // those that begin alike share rows
     let mut rows = Vec::new();
     for samples in sorted.chunks(batch) {
-        let batch = Batch::new(samples, device)?;
+        let batch = Batch::new(samples, model.device())?;
         let hidden = model.hidden(&batch.packing, Some(&batch.chosen))?;
         let (hidden, weight) = (hidden.detach(), model.output_projection().detach());
         let targets = batch.learned;
@@ -65,16 +60,11 @@ pub fn evaluate(
 }
 
 /// The rows of each sample, in the samples' order.
-pub fn evaluate_each(
-    model: &Decoder,
-    samples: &[&Sample],
-    batch: usize,
-    device: &Device,
-) -> Result<Vec<Vec<Row>>> {
+pub fn evaluate_each(model: &Decoder, samples: &[&Sample], batch: usize) -> Result<Vec<Vec<Row>>> {
     let mut order: Vec<usize> = (0..samples.len()).collect();
     order.sort_by(|&a, &b| samples[a].tokens.cmp(&samples[b].tokens)); // stable, as that of `evaluate`, which keeps it
     let sorted: Vec<&Sample> = order.iter().map(|&i| samples[i]).collect();
-    let mut rows = evaluate(model, &sorted, batch, device)?.into_iter();
+    let mut rows = evaluate(model, &sorted, batch)?.into_iter();
     let mut each = vec![Vec::new(); samples.len()];
     for i in order {
         each[i] = rows.by_ref().take(samples[i].rows()).collect();

@@ -24,17 +24,17 @@ use crate::{
     },
     training::{
         args::{Args, plans},
-        checkpoint::{self, Checkpoints},
+        checkpoint::Checkpoints,
         method::Method,
         plan::Plan,
         ranks::Ranks,
         smoothing::{self, Prior},
-        train::train,
+        train::Training,
         watch::Watch,
     },
 };
 
-pub struct Setup {
+pub struct Setup<'a> {
     pub data: Dataset,
     /// Of the held-out samples' uncertainties: certain below it, else uncertain.
     pub threshold: f32,
@@ -47,8 +47,8 @@ pub struct Setup {
     pub pretraining: Option<Curve>,
     /// What every training begins with.
     initial: Vec<Tensor>,
-    /// What a checkpoint must have been made from.
-    fingerprint: String,
+    checkpoints: Checkpoints,
+    ranks: &'a Ranks,
 }
 
 /// With the mean smoothing over the rows of the samples' responses: the loss is a mean over rows, so a long response
@@ -92,13 +92,13 @@ pub fn pretrained(args: &Args, device: &Device) -> Result<Option<Loaded>> {
     args.model.as_ref().map(load).transpose()
 }
 
-impl Setup {
+impl<'a> Setup<'a> {
     /// Without a `loaded` model makes one, which it pre-trains. `--out` is the caller's [`Folder`](crate::files::Folder).
     pub fn new(
         args: &Args,
         data: Dataset,
         loaded: Option<Loaded>,
-        ranks: &Ranks,
+        ranks: &'a Ranks,
         device: &Device,
     ) -> Result<Self> {
         let map = fit(&data.train, args)?;
@@ -136,23 +136,27 @@ impl Setup {
             println!();
         }
         let (plan, pretraining_plan) = plans(args, &data);
+        let checkpoints = Checkpoints {
+            folder: args.out.clone(),
+            every: args.checkpoint_every,
+            resume: args.resume,
+            fingerprint,
+        };
         let pretraining = if of_model {
             None
         } else {
             let name = "pre-training";
-            let checkpoints = checkpoints(args, &fingerprint, name);
-            let corpus = (data.pretrain.as_slice(), Watch::default());
-            let plan = &pretraining_plan;
-            let sft = Method::Sft;
-            Some(train(
+            let training = Training {
                 name,
-                &model,
-                &sft,
-                corpus,
-                plan,
-                &checkpoints,
-                (ranks, device),
-            )?)
+                model: &model,
+                method: &Method::Sft,
+                samples: &data.pretrain,
+                watch: Watch::default(),
+                plan: &pretraining_plan,
+                checkpoints: &checkpoints,
+                ranks,
+            };
+            Some(training.run()?)
         };
         Ok(Self {
             initial: model.weights()?,
@@ -163,7 +167,8 @@ impl Setup {
             parameters,
             plan,
             pretraining,
-            fingerprint,
+            checkpoints,
+            ranks,
         })
     }
 
@@ -189,47 +194,33 @@ impl Setup {
     }
 
     /// The model as it is, on the held-out samples.
-    pub fn measure(&self, device: &Device) -> Result<Measured> {
-        self.watch().measure(&self.model, self.plan.batch, device)
+    pub fn measure(&self) -> Result<Measured> {
+        self.watch().measure(&self.model, self.plan.batch)
     }
 
     /// Trains on `samples` from the initial weights; the model keeps what it learned.
-    pub fn train(
-        &self,
-        args: &Args,
-        name: &str,
-        method: &Method,
-        samples: &[Sample],
-        ranks: &Ranks,
-        device: &Device,
-    ) -> Result<Curve> {
+    pub fn train(&self, name: &str, method: &Method, samples: &[Sample]) -> Result<Curve> {
         self.model.set_weights(&self.initial)?;
-        train(
+        let training = Training {
             name,
-            &self.model,
+            model: &self.model,
             method,
-            (samples, self.watch()),
-            &self.plan,
-            &checkpoints(args, &self.fingerprint, name),
-            (ranks, device),
-        )
+            samples,
+            watch: self.watch(),
+            plan: &self.plan,
+            checkpoints: &self.checkpoints,
+            ranks: self.ranks,
+        };
+        training.run()
     }
 
     /// [`train`](Self::train), and evaluates.
-    pub fn run(
-        &self,
-        args: &Args,
-        name: &'static str,
-        method: &Method,
-        samples: &[Sample],
-        ranks: &Ranks,
-        device: &Device,
-    ) -> Result<Run> {
-        let training = self.train(args, name, method, samples, ranks, device)?;
+    pub fn run(&self, name: &'static str, method: &Method, samples: &[Sample]) -> Result<Run> {
+        let training = self.train(name, method, samples)?;
         Ok(Run {
             method: name,
             mean_smoothing: method.mean_smoothing(samples)?,
-            groups: self.measure(device)?.groups,
+            groups: self.measure()?.groups,
             training,
         })
     }
@@ -298,13 +289,4 @@ fn decoder(
         args.seed,
         device,
     )?)
-}
-
-fn checkpoints(args: &Args, fingerprint: &str, name: &str) -> Checkpoints {
-    Checkpoints {
-        path: checkpoint::path(&args.out, name),
-        every: args.checkpoint_every,
-        resume: args.resume,
-        fingerprint: format!("{name}, {fingerprint}"),
-    }
 }

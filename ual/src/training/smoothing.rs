@@ -1,6 +1,6 @@
 //! The smoothing map of given uncertainties, and what to do where there can be none; what smoothing is spread over.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
@@ -30,17 +30,15 @@ pub enum Map {
     Floor,
 }
 
-impl Map {
-    /// As it is on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Linear => "linear",
-            Self::Squared => "squared",
-            Self::Rank => "rank",
-            Self::Floor => "floor",
-        }
+/// As on the command line.
+impl fmt::Display for Map {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let value = self.to_possible_value().expect("none is skipped");
+        f.write_str(value.get_name())
     }
+}
 
+impl Map {
     pub fn shape(self) -> Shape {
         match self {
             Self::Linear => Shape::Linear,

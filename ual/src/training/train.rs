@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Tensor, Var, backprop::GradStore};
 use candle_cross_entropy::{CrossEntropy, Reduction, RowStats};
 
 use crate::{
@@ -30,108 +30,123 @@ use crate::{
     },
 };
 
-pub fn train(
-    name: &str,
-    model: &Decoder,
-    method: &Method,
-    (samples, watch): (&[Sample], Watch),
-    plan: &Plan,
-    checkpoints: &Checkpoints,
-    (ranks, device): (&Ranks, &Device),
-) -> Result<Curve> {
-    let vars = model.vars();
-    let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
-    let mut batches = Batches::new(samples, plan.batch, plan.seed);
-    let saved = match ranks.is_first() {
-        true => checkpoints.load(vars, &mut optimizer, device)?,
-        false => None,
-    };
-    let (done, mut curve, mut sums) = match saved {
-        Some(saved) => (saved.step, saved.curve, saved.since_point),
-        None => (0, Curve::default(), Sums::default()),
-    };
-    let done = ranks.number_of_first(done)?;
-    if done > 0 && ranks.size() > 1 {
-        optimizer.steps = done;
-        for (var, moments) in vars.iter().zip(&mut optimizer.moments) {
-            var.set(&ranks.of_first(var)?)?;
-            moments.first = ranks.of_first(&moments.first)?;
-            moments.second = ranks.of_first(&moments.second)?;
-        }
-    }
-    for _ in 0..done * plan.accumulate {
-        batches.next_batch();
-    }
-    let mut progress = ranks.is_first().then(|| Progress::new(name, plan.steps));
-    let held_out: Vec<&Sample> = watch
-        .held_out
-        .iter()
-        .step_by(watch.held_out.len().div_ceil(plan.curve_samples).max(1))
-        .collect();
-    for step in done + 1..=plan.steps {
-        let start = Instant::now();
-        let parts: Vec<_> = (0..plan.accumulate).map(|_| batches.next_batch()).collect();
-        // Of all processes.
-        let rows = parts.iter().flatten().map(|sample| sample.rows()).sum();
-        let tokens = parts
-            .iter()
-            .flatten()
-            .map(|sample| sample.tokens.len())
-            .sum::<usize>();
-        let Step {
-            mut gradients,
-            loss,
-            nll,
-        } = Step::new(model, method, plan.loss, (&parts, rows), (ranks, device))?;
-        sums.nll += nll;
-        if !loss.is_finite() {
-            bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
-        }
-        let norm = clip(&mut gradients, vars, plan.clip)?;
-        if !norm.is_finite() {
-            bail!("{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help");
-        }
-        let learning_rate = plan.learning_rate_of(step);
-        optimizer.step(&gradients, learning_rate)?;
+/// What is trained, on what, and how.
+pub struct Training<'a> {
+    /// In its progress and its errors.
+    pub name: &'a str,
+    pub model: &'a Decoder,
+    pub method: &'a Method,
+    pub samples: &'a [Sample],
+    pub watch: Watch<'a>,
+    pub plan: &'a Plan,
+    pub checkpoints: &'a Checkpoints,
+    pub ranks: &'a Ranks,
+}
 
-        sums.rows += rows;
-        sums.tokens += tokens;
-        curve.seconds += start.elapsed().as_secs_f64();
-        curve.tokens_per_second = sums.tokens as f64 / curve.seconds;
-        if let Some(progress) = &mut progress {
-            progress.step(step, loss, curve.tokens_per_second);
+impl Training<'_> {
+    /// From the weights that the model has, or those of a checkpoint; the model keeps what it learned.
+    pub fn run(self) -> Result<Curve> {
+        let Self {
+            name,
+            model,
+            method,
+            samples,
+            watch,
+            plan,
+            checkpoints,
+            ranks,
+        } = self;
+        let vars = model.vars();
+        let mut optimizer = AdamW::new(vars, plan.weight_decay)?;
+        let mut batches = Batches::new(samples, plan.batch, plan.seed);
+        let saved = match ranks.is_first() {
+            true => checkpoints.load(name, vars, &mut optimizer)?,
+            false => None,
+        };
+        let (done, mut curve, mut sums) = match saved {
+            Some(saved) => (saved.step, saved.curve, saved.since_point),
+            None => (0, Curve::default(), Sums::default()),
+        };
+        let done = ranks.number_of_first(done)?;
+        if done > 0 && ranks.size() > 1 {
+            optimizer.steps = done;
+            for (var, moments) in vars.iter().zip(&mut optimizer.moments) {
+                var.set(&ranks.of_first(var)?)?;
+                moments.first = ranks.of_first(&moments.first)?;
+                moments.second = ranks.of_first(&moments.second)?;
+            }
         }
-        // Evenly spaced, the last at the last step.
-        let points = |step: usize| step * plan.points / plan.steps;
-        let is_point = points(step) > points(step - 1) && !held_out.is_empty();
-        if is_point && ranks.is_first() {
-            let held_out = evaluate(model, &held_out, plan.batch, device)?;
-            let held_out_nll =
-                metrics::mean(held_out.iter().map(|row| row.nll)).context("no held-out rows")?;
-            let stopped = &mut curve.stopped;
-            let validation_nll = watch.after(step, stopped, model, (plan.batch, device))?;
-            curve.points.push(Point {
-                step,
-                train_nll: sums.nll / sums.rows as f64,
-                held_out_nll,
-                validation_nll,
-            });
-            (sums.nll, sums.rows) = (0.0, 0);
+        for _ in 0..done * plan.accumulate {
+            batches.next_batch();
         }
-        if ranks.is_first() && checkpoints.is_due(step, plan.steps) {
-            let state = checkpoint::Progress {
-                step,
-                curve,
-                since_point: sums,
-            };
-            checkpoints.save(vars, &optimizer, &state)?;
-            curve = state.curve;
+        let mut progress = ranks.is_first().then(|| Progress::new(name, plan.steps));
+        let held_out: Vec<&Sample> = watch
+            .held_out
+            .iter()
+            .step_by(watch.held_out.len().div_ceil(plan.curve_samples).max(1))
+            .collect();
+        for step in done + 1..=plan.steps {
+            let start = Instant::now();
+            let parts: Vec<_> = (0..plan.accumulate).map(|_| batches.next_batch()).collect();
+            let Step {
+                mut gradients,
+                loss,
+                nll,
+                rows,
+            } = Step::new(model, method, plan.loss, &parts, ranks)?;
+            sums.nll += nll;
+            if !loss.is_finite() {
+                bail!("{name}: the loss is {loss} in step {step}; a smaller --lr may help");
+            }
+            let norm = clip(&mut gradients, vars, plan.clip)?;
+            if !norm.is_finite() {
+                bail!(
+                    "{name}: the gradients' norm is {norm} in step {step}; a smaller --lr may help"
+                );
+            }
+            let learning_rate = plan.learning_rate_of(step);
+            optimizer.step(&gradients, learning_rate)?;
+
+            sums.rows += rows;
+            let tokens = parts.iter().flatten().map(|sample| sample.tokens.len());
+            sums.tokens += tokens.sum::<usize>();
+            curve.seconds += start.elapsed().as_secs_f64();
+            curve.tokens_per_second = sums.tokens as f64 / curve.seconds;
+            if let Some(progress) = &mut progress {
+                progress.step(step, loss, curve.tokens_per_second);
+            }
+            // Evenly spaced, the last at the last step.
+            let points = |step: usize| step * plan.points / plan.steps;
+            let is_point = points(step) > points(step - 1) && !held_out.is_empty();
+            if is_point && ranks.is_first() {
+                let held_out = evaluate(model, &held_out, plan.batch)?;
+                let held_out_nll = metrics::mean(held_out.iter().map(|row| row.nll))
+                    .context("no held-out rows")?;
+                let stopped = &mut curve.stopped;
+                let validation_nll = watch.after(step, stopped, model, plan.batch)?;
+                curve.points.push(Point {
+                    step,
+                    train_nll: sums.nll / sums.rows as f64,
+                    held_out_nll,
+                    validation_nll,
+                });
+                (sums.nll, sums.rows) = (0.0, 0);
+            }
+            if ranks.is_first() && checkpoints.is_due(step, plan.steps) {
+                let state = checkpoint::Progress {
+                    step,
+                    curve,
+                    since_point: sums,
+                };
+                checkpoints.save(name, vars, &optimizer, &state)?;
+                curve = state.curve;
+            }
         }
+        if let Some(progress) = progress {
+            progress.finish();
+        }
+        Ok(curve)
     }
-    if let Some(progress) = progress {
-        progress.finish();
-    }
-    Ok(curve)
 }
 
 /// What a step's batches come to, of all processes and with the same bits on each.
@@ -140,18 +155,20 @@ pub struct Step {
     pub loss: f32,
     /// Summed over the rows.
     pub nll: f64,
+    /// That are not ignored.
+    pub rows: usize,
 }
 
 impl Step {
-    /// Of batches with so many rows that are not ignored.
     pub fn new(
         model: &Decoder,
         method: &Method,
         loss: Loss,
-        (batches, rows): (&[Vec<&Sample>], usize),
-        (ranks, device): (&Ranks, &Device),
+        batches: &[Vec<&Sample>],
+        ranks: &Ranks,
     ) -> Result<Self> {
         let vars = model.vars();
+        let rows = batches.iter().flatten().map(|sample| sample.rows()).sum();
         let slice = ranks.slice(model.output_projection().dim(0)?)?;
         let mut gradients: Option<GradStore> = None;
         let mut numbers = [0.0; 2];
@@ -160,7 +177,7 @@ impl Step {
             if part.is_empty() {
                 continue;
             }
-            let part = Batch::new(&part, device)?;
+            let part = Batch::new(&part, model.device())?;
             let (loss, stats) = forward(model, method, loss, (&part, rows), slice.as_ref())?;
             add(&mut gradients, loss.backward()?, vars)?;
             numbers[0] += f64::from(loss.to_scalar::<f32>()?);
@@ -178,6 +195,7 @@ impl Step {
             gradients,
             loss: loss as f32,
             nll,
+            rows,
         })
     }
 }

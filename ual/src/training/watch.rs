@@ -1,7 +1,6 @@
 //! What a training is measured on along the way, and what early stopping would have kept of it.
 
 use anyhow::{Context, Result};
-use candle_core::Device;
 
 use crate::{
     data::samples::Sample,
@@ -30,9 +29,9 @@ pub struct Watch<'a> {
 
 impl Watch<'_> {
     /// Of the held-out samples.
-    pub fn measure(&self, model: &Decoder, batch: usize, device: &Device) -> Result<Measured> {
+    pub fn measure(&self, model: &Decoder, batch: usize) -> Result<Measured> {
         let samples: Vec<&Sample> = self.held_out.iter().collect();
-        let each = evaluate_each(model, &samples, batch, device)?;
+        let each = evaluate_each(model, &samples, batch)?;
         let rows = each.concat();
         let of = |include: &dyn Fn(&Row) -> bool| units(&samples, &each, include);
         let mut parts = vec![
@@ -54,13 +53,13 @@ impl Watch<'_> {
         step: usize,
         stopped: &mut Option<Stopped>,
         model: &Decoder,
-        (batch, device): (usize, &Device),
+        batch: usize,
     ) -> Result<Option<f64>> {
         if self.validation.is_empty() {
             return Ok(None);
         }
         let samples: Vec<&Sample> = self.validation.iter().collect();
-        let rows = evaluate(model, &samples, batch, device)?;
+        let rows = evaluate(model, &samples, batch)?;
         let nll = metrics::mean(rows.iter().map(|row| row.nll)).context("no validation rows")?;
         if stopped
             .as_ref()
@@ -69,7 +68,7 @@ impl Watch<'_> {
             *stopped = Some(Stopped {
                 step,
                 validation_nll: nll,
-                held_out: self.measure(model, batch, device)?,
+                held_out: self.measure(model, batch)?,
             });
         }
         Ok(Some(nll))

@@ -18,7 +18,7 @@ use candle_ual::{
         method::Method,
         plan::{Loss, Plan},
         ranks::Ranks,
-        train::{Step, train},
+        train::{Step, Training},
         watch::Watch,
     },
 };
@@ -98,7 +98,7 @@ fn trained(model: &Decoder, loss: Loss, ranks: &Ranks) -> Curve {
         curve_samples: 8,
     };
     let none = Checkpoints {
-        path: "nowhere".into(),
+        folder: "nowhere".into(),
         every: 0,
         resume: false,
         fingerprint: String::new(),
@@ -107,8 +107,17 @@ fn trained(model: &Decoder, loss: Loss, ranks: &Ranks) -> Curve {
         held_out: &held_out,
         ..Watch::default()
     };
-    let (method, data) = (ual(&samples), (&samples[..], watch));
-    train("test", model, &method, data, &plan, &none, (ranks, CPU)).unwrap()
+    let training = Training {
+        name: "test",
+        model,
+        method: &ual(&samples),
+        samples: &samples,
+        watch,
+        plan: &plan,
+        checkpoints: &none,
+        ranks,
+    };
+    training.run().unwrap()
 }
 
 fn values(t: &Tensor) -> Vec<f32> {
@@ -167,9 +176,8 @@ fn gradients_are_those_where_all_is_trained() {
     let method = ual(&samples);
     let samples: Vec<&Sample> = samples.iter().collect();
     let batches: Vec<Vec<&Sample>> = samples.chunks(5).map(<[_]>::to_vec).collect();
-    let rows = samples.iter().map(|sample| sample.rows()).sum();
     let step = |model: &Decoder, loss, ranks: &Ranks| {
-        Step::new(model, &method, loss, (&batches, rows), (ranks, CPU)).unwrap()
+        Step::new(model, &method, loss, &batches, ranks).unwrap()
     };
     let gradients = |model: &Decoder, step: &Step| -> Vec<Vec<f32>> {
         let of_vars = model.vars().iter().map(|var| step.gradients.get(var));
@@ -214,12 +222,11 @@ fn a_batch_has_the_gradients_of_its_samples() {
     samples.push(samples[1].clone());
     let method = ual(&samples);
     let references: Vec<&Sample> = samples.iter().collect();
-    let rows = samples.iter().map(Sample::rows).sum();
     let model = Decoder::from_weights(config(), weights(), Trained::All, 1, CPU).unwrap();
     let step = |size: usize, loss| {
         let batches: Vec<Vec<&Sample>> = references.chunks(size).map(<[_]>::to_vec).collect();
         let alone = Ranks::alone();
-        let step = Step::new(&model, &method, loss, (&batches, rows), (&alone, CPU)).unwrap();
+        let step = Step::new(&model, &method, loss, &batches, &alone).unwrap();
         let gradients = model.vars().iter().map(|var| step.gradients.get(var));
         let gradients: Vec<Vec<f32>> = gradients.map(|g| values(g.unwrap())).collect();
         (step.loss, gradients)
@@ -367,7 +374,7 @@ fn evaluation_is_that_of_all_logits() {
             Decoder::from_weights(config(), weights(), LORA, 1, CPU).unwrap(),
         ] {
             let references: Vec<&Sample> = samples.iter().collect();
-            let rows = evaluate(&model, &references, 4, CPU).unwrap();
+            let rows = evaluate(&model, &references, 4).unwrap();
             let mut rows = rows.into_iter();
             for (number, sample) in samples.iter().enumerate() {
                 let hidden = model.hidden(&Packing::new(vec![&sample.tokens]), None);

@@ -53,9 +53,7 @@ fn args(out: &Path, more: &[&str]) -> Args {
 fn train(args: &Args, ranks: &Ranks) -> (Curve, Curve, Vec<Vec<f32>>) {
     let setup = Setup::new(args, synthetic::generate(1), None, ranks, &Device::Cpu).unwrap();
     let method = Method::Ual(setup.map.clone());
-    let curve = setup
-        .train(args, "UAL", &method, &setup.data.train, ranks, &Device::Cpu)
-        .unwrap();
+    let curve = setup.train("UAL", &method, &setup.data.train).unwrap();
     let weights = setup.model.weights().unwrap();
     (
         setup.pretraining.expect("made here"),
@@ -260,13 +258,9 @@ fn classes_in_slices_have_the_gradients_of_all() {
     // Two batches a step.
     let samples: Vec<&Sample> = data.train.iter().take(8).collect();
     let batches: Vec<Vec<&Sample>> = samples.chunks(5).map(<[_]>::to_vec).collect();
-    let rows = samples.iter().map(|sample| sample.rows()).sum();
     for (name, model) in models(data.longest()) {
         for loss in [Loss::Linear, Loss::Logits] {
-            let step = |ranks: &Ranks| {
-                let step = (&batches[..], rows);
-                Step::new(&model, &method, loss, step, (ranks, &Device::Cpu)).unwrap()
-            };
+            let step = |ranks: &Ranks| Step::new(&model, &method, loss, &batches, ranks).unwrap();
             let of_all = |step: &Step| -> Vec<Vec<f32>> {
                 let gradients = model.vars().iter().map(|var| step.gradients.get(var));
                 gradients

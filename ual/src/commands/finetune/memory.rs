@@ -32,11 +32,10 @@ impl BatchMemory {
         method: &Method,
         samples: &[Sample],
         plan: &Plan,
-        device: &Device,
     ) -> Result<Option<Self>> {
-        let batch = Batch::new(&train::largest_batch(samples, plan), device)?;
+        let batch = Batch::new(&train::largest_batch(samples, plan), model.device())?;
         let step = |loss| {
-            peak(device, || {
+            peak(model.device(), || {
                 train::forward(model, method, loss, (&batch, batch.rows), None)?
                     .0
                     .backward()?;

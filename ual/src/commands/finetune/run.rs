@@ -85,9 +85,9 @@ fn run_as(args: &args::Args, ranks: &mut Ranks) -> Result<()> {
     ] {
         let (name, samples) = (method.name(), &setup.data.train);
         if ranks.is_first() {
-            runs.push(setup.run(args, name, &method, samples, ranks, &device)?);
+            runs.push(setup.run(name, &method, samples)?);
         } else {
-            setup.train(args, name, &method, samples, ranks, &device)?;
+            setup.train(name, &method, samples)?;
         }
     }
     if !ranks.is_first() {
@@ -125,7 +125,7 @@ fn run_as(args: &args::Args, ranks: &mut Ranks) -> Result<()> {
         let path = export::save(source, &args.overrides, &config, &weights, &trained_model)?;
         println!("the model that UAL trained is {}", path.display());
     }
-    report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan, &device)?;
+    report.peak_batch_bytes = BatchMemory::measure(model, &ual, &setup.data.train, &plan)?;
     if let Some(memory) = report.peak_batch_bytes {
         println!("{memory}");
         save_json(&args.out.join("metrics.json"), &report)?;

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
 use rand::{SeedableRng, rngs::StdRng};
 
 use crate::{
@@ -183,9 +182,9 @@ pub fn arms<'a>(data: &'a Dataset, args: &Args) -> Vec<Arm<'a>> {
 
 /// The arm whose uncertainties are the model's, which has not been fine-tuned yet: the mean entropy of its predictions of a
 /// response's tokens, what ends it among them, divided by the largest possible, log V.
-pub fn own_entropy(setup: &Setup, args: &Args, device: &Device) -> Result<Arm<'static>> {
+pub fn own_entropy(setup: &Setup, args: &Args) -> Result<Arm<'static>> {
     let train: Vec<&Sample> = setup.data.train.iter().collect();
-    let rows = evaluate_each(&setup.model, &train, setup.plan.batch, device)?;
+    let rows = evaluate_each(&setup.model, &train, setup.plan.batch)?;
     let largest = (setup.model.output_projection().dim(0)? as f64).ln();
     let scored = train.iter().zip(rows).map(|(sample, rows)| {
         let entropy = metrics::mean(rows.iter().map(|row| row.entropy));

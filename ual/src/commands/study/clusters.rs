@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashSet},
 };
 
-use candle_core::{Device, Result};
+use candle_core::Result;
 use serde::Serialize;
 
 use crate::{
@@ -40,18 +40,13 @@ pub struct Clusters {
 }
 
 /// The states of the held-out responses' tokens, but each response's last.
-pub fn points(
-    model: &Decoder,
-    samples: &[Sample],
-    batch: usize,
-    device: &Device,
-) -> Result<Points> {
+pub fn points(model: &Decoder, samples: &[Sample], batch: usize) -> Result<Points> {
     // Of each token, in how many contexts it stands, and its states.
     let mut by_token: BTreeMap<u32, (usize, Vec<Vec<f64>>)> = BTreeMap::new();
     let mut seen = HashSet::new();
     let samples: Vec<&Sample> = samples.iter().collect();
     for samples in samples.chunks(batch) {
-        let batch = Batch::new(samples, device)?;
+        let batch = Batch::new(samples, model.device())?;
         let states = model.hidden(&batch.packing, None)?;
         let states = states.detach().to_vec2::<f32>()?;
         for (i, sample) in samples.iter().enumerate() {

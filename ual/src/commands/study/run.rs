@@ -68,7 +68,7 @@ fn about(setup: &Setup, args: &training::args::Args, means: &[f32]) -> String {
         setup.parameters,
         batch * accumulate,
         listed(means),
-        args.smoothing_map.name()
+        args.smoothing_map
     )
 }
 
@@ -81,9 +81,10 @@ fn of_seed(
     device: &Device,
 ) -> Result<(Vec<Outcome>, First)> {
     let _locked = Folder::make(&args.out)?;
-    let setup = Setup::new(args, data, loaded, &Ranks::alone(), device)?;
+    let alone = Ranks::alone();
+    let setup = Setup::new(args, data, loaded, &alone, device)?;
     let mut arms = arms(&setup.data, args);
-    let own = own_entropy(&setup, args, device)?; // ahead of any fine-tuning
+    let own = own_entropy(&setup, args)?; // ahead of any fine-tuning
     own.check(means, args)?;
     arms.insert(arms.len() - 1, own);
     let mut outcomes = Vec::new();
@@ -93,7 +94,7 @@ fn of_seed(
         smoothing: Vec::new(),
     };
     for arm in &arms {
-        let (of_arm, points) = of_arm(args, &setup, arm, means, device)?;
+        let (of_arm, points) = of_arm(args, &setup, arm, means)?;
         first.points.push((arm.name, points));
         let curves: Vec<&Curve> = of_arm.iter().map(|o| &o.run.training).collect();
         if let (UAL, Some(choice)) = (arm.name, choice::at_end(&curves)) {
@@ -116,7 +117,6 @@ fn of_arm(
     setup: &Setup,
     arm: &Arm,
     means: &[f32],
-    device: &Device,
 ) -> Result<(Vec<Outcome>, Points)> {
     let mut outcomes: Vec<Outcome> = Vec::new();
     let mut pictured = Points::default();
@@ -127,18 +127,17 @@ fn of_arm(
             true => format!("{} {mean}", arm.name), // each has checkpoints of its own
             false => arm.name.to_string(),
         };
-        let (samples, ranks) = (&arm.samples, Ranks::alone());
-        let mut training = setup.train(args, &name, &method, samples, &ranks, device)?;
+        let mut training = setup.train(&name, &method, &arm.samples)?;
         let stopped = training.stopped.take().map(Early::from);
-        let Measured { groups, units } = setup.measure(device)?;
+        let Measured { groups, units } = setup.measure()?;
         let batch = setup.plan.batch;
-        let points = clusters::points(&setup.model, &setup.data.held_out, batch, device)?;
+        let points = clusters::points(&setup.model, &setup.data.held_out, batch)?;
         outcomes.push(Outcome {
             seed: args.seed,
             smoothing: mean,
             run: Run {
                 method: arm.name,
-                mean_smoothing: method.mean_smoothing(samples)?,
+                mean_smoothing: method.mean_smoothing(&arm.samples)?,
                 groups,
                 training,
             },
