@@ -57,24 +57,17 @@ fn problems_of_every_path() -> Vec<Problem> {
             row(Kind::Far(3e4), 0.1, 1.0),
             row(Kind::AllLowest, 0.1, 1.0),
         ];
-        let far = Problem {
-            logit_scale: 1e4,
-            z_loss: 0.0,
-            seeds: vec![0],
-            ..problem("far", element, 2100, &far)
-        };
-        problems.push(far);
-        let far = [
-            row(Kind::Far(3e4), 0.1, 1.0),
-            row(Kind::AllLowest, 0.1, 1.0),
-        ];
-        let far = Problem {
-            logit_scale: 1e4,
-            z_loss: 0.0,
-            seeds: vec![0],
-            ..distribution("far", element, 300, &far, Form::TopK(3), PRIOR)
-        };
-        problems.push(far);
+        for problem in [
+            problem("far", element, 2100, &far),
+            distribution("far", element, 300, &far, Form::TopK(3), PRIOR),
+        ] {
+            problems.push(Problem {
+                logit_scale: 1e4,
+                z_loss: 0.0,
+                seeds: vec![0],
+                ..problem
+            });
+        }
     }
     for softcap in [None, Some(30.0)] {
         for mut problem in ranks::differing() {
