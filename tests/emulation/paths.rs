@@ -13,6 +13,18 @@ use super::{
 };
 use crate::kernels::abi::Element;
 
+/// The problem with its logits and its gradient at these offsets.
+fn placed(problem: Problem, offsets: [usize; 2], softcap: Option<f32>) -> Problem {
+    let mut problem = Problem {
+        softcap,
+        seeds: vec![0],
+        ..problem
+    };
+    [problem.logits_view.offset, problem.grad_view.offset] = offsets;
+    problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");
+    problem
+}
+
 /// Problems that together take every path through the kernels: each type with and without a softcap, at places where groups
 /// straddle words alike and differently for logits and gradients, and so long that loops take several groups at once.
 fn problems_of_every_path() -> Vec<Problem> {
@@ -30,11 +42,8 @@ fn problems_of_every_path() -> Vec<Problem> {
                 (long, alike),
             ] {
                 let rows = if vocab < long { menu() } else { short_menu() };
-                let mut problem = problem("paths", element, vocab, &rows);
-                [problem.logits_view.offset, problem.grad_view.offset] = offsets;
-                problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");
-                (problem.softcap, problem.seeds) = (softcap, vec![0]);
-                problems.push(problem);
+                let problem = problem("paths", element, vocab, &rows);
+                problems.push(placed(problem, offsets, softcap));
             }
             for (vocab, form, options, offsets) in [
                 (33, Form::TopK(40), ALL, [0, 0]),
@@ -44,13 +53,9 @@ fn problems_of_every_path() -> Vec<Problem> {
                 (130, Form::Class, ENTROPY, differently),
                 (long, Form::TopK(1), NONE, [0, 0]),
             ] {
-                let rows = menu();
-                let rows = if vocab < long { &rows } else { &short_menu() };
-                let mut problem = distribution("paths", element, vocab, rows, form, options);
-                [problem.logits_view.offset, problem.grad_view.offset] = offsets;
-                problem.name += &format!(", offsets {offsets:?}, softcap {softcap:?}");
-                (problem.softcap, problem.seeds) = (softcap, vec![0]);
-                problems.push(problem);
+                let rows = if vocab < long { menu() } else { short_menu() };
+                let problem = distribution("paths", element, vocab, &rows, form, options);
+                problems.push(placed(problem, offsets, softcap));
             }
         }
         let far = [

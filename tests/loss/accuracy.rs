@@ -1,9 +1,107 @@
-//! Comparisons with the f64 reference under the crate's stated tolerances, which keep the largest errors.
+//! Every entry point against the f64 reference, under the crate's stated tolerances; the largest errors are kept.
 
-use candle_core::{DType, Tensor};
-use candle_cross_entropy::{LossAndGrad, RowStats};
+use candle_core::{DType, Tensor, Var};
+use candle_cross_entropy::{LossAndGrad, RowStats, Targets};
 
-use crate::common::{Problem, bits, loss_dtype, values};
+use crate::common::{Problem, address, bits, loss_dtype, values};
+
+impl Problem {
+    /// Compares every entry point with the reference.
+    pub fn check(&self) -> Accuracy {
+        let (logits, targets) = (&self.logits, &self.given());
+        let loss = self.loss();
+        let expected = self.reference();
+        let untouched = bits(logits);
+        let mut accuracy = Accuracy::new(logits.dtype());
+        let context = || {
+            format!(
+                "{} {:?} {} {:?}",
+                logits.dtype().as_str(),
+                logits.dims(),
+                match &self.distribution {
+                    None => "",
+                    Some(Targets::TopK { .. }) => "top k",
+                    Some(_) => "probabilities",
+                },
+                self.setup
+            )
+        };
+
+        let actual = loss.forward(logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("forward, {}", context())
+        });
+
+        let (actual, stats) = loss.forward_with_stats(logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("forward_with_stats, {}", context())
+        });
+        accuracy.stats(&stats, &expected.stats, || {
+            format!("forward_with_stats, {}", context())
+        });
+
+        let actual = loss.loss_and_grad(logits, targets).unwrap();
+        accuracy.all(self, &actual, &expected, || {
+            format!("loss_and_grad, {}", context())
+        });
+        let (value, grad) = loss.loss_and_grad_without_stats(logits, targets).unwrap();
+        let same = |value: &Tensor, grad: &Tensor, entry_point: &str| {
+            assert_eq!(
+                bits(value),
+                bits(&actual.loss),
+                "{entry_point}: {}",
+                context()
+            );
+            assert_eq!(
+                bits(grad),
+                bits(&actual.grad),
+                "{entry_point}: {}",
+                context()
+            );
+        };
+        same(&value, &grad, "loss_and_grad_without_stats");
+        assert_eq!(bits(logits), untouched, "logits written: {}", context());
+        let memory = logits.copy().unwrap();
+        let (value, grad) = loss
+            .loss_and_grad_inplace_without_stats(memory.clone(), targets)
+            .unwrap();
+        same(&value, &grad, "loss_and_grad_inplace_without_stats");
+        if logits.elem_count() > 0 {
+            assert_eq!(
+                address(&grad),
+                address(&memory),
+                "the logits' memory: {}",
+                context()
+            );
+        }
+
+        let memory = logits.copy().unwrap();
+        let actual = loss.loss_and_grad_inplace(memory.clone(), targets).unwrap();
+        accuracy.all(self, &actual, &expected, || {
+            format!("loss_and_grad_inplace, {}", context())
+        });
+        if logits.elem_count() > 0 {
+            assert_eq!(
+                address(&actual.grad),
+                address(&memory),
+                "the logits' memory: {}",
+                context()
+            );
+        }
+
+        let logits = Var::from_tensor(logits).unwrap();
+        let actual = loss.forward(&logits, targets).unwrap();
+        accuracy.loss(&actual, &expected.loss, || {
+            format!("tracked forward, {}", context())
+        });
+        let gradients = actual.sum_all().unwrap().backward().unwrap();
+        let grad = gradients.get(&logits).expect("a gradient");
+        accuracy.grad(self, grad, &expected.grad, || {
+            format!("backward, {}", context())
+        });
+        accuracy
+    }
+}
 
 /// Distance from |x| to the next value of a narrow type.
 pub fn ulp(x: f64, dtype: DType) -> f64 {

@@ -1,12 +1,10 @@
-//! What the tests share: random problems, and every entry point compared with the f64 reference.
+//! What the tests share: random problems, and small comparisons.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 use candle_cross_entropy::{CrossEntropy, LossAndGrad, Reduction, RowStats, Targets};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
-
-use crate::accuracy::Accuracy;
 
 pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 pub const CPU: &Device = &Device::Cpu;
@@ -446,102 +444,6 @@ impl Problem {
 
     pub fn reference(&self) -> LossAndGrad {
         self.loss().reference(&self.logits, self.given()).unwrap()
-    }
-
-    /// Compares every entry point with the reference.
-    pub fn check(&self) -> Accuracy {
-        let (logits, targets) = (&self.logits, &self.given());
-        let loss = self.loss();
-        let expected = self.reference();
-        let untouched = bits(logits);
-        let mut accuracy = Accuracy::new(logits.dtype());
-        let context = || {
-            format!(
-                "{} {:?} {} {:?}",
-                logits.dtype().as_str(),
-                logits.dims(),
-                match &self.distribution {
-                    None => "",
-                    Some(Targets::TopK { .. }) => "top k",
-                    Some(_) => "probabilities",
-                },
-                self.setup
-            )
-        };
-
-        let actual = loss.forward(logits, targets).unwrap();
-        accuracy.loss(&actual, &expected.loss, || {
-            format!("forward, {}", context())
-        });
-
-        let (actual, stats) = loss.forward_with_stats(logits, targets).unwrap();
-        accuracy.loss(&actual, &expected.loss, || {
-            format!("forward_with_stats, {}", context())
-        });
-        accuracy.stats(&stats, &expected.stats, || {
-            format!("forward_with_stats, {}", context())
-        });
-
-        let actual = loss.loss_and_grad(logits, targets).unwrap();
-        accuracy.all(self, &actual, &expected, || {
-            format!("loss_and_grad, {}", context())
-        });
-        let (value, grad) = loss.loss_and_grad_without_stats(logits, targets).unwrap();
-        let same = |value: &Tensor, grad: &Tensor, entry_point: &str| {
-            assert_eq!(
-                bits(value),
-                bits(&actual.loss),
-                "{entry_point}: {}",
-                context()
-            );
-            assert_eq!(
-                bits(grad),
-                bits(&actual.grad),
-                "{entry_point}: {}",
-                context()
-            );
-        };
-        same(&value, &grad, "loss_and_grad_without_stats");
-        assert_eq!(bits(logits), untouched, "logits written: {}", context());
-        let memory = logits.copy().unwrap();
-        let (value, grad) = loss
-            .loss_and_grad_inplace_without_stats(memory.clone(), targets)
-            .unwrap();
-        same(&value, &grad, "loss_and_grad_inplace_without_stats");
-        if logits.elem_count() > 0 {
-            assert_eq!(
-                address(&grad),
-                address(&memory),
-                "the logits' memory: {}",
-                context()
-            );
-        }
-
-        let memory = logits.copy().unwrap();
-        let actual = loss.loss_and_grad_inplace(memory.clone(), targets).unwrap();
-        accuracy.all(self, &actual, &expected, || {
-            format!("loss_and_grad_inplace, {}", context())
-        });
-        if logits.elem_count() > 0 {
-            assert_eq!(
-                address(&actual.grad),
-                address(&memory),
-                "the logits' memory: {}",
-                context()
-            );
-        }
-
-        let logits = Var::from_tensor(logits).unwrap();
-        let actual = loss.forward(&logits, targets).unwrap();
-        accuracy.loss(&actual, &expected.loss, || {
-            format!("tracked forward, {}", context())
-        });
-        let gradients = actual.sum_all().unwrap().backward().unwrap();
-        let grad = gradients.get(&logits).expect("a gradient");
-        accuracy.grad(self, grad, &expected.grad, || {
-            format!("backward, {}", context())
-        });
-        accuracy
     }
 }
 

@@ -1,5 +1,5 @@
 //! Every entry point of the fast CPU path against the f64 reference: types, sizes, options, layouts. The comparison and
-//! its tolerances are `Problem::check` in common.rs and accuracy.rs.
+//! its tolerances are in accuracy.rs.
 
 use crate::{
     accuracy::{Accuracy, ulp},

@@ -174,9 +174,8 @@ impl<'a> Setup<'a> {
 
     /// The method with its smoothing spread so.
     pub fn spread(&self, method: &Method, prior: Prior) -> candle_core::Result<Method> {
-        let projection = self.model.output_projection();
-        let (vocab, device) = (projection.dim(0)?, projection.device());
-        let shares = prior.shares(&self.data.train, vocab, device)?;
+        let vocab = self.model.output_projection().dim(0)?;
+        let shares = prior.shares(&self.data.train, vocab, self.model.device())?;
         Ok(match (shares, method) {
             (None, _) | (_, Method::Sft) => method.clone(),
             (Some(shares), _) => Method::Spread(Box::new(method.clone()), shares),
